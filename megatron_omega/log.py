@@ -1,0 +1,34 @@
+"""Logging: one readable line per event, from one rank unless asked otherwise. Knows nothing of torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+_NAME = "megatron_omega"
+
+
+def get_logger(module: str = _NAME) -> logging.Logger:
+    """Return the logger of `module`, a child of the package's logger."""
+    return logging.getLogger(module if module.startswith(_NAME) else f"{_NAME}.{module}")
+
+
+def configure_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
+    """Send the package's log to stderr: all levels on rank 0, warnings and errors (with the rank) elsewhere."""
+    logger = logging.getLogger(_NAME)
+    logger.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    where = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.propagate = False
+    quiet_dependencies()
+
+
+def quiet_dependencies() -> None:
+    """Keep the engine's own chatter down to warnings, unless the user set its level."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "DEEPSPEED_LOG_LEVEL" not in os.environ:
+        os.environ["DEEPSPEED_LOG_LEVEL"] = "warning"
