@@ -1,0 +1,168 @@
+"""Self-attention as a mix of parallel branches, and cross-attention. One projection in, one projection out.
+
+One column-parallel product gives q, k and v of every branch, each branch attends in its own pattern, one row-parallel
+product takes the concatenated heads back. It equals the sum of separate attention modules, at one norm and one
+all-reduce for all of them. Parallel heterogeneous branches: arXiv 1911.09483, 2411.13676. QK-norm: 2302.05442.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_omega.config.schema import Branch
+from megatron_omega.model.attention import Pattern, Stream, attend, visible
+from megatron_omega.model.context import ModelContext
+from megatron_omega.model.embeddings import rotate
+from megatron_omega.model.kernels import scaled_dot_product_attention
+from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_omega.parallel.sharding import declare_parameter
+
+
+@dataclass
+class SelfCache:
+    """Keys and values of the tokens a decoder layer has seen: [b, branches, heads, t, head_dim] each."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=3)
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=3)
+        return self.keys, self.values
+
+
+@dataclass
+class LayerCache:
+    """What one decoder layer remembers between generated tokens."""
+
+    self_attention: SelfCache = field(default_factory=SelfCache)
+    memory_keys_values: tuple[Tensor, Tensor] | None = None
+
+
+class SelfAttention(nn.Module):
+    """All self-attention branches of one layer."""
+
+    def __init__(self, name: str, branches: tuple[Branch, ...], context: ModelContext, *, causal: bool) -> None:
+        super().__init__()
+        model, first_head = context.model, context.local_heads[0]
+        heads, head_dim, count = model.num_attention_heads, model.resolved_head_dim, len(branches)
+        self.branches = branches
+        self.model = model
+        self.kernels = context.kernels
+        self.pattern = Pattern(causal, model.local_window, model.axial_width, first_head)
+        build = {"parallel": context.parallel, "seed": context.seed}
+        scaled = build | {"lr_scale": model.width_multiplier}
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
+        self.out = RowParallelLinear(f"{name}.out", (model.hidden_size, count, heads, head_dim), axis=2, **scaled)
+        self.gains = declare_parameter(
+            f"{name}.qk_gains", (count, 2, heads, head_dim), axis=2, fill=1.0, weight_decay=False, **build
+        )
+        if "dynamic" in branches:
+            self.dynamic = DynamicActivation(f"{name}.dynamic", context)
+
+    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+        """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
+        query, key, value = self._project(hidden, stream.positions)
+        attended = []
+        for index, branch in enumerate(self.branches):
+            q, k, v = query[:, index], key[:, index], value[:, index]
+            if branch == "dynamic":
+                temperature, gate = self.dynamic(hidden)
+                attended.append(attend(branch, self.pattern, q * temperature, k, v, stream) * gate)
+            else:
+                attended.append(attend(branch, self.pattern, q, k, v, stream))
+        return self._merge(torch.stack(attended, dim=1))
+
+    def extend(self, hidden: Tensor, cache: SelfCache) -> Tensor:
+        """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
+        seen = 0 if cache.keys is None else cache.keys.shape[3]
+        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
+        query, key, value = self._project(hidden, positions.expand(hidden.shape[:2]))
+        keys, values = cache.append(key, value)
+        keys_at = torch.arange(keys.shape[3], device=hidden.device)
+        attended = []
+        for index, branch in enumerate(self.branches):
+            mask = visible(branch, self.pattern, positions, keys_at, query.shape[2])
+            attended.append(
+                scaled_dot_product_attention(query[:, index], keys[:, index], values[:, index], mask.unsqueeze(0))
+            )
+        return self._merge(torch.stack(attended, dim=1))
+
+    def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normed, rotated q and k, and v: each [b, branches, heads, s, head_dim]."""
+        qkv = self.qkv(hidden).unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
+        query_key = self.kernels.norm(qkv[:, :, :, :2], self.gains, self.model.norm_epsilon)
+        if self.model.positions == "rotary":
+            query_key = rotate(query_key, positions, self.model.rotary_base)
+        query, key = query_key.permute(3, 0, 2, 4, 1, 5)  # of [b, s, branches, 2, heads, head_dim]
+        return query, key, qkv[:, :, :, 2].permute(0, 2, 3, 1, 4)
+
+    def _merge(self, attended: Tensor) -> Tensor:
+        """[b, branches, heads, s, head_dim] -> [b, s, d]."""
+        return self.out(attended.permute(0, 3, 1, 2, 4).flatten(2))
+
+
+class DynamicActivation(nn.Module):
+    """Per token and head: a temperature on the query and a gate on the output, both 2 sigmoid(w x + b).
+
+    Zero-initialised, so the branch starts as plain attention. Query temperature: arXiv 2411.12892; gates: 2505.06708.
+    """
+
+    def __init__(self, name: str, context: ModelContext) -> None:
+        super().__init__()
+        model = context.model
+        shape = (2, model.num_attention_heads)
+        build = {"axis": 1, "parallel": context.parallel, "seed": context.seed}
+        self.weight = declare_parameter(
+            f"{name}.weight", (*shape, model.hidden_size), learning_rate_scale=model.width_multiplier, **build
+        )
+        self.bias = declare_parameter(f"{name}.bias", shape, weight_decay=False, **build)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, s, d] -> temperature and gate, each [b, heads, s, 1]."""
+        scores = F.linear(hidden, self.weight.flatten(0, 1), self.bias.flatten())  # [b, s, 2 * heads]
+        temperature, gate = (2 * scores.sigmoid()).unflatten(-1, (2, -1)).permute(2, 0, 3, 1).unsqueeze(-1)
+        return temperature, gate
+
+
+class CrossAttention(nn.Module):
+    """Decoder tokens attend the encoder's output of their own document."""
+
+    def __init__(self, name: str, context: ModelContext) -> None:
+        super().__init__()
+        model = context.model
+        heads, head_dim, d = model.num_attention_heads, model.resolved_head_dim, model.hidden_size
+        build = {"parallel": context.parallel, "seed": context.seed}
+        scaled = build | {"lr_scale": model.width_multiplier}
+        self.model = model
+        self.kernels = context.kernels
+        self.q = ColumnParallelLinear(f"{name}.q", (heads, head_dim, d), axis=0, **scaled)
+        self.kv = ColumnParallelLinear(f"{name}.kv", (2, heads, head_dim, d), axis=1, **scaled)
+        self.out = RowParallelLinear(f"{name}.out", (d, heads, head_dim), axis=1, **scaled)
+        self.gains = declare_parameter(
+            f"{name}.qk_gains", (2, heads, head_dim), axis=1, fill=1.0, weight_decay=False, **build
+        )
+
+    def forward(self, hidden: Tensor, memory: Tensor, same_document: Tensor | None) -> Tensor:
+        """hidden [b, s_d, d], memory [b, s_e, d], both inside the region -> this rank's partial sum [b, s_d, d].
+
+        `same_document` [b, 1, s_d, s_e]; None: everything is one document.
+        """
+        return self.attend_memory(hidden, self.project_memory(memory), same_document)
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, s_e, d] -> keys and values [b, heads, s_e, head_dim]; they stay the same while a text is generated."""
+        key, value = self.kv(memory).unflatten(-1, (2, -1, self.model.resolved_head_dim)).permute(2, 0, 3, 1, 4)
+        return self._norm(key, 1), value
+
+    def attend_memory(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        query = self.q(hidden).unflatten(-1, (-1, self.model.resolved_head_dim)).transpose(1, 2)
+        attended = scaled_dot_product_attention(self._norm(query, 0), *keys_values, mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _norm(self, part: Tensor, which: int) -> Tensor:
+        return self.kernels.norm(part, self.gains[which].unsqueeze(1), self.model.norm_epsilon)

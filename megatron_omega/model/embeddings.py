@@ -1,0 +1,55 @@
+"""Positions: rotary, sinusoidal, learned. A position is the index of a token inside its document."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_omega.model.context import ModelContext
+from megatron_omega.parallel.sharding import declare_parameter
+
+
+def rotate(query_key: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on the last axis of [b, s, ..., head_dim]; positions [b, s]."""
+    cosine, sine = _waves(positions, query_key.shape[-1] // 2, base)  # [b, s, head_dim / 2]
+    shape = (*positions.shape, *(1,) * (query_key.dim() - 3), -1)
+    cosine, sine = cosine.view(shape).to(query_key.dtype), sine.view(shape).to(query_key.dtype)
+    first, second = query_key.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def sinusoids(positions: Tensor, size: int) -> Tensor:
+    """Sinusoidal encoding (arXiv 1706.03762): positions [b, s] -> [b, s, size]."""
+    cosine, sine = _waves(positions, size // 2, 10_000.0)
+    return torch.cat((sine, cosine), dim=-1)
+
+
+def _waves(positions: Tensor, count: int, base: float) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(count, device=positions.device, dtype=torch.float32) / count
+    angles = positions.unsqueeze(-1).float() * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+class InputPositions(nn.Module):
+    """Positions that are added to the embeddings, by the first layer of a stack (sinusoidal and learned)."""
+
+    def __init__(self, name: str, max_positions: int, context: ModelContext) -> None:
+        super().__init__()
+        self.parallel = context.parallel
+        self.size = context.model.hidden_size
+        self.table = None
+        if context.model.positions == "learned":
+            self.table = declare_parameter(
+                f"{name}.weight", (max_positions, self.size), std=1.0, parallel=context.parallel, seed=context.seed
+            )
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Add to [b, s, d] ([b, s/tp, d] under sequence parallelism); positions [b, s] are those of all tokens."""
+        if self.parallel.sequence_parallel:
+            start, stop = self.parallel.shard(positions.shape[1])
+            positions = positions[:, start:stop]
+        if self.table is None:
+            return hidden + sinusoids(positions, self.size).to(hidden.dtype)
+        table = self.parallel.copy(self.table) if self.parallel.sequence_parallel else self.table
+        return hidden + F.embedding(positions, table)

@@ -1,0 +1,108 @@
+"""Which implementation computes attention, norms and the gated activation: torch's own, or a CUDA library's if present.
+
+apex, flash-attn and Liger are optional. They are looked for on CUDA only, and the choice is described for the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_omega.parallel.layers import rms_norm, swiglu
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+FlashAttention = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen implementations."""
+
+    norm: Norm = rms_norm
+    gated_activation: Callable[[Tensor], Tensor] = swiglu
+    windowed_attention: FlashAttention | None = None
+    """flash_attn_varlen_func where flash-attn is installed; used where a mask would leave torch's fused kernels."""
+    choices: tuple[str, ...] = ("attention: torch SDPA", "norms: torch", "SwiGLU: torch")
+    """One line per choice, for the log."""
+
+
+PORTABLE = Kernels()
+
+
+def select_kernels(device_type: str) -> Kernels:
+    """Return the fastest implementations found for `device_type` ("cpu", "cuda")."""
+    if device_type != "cuda":
+        return PORTABLE
+    norm, norm_choice = _norm()
+    activation, activation_choice = _gated_activation()
+    flash, flash_choice = _flash_attention()
+    return Kernels(norm, activation, flash, (flash_choice, norm_choice, activation_choice))
+
+
+def apex_notice() -> str | None:
+    """Say what is wrong with an installed package named apex that is not NVIDIA's; None where there is nothing to say."""
+    try:
+        version = importlib.metadata.version("apex")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if _import("apex.optimizers") is not None:
+        return None
+    return (
+        f"the installed package apex {version} is not NVIDIA's apex (an unrelated project on the registry bears that "
+        "name) and is ignored; uninstall it, and build NVIDIA's from source if you want its fused kernels"
+    )
+
+
+def _import(module: str) -> object | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def _norm() -> tuple[Norm, str]:
+    apex = _import("apex.normalization")
+    if hasattr(apex, "fused_rms_norm_affine"):
+        fused = apex.fused_rms_norm_affine  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+        def apex_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+            if weight.dim() > 1:  # per-head gains broadcast: apex takes one weight for the last axis
+                return rms_norm(hidden, weight, epsilon)
+            return fused(hidden, weight, weight.shape, eps=epsilon)
+
+        return apex_norm, "norms: apex fused RMSNorm"
+    return rms_norm, "norms: torch"
+
+
+def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:
+    liger = _import("liger_kernel.ops.swiglu")
+    if hasattr(liger, "LigerSiLUMulFunction"):
+        function = liger.LigerSiLUMulFunction  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        return (lambda gate_up: function.apply(*gate_up.chunk(2, dim=-1))), "SwiGLU: Liger"
+    return swiglu, "SwiGLU: torch"
+
+
+def _flash_attention() -> tuple[FlashAttention | None, str]:
+    flash = _import("flash_attn")
+    if hasattr(flash, "flash_attn_varlen_func"):
+        return flash.flash_attn_varlen_func, "attention: flash-attn for full and causal branches, torch SDPA for the rest"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return None, "attention: torch SDPA"
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v of [b, h, s, head_dim]; `mask` broadcasts to [b, h, s_q, s_k], True = attend.
+
+    CUDA's fused masked kernels need a head size that is a multiple of 8: others are padded, with the scale kept.
+    """
+    head_dim = query.shape[-1]
+    if not (query.is_cuda and mask is not None and head_dim % 8):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    pad = (0, -head_dim % 32)
+    query, key, value = F.pad(query, pad), F.pad(key, pad), F.pad(value, pad)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=head_dim**-0.5)
+    return attended[..., :head_dim]
