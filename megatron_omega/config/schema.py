@@ -105,6 +105,15 @@ class Corpus(Section):
     """Share of samples drawn from this corpus, relative to the other weights."""
 
 
+class Reweight(Section):
+    """A change of the blend's weights in mid-run."""
+
+    from_sample: Positive
+    """First global sample drawn with these weights."""
+    weights: tuple[NonNegativeFloat, ...]
+    """One weight for each corpus; 0 leaves it out."""
+
+
 class DataConfig(Section):
     """The corpus, and how samples are drawn from it."""
 
@@ -112,6 +121,8 @@ class DataConfig(Section):
     """Path of the SentencePiece model."""
     corpora: tuple[Corpus, ...] = ()
     """Corpora to blend: a list of {prefix, weight}."""
+    reweight: tuple[Reweight, ...] = ()
+    """Later weights of the blend, each {from_sample, weights}, ascending. No corpus repeats or loses a sample by it."""
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (969.0, 30.0, 1.0)
     """Relative sizes of the train, validation and test parts, cut by documents in each corpus."""
     encoder_seq_length: NonNegative = 2048

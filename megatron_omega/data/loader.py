@@ -1,0 +1,190 @@
+"""Batches in a given order, read in this process or by worker processes. Workers change the speed, never the order.
+
+A worker is a fresh Python that imports the data wing only (no torch, no copy of the training process); it gets lists of
+sample indices over a socket and answers with batches. It ends when its socket closes, so it never outlives training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Protocol
+
+from megatron_omega.data.batch import Batch, Sample, stack
+from megatron_omega.errors import DataError, OmegaError
+
+
+class IndexedSamples(Protocol):
+    """Anything that gives a sample for an index, and can be sent to a worker."""
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def micro_batch_indices(
+    consumed_samples: int,
+    batch_size_at: Callable[[int], int],
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[list[int]]:
+    """Yield, for ever, the sample indices of each micro-batch of one replica.
+
+    The step that starts at `consumed` takes samples [consumed, consumed + batch_size_at(consumed)); micro-batch m of
+    replica r takes the micro_batch_size samples from consumed + (m · data_parallel_size + r) · micro_batch_size.
+    """
+    consumed = consumed_samples
+    stride = micro_batch_size * data_parallel_size
+    while True:
+        size = batch_size_at(consumed)
+        if size < 1 or size % stride:
+            raise ValueError(f"a step of {size} samples cannot be dealt to {data_parallel_size} x {micro_batch_size}")
+        for start in range(consumed + data_parallel_rank * micro_batch_size, consumed + size, stride):
+            yield list(range(start, start + micro_batch_size))
+        consumed += size
+
+
+def build_batch(source: IndexedSamples, indices: Sequence[int]) -> Batch:
+    """Return the batch of the samples `indices`."""
+    return stack([source[index].row for index in indices])
+
+
+class _Worker:
+    """One worker process and the socket to it."""
+
+    def __init__(self, source: IndexedSamples) -> None:
+        self._connection, theirs = Pipe()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment["OMP_NUM_THREADS"] = "1"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._send(source)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, indices: list[int]) -> None:
+        self._send(indices)
+
+    def answer(self) -> Batch:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._died() from None
+        if isinstance(answer, OmegaError):
+            raise answer
+        if isinstance(answer, str):
+            raise RuntimeError(f"a data worker failed:\n{answer}")
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, message: object) -> None:
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionError):
+            raise self._died() from None
+
+    def _died(self) -> DataError:
+        code = self._process.wait()
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return DataError(
+            f"data worker {self.pid} ended {how}; where the system ran out of memory, lower data.num_workers "
+            "or data.prefetch_batches, then start again: the run continues where it was"
+        )
+
+
+class Loader:
+    """Iterator of batches: one for each list of `indices`, in their order.
+
+    With `num_workers` > 0, worker k builds batches k, k + num_workers, ...; each keeps up to `prefetch_batches` ready.
+    """
+
+    def __init__(
+        self, source: IndexedSamples, indices: Iterator[list[int]], num_workers: int = 0, prefetch_batches: int = 2
+    ) -> None:
+        self._source, self._indices = source, indices
+        self._workers = [_Worker(source) for _ in range(num_workers)]
+        self._asked: deque[_Worker] = deque()
+        self._turn = 0
+        for _ in range(num_workers * prefetch_batches):
+            self._ask_next()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._workers:
+            return build_batch(self._source, next(self._indices))
+        if not self._asked:
+            raise StopIteration
+        batch = self._asked.popleft().answer()
+        self._ask_next()
+        return batch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    def close(self) -> None:
+        """End the workers. Closing twice is harmless."""
+        workers, self._workers = self._workers, []
+        self._asked.clear()
+        self._indices = iter(())
+        for worker in workers:
+            worker.close()
+
+    def _ask_next(self) -> None:
+        indices = next(self._indices, None)
+        if indices is None:
+            return
+        worker = self._workers[self._turn % len(self._workers)]
+        self._turn += 1
+        worker.ask(indices)
+        self._asked.append(worker)
+
+
+def serve(connection: Connection) -> None:
+    """Answer index lists with batches until the other side closes; errors are answers too."""
+    try:
+        source: IndexedSamples = connection.recv()
+        while True:
+            indices = connection.recv()
+            connection.send(_answer(source, indices))
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        connection.close()
+
+
+def _answer(source: IndexedSamples, indices: list[int]) -> Batch | OmegaError | str:
+    try:
+        return build_batch(source, indices)
+    except OmegaError as error:
+        return error
+    except Exception:  # whatever it is, training must learn of it with its traceback
+        import traceback
+
+        return traceback.format_exc()

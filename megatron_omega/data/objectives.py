@@ -1,0 +1,146 @@
+"""Objectives on token arrays: a piece of a document -> an `Example` (encoder ids, decoder ids, labels).
+
+Prefix language modelling, span corruption (T5, 1910.10683; its extreme forms after UL2, 2205.05131), masked prefix and,
+without an encoder, plain causal language modelling. Everything is vectorised; randomness comes from the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_omega.data.tokenizer import SpecialIds
+
+IGNORED_LABEL: Final = -100
+Kind = Literal["prefix", "span", "extreme", "mask", "causal"]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model sees of one piece of text, and what it has to answer.
+
+    `decoder_ids[t]` predicts `labels[t]`. `mlm_labels` is None, or has one label for each encoder token.
+    """
+
+    kind: Kind
+    encoder_ids: Ids
+    decoder_ids: Ids
+    labels: Ids
+    mlm_labels: Ids | None = None
+
+
+def causal_example(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Example:
+    """Continue from nothing, without an encoder."""
+    labels = _with_end(tokens, special, is_end=is_end)
+    return Example("causal", tokens[:0], _shifted(labels, special), labels)
+
+
+def prefix_example(tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool) -> Example:
+    """Read the first `prefix` tokens, continue with the rest."""
+    labels = _with_end(tokens[prefix:], special, is_end=is_end)
+    encoder = np.concatenate([[special.modes.prefix], tokens[:prefix]])
+    return Example("prefix", encoder, _shifted(labels, special), labels)
+
+
+def masked_example(
+    tokens: Ids,
+    prefix: int,
+    rate: float,
+    special: SpecialIds,
+    text_ids: Ids,
+    random: np.random.Generator,
+    *,
+    is_end: bool,
+) -> Example:
+    """As `prefix_example`, with a share `rate` of the prefix to be restored by the MLM head.
+
+    Of the chosen tokens 80% become the mask, 10% a random text token, 10% stay (BERT, 1810.04805).
+    """
+    encoder = np.concatenate([[special.modes.mask], tokens[:prefix]])
+    chosen = 1 + random.permutation(prefix)[: max(1, round(rate * prefix))] if prefix else np.empty(0, np.int64)
+    mlm_labels = np.full(len(encoder), IGNORED_LABEL, dtype=np.int64)
+    mlm_labels[chosen] = encoder[chosen]
+    fate = random.random(len(chosen))
+    masked, replaced = chosen[fate < 0.8], chosen[fate >= 0.9]
+    encoder[masked] = special.mask
+    encoder[replaced] = text_ids[random.integers(len(text_ids), size=len(replaced))]
+    labels = _with_end(tokens[prefix:], special, is_end=is_end)
+    return Example("mask", encoder, _shifted(labels, special), labels, mlm_labels)
+
+
+def span_example(
+    kind: Literal["span", "extreme"],
+    tokens: Ids,
+    noise: int,
+    spans: int,
+    special: SpecialIds,
+    random: np.random.Generator,
+) -> Example:
+    """Replace `spans` spans of `noise` tokens in all by sentinels; the decoder tells what each stood for.
+
+    The answer is sentinel 0, its span, sentinel 1, ..., and closes with the sentinel after the last.
+    """
+    is_noise = noise_mask(len(tokens), noise, spans, random)
+    sentinels = np.asarray(special.sentinels[: spans + 1], dtype=np.int64)
+    mode = special.modes.span if kind == "span" else special.modes.extreme
+    encoder, labels = corrupt(tokens, is_noise, sentinels)
+    return Example(kind, np.concatenate([[mode], encoder]), _shifted(labels, special), labels)
+
+
+def noise_mask(length: int, noise: int, spans: int, random: np.random.Generator) -> NDArray[np.bool_]:
+    """Mark `noise` of `length` tokens, in `spans` separate spans, uniformly among all such choices of lengths."""
+    kept = _composition(length - noise + 2, spans + 1, random)
+    kept[0] -= 1
+    kept[-1] -= 1
+    runs = np.empty(2 * spans + 1, dtype=np.int64)
+    runs[0::2] = kept
+    runs[1::2] = _composition(noise, spans, random)
+    return np.repeat(np.arange(2 * spans + 1) % 2 == 1, runs)
+
+
+def corrupt(tokens: Ids, is_noise: NDArray[np.bool_], sentinels: Ids) -> tuple[Ids, Ids]:
+    """Return (tokens with each marked span replaced by its sentinel, the sentinels followed by their spans)."""
+    starts = is_noise.copy()
+    starts[1:] &= ~is_noise[:-1]
+    number = np.cumsum(starts)
+    encoder = np.where(starts, sentinels[number - 1], tokens)[~is_noise | starts]
+    marked = np.flatnonzero(is_noise)
+    answer = np.empty(len(marked) + len(sentinels), dtype=np.int64)
+    place = np.arange(len(marked)) + number[marked]
+    answer[place] = tokens[marked]
+    answer[place[starts[marked]] - 1] = sentinels[:-1]
+    answer[-1] = sentinels[-1]
+    return encoder, answer
+
+
+def restore(encoder: Ids, answer: Ids, special: SpecialIds) -> Ids:
+    """Undo span corruption: put the spans of `answer` back in place of their sentinels."""
+    sentinel_numbers = {number: place for place, number in enumerate(special.sentinels)}
+    spans: dict[int, list[int]] = {}
+    current = -1
+    for token in answer.tolist():
+        current = sentinel_numbers.get(token, current)
+        if token not in sentinel_numbers:
+            spans.setdefault(current, []).append(token)
+    whole: list[int] = []
+    for token in encoder.tolist():
+        whole += spans[sentinel_numbers[token]] if token in sentinel_numbers else [token]
+    return np.asarray(whole, dtype=np.int64)
+
+
+def _composition(total: int, parts: int, random: np.random.Generator) -> Ids:
+    """Write `total` as a sum of `parts` positive integers, uniformly."""
+    cuts = np.sort(random.choice(total - 1, size=parts - 1, replace=False, shuffle=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def _with_end(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Ids:
+    return np.append(tokens, special.eos) if is_end else tokens
+
+
+def _shifted(labels: Ids, special: SpecialIds) -> Ids:
+    return np.concatenate([[special.bos], labels[:-1]])

@@ -1,0 +1,124 @@
+"""Windows of a corpus: window k -> spans of documents, by binary search on the memory-mapped pointers.
+
+A sample is a window of fixed length on the concatenated corpus, where every document counts for its tokens plus a
+constant `overhead` (what its specials and its alignment cost in a packed row): windows with many short documents hold
+fewer tokens, so that the packed row is as full. Nothing is stored; opening takes the same time for any size.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_omega.data.indexed import IndexedShard
+from megatron_omega.data.permutation import Permutation, derive_key
+from megatron_omega.errors import DataError
+
+_PROBES = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one document."""
+
+    corpus: int
+    """Place of the corpus in the blend."""
+    document: int
+    """Number of the document in its shard."""
+    offset: int
+    """Tokens of the document before this span."""
+    tokens: NDArray[np.int64]
+    is_end: bool
+    """Whether the document ends with this span (its stored end token, if any, is not among the tokens)."""
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """How long a window is, and what a document costs in it beside its tokens."""
+
+    tokens: int
+    overhead: int
+
+
+def split_documents(documents: int, weights: Sequence[float]) -> list[range]:
+    """Cut range(documents) into consecutive parts of the given relative sizes."""
+    total, cumulative, bounds = sum(weights), 0.0, [0]
+    for weight in weights:
+        cumulative += weight
+        bounds.append(round(documents * cumulative / total))
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def probe_lengths(shard: IndexedShard, documents: range) -> list[int]:
+    """Return the lengths of a few evenly spaced documents."""
+    step = max(1, len(documents) // _PROBES)
+    return [shard.start(document + 1) - shard.start(document) for document in documents[::step][:_PROBES]]
+
+
+class Windows:
+    """The windows of consecutive documents of one shard, shuffled anew every epoch."""
+
+    def __init__(self, shard: IndexedShard, documents: range, shape: WindowShape, *, corpus: int, eos_id: int) -> None:
+        self.shard, self.documents, self.shape = shard, documents, shape
+        self._corpus, self._eos_id = corpus, eos_id
+        self._first_token = shard.start(documents.start) if len(shard) else 0
+        self._length = self._virtual(documents.stop) if len(documents) else 0
+
+    def __len__(self) -> int:
+        """Windows of one epoch."""
+        return self._length // self.shape.tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self._length - len(self.documents) * self.shape.overhead
+
+    def shuffled(self, ordinal: int, key: int) -> tuple[int, int]:
+        """Return (epoch, start of the window) of the `ordinal`-th sample; epochs roll over."""
+        epoch, place = divmod(ordinal, len(self))
+        permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
+        return epoch, shift + permutation[place] * self.shape.tokens
+
+    def spans(self, start: int) -> list[Span]:
+        """Return the document spans of the window that begins at virtual position `start`."""
+        stop = start + self.shape.tokens
+        document = bisect_right(self.documents, start, key=self._virtual) - 1 + self.documents.start
+        found: list[Span] = []
+        begin = self._virtual(document)
+        while document < self.documents.stop and begin < stop:
+            following = self._virtual(document + 1)
+            length = following - begin - self.shape.overhead
+            if length < 0:
+                raise DataError(
+                    f"{self.shard.prefix}.idx is damaged near document {document}: its pointers do not ascend"
+                )
+            span = self._span(document, max(0, start - begin), min(length, stop - begin), length)
+            if span is not None:
+                found.append(span)
+            document, begin = document + 1, following
+        return found
+
+    def _virtual(self, document: int) -> int:
+        tokens = self.shard.start(document) - self._first_token
+        return tokens + (document - self.documents.start) * self.shape.overhead
+
+    def _span(self, document: int, start: int, stop: int, length: int) -> Span | None:
+        if start >= stop:
+            return None
+        first = self.shard.start(document)
+        tokens = self.shard.tokens(first + start, first + stop).astype(np.int64)
+        is_end = stop == length
+        if is_end and tokens[-1] == self._eos_id:
+            tokens = tokens[:-1]
+        return Span(self._corpus, document, start, tokens, is_end) if len(tokens) else None
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(windows: int, spare: int, key: int, epoch: int) -> tuple[Permutation, int]:
+    """Return the order of an epoch, and how far its windows are shifted into the spare tokens."""
+    shift = derive_key(key, epoch, "shift") % (spare + 1)
+    return Permutation(windows, derive_key(key, epoch, "order")), shift

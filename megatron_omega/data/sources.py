@@ -1,0 +1,212 @@
+"""Sources: any global sample index -> a `Sample`. The composition of windows, blend, plan and objectives.
+
+A sample depends on the corpora, the settings, the seed and its own index, on nothing else: no rank, worker or layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_omega.config.schema import ObjectiveConfig, RunConfig
+from megatron_omega.data.batch import Origin, Sample, pack_row
+from megatron_omega.data.blending import Blend
+from megatron_omega.data.indexed import IndexedShard
+from megatron_omega.data.objectives import Example, causal_example, masked_example, prefix_example, span_example
+from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams
+from megatron_omega.data.permutation import derive_key
+from megatron_omega.data.samples import Span, Windows, WindowShape, probe_lengths, split_documents
+from megatron_omega.data.sidecar import check_sidecar
+from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
+from megatron_omega.errors import DataError
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+_SENTINEL_RESERVE = 0.02
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a window becomes a row."""
+
+    budget: Budget
+    objective: ObjectiveConfig
+    special: SpecialIds
+    text_ids: tuple[int, ...]
+    vocab_size: int
+
+
+class SampleSource:
+    """The samples of one part of the split. `source[i]` works for every i >= 0: epochs roll over. Cheap to pickle."""
+
+    def __init__(self, part: Part, corpora: Sequence[Windows], blend: Blend, recipe: Recipe, seed: int) -> None:
+        self.part, self.corpora, self._blend, self._recipe, self._seed = part, tuple(corpora), blend, recipe, seed
+        self._text_ids = np.asarray(recipe.text_ids, dtype=np.int64)
+        self._keys = [derive_key(seed, part, corpus) for corpus in range(len(self.corpora))]
+
+    def __len__(self) -> int:
+        """Samples of one epoch: the windows of all corpora."""
+        return sum(len(windows) for windows in self.corpora)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise IndexError(f"samples are numbered from 0, not {index}")
+        epoch, spans = self.window(index)
+        random = np.random.Generator(np.random.PCG64([self._seed, PARTS.index(self.part), epoch, index]))
+        plan = self._plan(spans, random)
+        examples = [
+            (self._example(spans[slot.piece], slot, random), slot.encoder_at, slot.decoder_at) for slot in plan.slots
+        ]
+        row = pack_row(
+            examples,
+            encoder_seq_length=self._recipe.budget.encoder,
+            decoder_seq_length=self._recipe.budget.decoder,
+            pad=self._recipe.special.pad,
+        )
+        return Sample(index, epoch, row, _origins(spans, plan), plan.lost_tokens)
+
+    def window(self, index: int) -> tuple[int, list[Span]]:
+        """Return (epoch in its corpus, document spans) of sample `index`."""
+        corpus, ordinal = self._blend.locate(index)
+        windows = self.corpora[corpus]
+        if not len(windows):
+            raise DataError(_too_short(self.part, windows))
+        epoch, start = windows.shuffled(ordinal, self._keys[corpus])
+        spans = windows.spans(start)
+        for span in spans:
+            self._check_ids(span, windows.shard)
+        return epoch, spans
+
+    def _check_ids(self, span: Span, shard: IndexedShard) -> None:
+        if int(span.tokens.max()) >= self._recipe.vocab_size or int(span.tokens.min()) < 0:
+            wrong = np.flatnonzero((span.tokens >= self._recipe.vocab_size) | (span.tokens < 0))[0]
+            raise DataError(
+                f"{shard.prefix}.bin holds token id {span.tokens[wrong]} in document {span.document} at token "
+                f"{span.offset + wrong}, beyond the vocabulary of {self._recipe.vocab_size}; it was made with another tokenizer"
+            )
+
+    def _plan(self, spans: Sequence[Span], random: np.random.Generator) -> Plan:
+        pieces = [PieceLength(len(span.tokens), span.is_end) for span in spans]
+        if self._recipe.budget.encoder == 0:
+            return plan_causal(pieces, self._recipe.budget)
+        return plan_two_streams(pieces, self._recipe.budget, self._recipe.objective, random)
+
+    def _example(self, span: Span, slot: Slot, random: np.random.Generator) -> Example:
+        tokens, special = span.tokens[slot.start : slot.stop], self._recipe.special
+        if slot.kind == "span" or slot.kind == "extreme":
+            return span_example(slot.kind, tokens, slot.noise, slot.spans, special, random)
+        if slot.kind == "causal":
+            return causal_example(tokens, special, is_end=slot.is_end)
+        if slot.kind == "prefix":
+            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end)
+        rate = self._recipe.objective.mask_rate
+        return masked_example(tokens, slot.prefix, rate, special, self._text_ids, random, is_end=slot.is_end)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The three parts of the corpus, and the tokenizer that made it."""
+
+    train: SampleSource
+    validation: SampleSource
+    test: SampleSource
+    tokenizer: Tokenizer
+
+
+def open_sources(config: RunConfig) -> Sources:
+    """Open tokenizer and shards of `config.data`, in constant time.
+
+    Raises DataError with every finding: missing or damaged files, a shard of another tokenizer, a vocabulary that does
+    not fit the model, too little text for one training sample.
+    """
+    if not config.data.corpora:
+        raise DataError("data.corpora is empty; list at least one {prefix, weight}")
+    tokenizer = Tokenizer.open(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size to {tokenizer.vocab_size}"
+        )
+    shards = _open_shards(config, tokenizer)
+    recipe = _recipe(config, tokenizer)
+    train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
+    short = [_too_short("train", windows) for windows in train.corpora if not len(windows)]
+    if short:
+        raise DataError(*short)
+    return Sources(train, validation, test, tokenizer)
+
+
+def _open_shards(config: RunConfig, tokenizer: Tokenizer) -> list[IndexedShard]:
+    shards: list[IndexedShard] = []
+    findings: list[str] = []
+    for corpus in config.data.corpora:
+        try:
+            shard = IndexedShard(corpus.prefix)
+            check_sidecar(shard, tokenizer)
+        except DataError as error:
+            findings += error.findings
+            continue
+        if not shard.num_tokens:
+            findings.append(f"corpus {corpus.prefix} is empty; make it from files that have text")
+        shards.append(shard)
+    if findings:
+        raise DataError(*findings)
+    return shards
+
+
+def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
+    encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
+    budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
+    return Recipe(budget, config.objective, tokenizer.special, tokenizer.text_ids, config.model.vocab_size)
+
+
+def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recipe: Recipe) -> SampleSource:
+    corpora: list[Windows] = []
+    for number, shard in enumerate(shards):
+        documents = split_documents(len(shard), config.data.split)[PARTS.index(part)]
+        shape = window_shape(recipe.budget, recipe.objective, probe_lengths(shard, documents))
+        corpora.append(Windows(shard, documents, shape, corpus=number, eos_id=recipe.special.eos))
+    changes = [(change.from_sample, change.weights) for change in config.data.reweight] if part == "train" else []
+    blend = Blend([corpus.weight for corpus in config.data.corpora], changes)
+    return SampleSource(part, corpora, blend, recipe, config.training.seed)
+
+
+def window_shape(budget: Budget, objective: ObjectiveConfig, lengths: Sequence[int]) -> WindowShape:
+    """Return the window that fills a row, for documents of such `lengths`.
+
+    A document costs, beside its tokens, its specials and on average half a row of gap in each stream; a document shorter
+    than a row costs a whole row in each. Sentinels of span corruption get a fixed reserve.
+    """
+    width = budget.width
+    if budget.encoder == 0:
+        costs = [max(width // 2 + 1, width - length) for length in lengths]
+        return WindowShape(max(1, budget.decoder - 1), round(float(np.mean(costs or [0]))))
+    costs = [max(width + 1, 2 * width - length) for length in lengths]
+    total = objective.prefix_lm + objective.span_corruption + objective.masked_prefix
+    share = objective.span_corruption / total if total else 0.0
+    reserve = 2 + round(_SENTINEL_RESERVE * 4 * share * (budget.encoder + budget.decoder))
+    return WindowShape(max(1, budget.encoder + budget.decoder - reserve), round(float(np.mean(costs or [0]))))
+
+
+def _too_short(part: Part, windows: Windows) -> str:
+    return (
+        f"the {part} part of {windows.shard.prefix} has {windows.num_tokens} tokens in {len(windows.documents)} documents, "
+        f"fewer than one sample ({windows.shape.tokens}); give it more text or a larger share of data.split"
+    )
+
+
+def _origins(spans: Sequence[Span], plan: Plan) -> tuple[Origin, ...]:
+    return tuple(
+        Origin(
+            segment,
+            slot.kind,
+            spans[slot.piece].corpus,
+            spans[slot.piece].document,
+            spans[slot.piece].offset + slot.start,
+            slot.tokens,
+        )
+        for segment, slot in enumerate(plan.slots, start=1)
+    )
