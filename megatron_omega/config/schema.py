@@ -49,7 +49,7 @@ class ModelConfig(Section):
     decoder_branches: tuple[Branch, ...] = DECODER_BRANCHES
     """Parallel self-attention branches of a decoder layer, out of: causal, local, axial."""
     vocab_size: Positive = 32768
-    """Pieces of the tokenizer. The table is padded to a multiple of 128, whatever the layout; padded logits are masked."""
+    """Pieces of the tokenizer. The table is padded to a multiple of 128 in every layout; padded logits are masked."""
     local_window: Positive = 128
     """Reach W of the local branch: |i - j| < W in the encoder, 0 <= i - j < W in the decoder."""
     axial_width: Positive = 32
@@ -61,7 +61,7 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = 1e-6
     """Epsilon of every RMSNorm."""
     depth_base: Positive = 2
-    """Depth (encoder + decoder layers) at which the residual multiplier is 1: multiplier = depth_base / depth (CompleteP)."""
+    """Depth (encoder + decoder layers) at which the residual multiplier is 1; it is depth_base / depth (CompleteP)."""
     width_base: Positive = 128
     """Width at which hidden matrices get the full learning rate: theirs is scaled by width_base / hidden_size."""
     output_multiplier: PositiveFloat = 0.5
@@ -178,7 +178,7 @@ class ParallelConfig(Section):
     stage_boundaries: tuple[NonNegative, ...] | None = None
     """First layer of every stage after the first, as indices into the layer list; cut by cost where it is not given."""
     recompute: Literal["none", "swiglu", "ffn", "full"] = "full"
-    """Activations computed again in the backward pass: none; swiglu (gate and up are kept); the FFN; the whole layer."""
+    """Activations computed again in the backward pass: none; swiglu (gate, up are kept); the FFN; the whole layer."""
     timeout_seconds: Positive = 1800
     """How long a collective may wait before the run is ended."""
 
