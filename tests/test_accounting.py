@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_omega.accounting import (
     LayerCost,
-    attended_keys,
+    attention_kernel_flops,
     layer_costs,
     layer_names,
     parameter_count,
@@ -97,10 +97,19 @@ def test_a_token_visits_one_half_of_an_encoder_decoder() -> None:
 
 def test_local_and_axial_attention_do_not_grow_with_the_square_of_the_length() -> None:
     model = ModelConfig(local_window=128, axial_width=32)
-    assert attended_keys(model, "causal", 4096, causal=True) == 4096
-    assert attended_keys(model, "local", 4096, causal=True) == 256
-    assert attended_keys(model, "local", 4096, causal=False) == 384
-    assert attended_keys(model, "axial", 4096, causal=True) == (32 + 128) / 2
+    per_key = 4 * 4096 * 960  # both products, all heads
+    assert attention_kernel_flops(model, "causal", 4096, causal=True) == per_key * 4096
+    assert attention_kernel_flops(model, "local", 4096, causal=True) == per_key * 256
+    assert attention_kernel_flops(model, "local", 4096, causal=False) == per_key * 384
+    assert attention_kernel_flops(model, "local", 4000, causal=False) == per_key * 384  # filled to whole chunks
+    assert attention_kernel_flops(model, "axial", 4096, causal=True) == per_key * (32 + 128) // 2
+
+
+def test_axial_heads_of_a_slice_are_told_apart_by_their_global_index() -> None:
+    model = ModelConfig(axial_width=32)
+    slices = [attention_kernel_flops(model, "axial", 2048, causal=True, heads=range(i, i + 3)) for i in range(0, 48, 3)]
+    assert sum(slices) == attention_kernel_flops(model, "axial", 2048, causal=True)
+    assert slices[0] < slices[1]  # two rows and a column; a row and two columns (64 rows > 32 columns)
 
 
 def _layers(loads: list[int]) -> list[LayerCost]:

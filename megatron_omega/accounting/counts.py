@@ -1,7 +1,4 @@
-"""What a model costs: parameters, FLOPs, and where to cut its layer list into pipeline stages. Plain arithmetic.
-
-This is the one place that counts. The pipeline's stage cuts, the MFU of a running job, `tools/plan.py` and
-`tools/dry_run.py` all read it. It knows the shape of the model and of a sample; it knows nothing of ranks,
+"""What a model costs: parameters and FLOPs of every layer, in closed form. It knows the shape of the model and of a sample; it knows nothing of ranks,
 memory, time or hardware (those are `planner`'s), and it imports no torch.
 
 Conventions: FLOPs count a multiply-add as two and only matrix products (what `FlopCounterMode` counts); "per
@@ -10,14 +7,10 @@ sample" is one sequence of each stream; parameters are global, not the slice of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megatron_omega.config.schema import Branch, ModelConfig, RunConfig
-
-BRIDGE_TOLERANCE = 0.03
-"""A cut in front of the bridge is taken when it makes the largest stage at most this much larger."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +103,27 @@ def parameter_count(model: ModelConfig) -> int:
 # --------------------------------------------------------------------------------------------------- FLOPs
 
 
-def attended_keys(model: ModelConfig, branch: Branch, length: int, *, causal: bool) -> float:
-    """Keys that the kernel of `branch` multiplies with each query of a stream of `length` tokens, on average.
+def attention_kernel_flops(
+    model: ModelConfig, branch: Branch, length: int, *, causal: bool, heads: range | None = None
+) -> int:
+    """The two products of one branch over a stream of `length` tokens: scores, and scores times values; forward.
 
-    Dense patterns compute every pair, whatever the mask; local ones their own and the neighbouring chunks; axial
-    ones a row on the even heads and a column on the odd ones.
+    Dense patterns compute every pair, whatever the mask. Local ones fill the stream to whole chunks, each of which
+    meets itself and its neighbours. Axial heads meet a row if their global index is even, else a column. `heads` are
+    the global indices to count; all where it is not given.
     """
+    heads = heads if heads is not None else range(model.num_attention_heads)
+    head_dim = model.resolved_head_dim
     if branch == "local":
-        return (2 if causal else 3) * model.local_window
+        window = model.local_window
+        queries = -(-length // window) * window
+        return 4 * queries * (2 if causal else 3) * window * head_dim * len(heads)
     if branch == "axial":
-        heads = model.num_attention_heads
-        rows = (heads + 1) // 2
-        columns = -(-length // model.axial_width)
-        return (rows * model.axial_width + (heads - rows) * columns) / heads
-    return length
+        width = model.axial_width
+        rows = -(-length // width)
+        row_heads = sum(1 for head in heads if head % 2 == 0)
+        return 4 * rows * width * head_dim * (row_heads * width + (len(heads) - row_heads) * rows)
+    return 4 * length * length * head_dim * len(heads)
 
 
 def self_attention_flops(model: ModelConfig, branches: Sequence[Branch], length: int, *, causal: bool) -> int:
@@ -131,7 +131,7 @@ def self_attention_flops(model: ModelConfig, branches: Sequence[Branch], length:
     d, inner, heads = model.hidden_size, inner_size(model), model.num_attention_heads
     projections = 2 * length * d * inner * 4 * len(branches)
     dynamic = 2 * length * d * 2 * heads if "dynamic" in branches else 0
-    kernels = sum(round(4 * length * inner * attended_keys(model, b, length, causal=causal)) for b in branches)
+    kernels = sum(attention_kernel_flops(model, branch, length, causal=causal) for branch in branches)
     return projections + dynamic + kernels
 
 
@@ -198,7 +198,7 @@ def training_flops_per_token(config: RunConfig) -> float:
     return training_flops_per_sample(config) / tokens_per_sample(config)
 
 
-# ---------------------------------------------------------------------------------- the layer list, and its cuts
+# -------------------------------------------------------------------------------------------------- the layer list
 
 
 def layer_names(model: ModelConfig) -> list[str]:
@@ -227,139 +227,3 @@ def layer_costs(config: RunConfig) -> list[LayerCost]:
         "decoder": (decoder_layer_parameters(model), 0, decoder_layer_flops(config)),
     }
     return [LayerCost(name, *kinds[name.partition(".")[0]]) for name in layer_names(model)]
-
-
-def stage_boundaries(
-    costs: Sequence[LayerCost],
-    num_stages: int,
-    *,
-    weight: Callable[[LayerCost], float] | None = None,
-) -> tuple[int, ...]:
-    """Cut the layer list into `num_stages` contiguous stages, the heaviest of which is as light as possible.
-
-    Returns the index of the first layer of stages 1, 2, ... (num_stages - 1 numbers). Equal loads are decided by
-    parameters, then by evenness with the lighter stages in front, where 1F1B keeps the most activations. Head and
-    output stay together; the cut falls in front of the bridge where that costs at most `BRIDGE_TOLERANCE`, for a
-    stage that sends memory and hidden state has two outputs to run its backward pass from. `weight` is the load of
-    a layer (default: its forward FLOPs). Interleaved schedules ask for as many stages as they have chunks. Raises
-    ValueError when there are fewer layers than stages.
-    """
-    kinds = [cost.kind for cost in costs]
-    last = len(costs) - 1 if "output" in kinds else len(costs)  # output is glued to the head in front of it
-    if not 1 <= num_stages <= last:
-        raise ValueError(f"{len(costs)} layers cannot be cut into {num_stages} stages; use 1 to {last}")
-    loads = [float(weight(cost) if weight else cost.forward_flops) for cost in costs]
-    sizes = [float(cost.parameters) for cost in costs]
-    if last < len(costs):
-        loads[last - 1 :] = [loads[last - 1] + loads[last]]
-        sizes[last - 1 :] = [sizes[last - 1] + sizes[last]]
-    bridge = kinds.index("bridge") if "bridge" in kinds else None
-    return _cut_at_bridge(tuple(loads), tuple(sizes), num_stages, bridge)
-
-
-@lru_cache(maxsize=512)
-def _cut_at_bridge(
-    loads: tuple[float, ...],
-    sizes: tuple[float, ...],
-    num_stages: int,
-    bridge: int | None,
-) -> tuple[int, ...]:
-    free = _cut(loads, sizes, num_stages)
-    if bridge is None or num_stages == 1:
-        return free
-    fewest, most = (
-        max(1, num_stages - (len(loads) - bridge)),
-        min(bridge, num_stages - 1),
-    )
-    if fewest > most:
-        return free
-
-    def bottleneck(front: int) -> float:
-        return max(
-            _bottleneck(loads[:bridge], front),
-            _bottleneck(loads[bridge:], num_stages - front),
-        )
-
-    front = min(range(fewest, most + 1), key=bottleneck)
-    if bottleneck(front) > (1 + BRIDGE_TOLERANCE) * _bottleneck(loads, num_stages):
-        return free
-    encoder = _cut(loads[:bridge], sizes[:bridge], front)
-    decoder = _cut(loads[bridge:], sizes[bridge:], num_stages - front)
-    return (*encoder, bridge, *(bridge + cut for cut in decoder))
-
-
-def _latest_starts(loads: Sequence[float], limit: float, sizes: Sequence[float], size_limit: float) -> list[int] | None:
-    """Earliest layer at which the last k stages can begin under both limits, for k = 0, 1, ...; None: never the first.
-
-    Filling stages from the back is optimal: a stage that starts earlier leaves a prefix that is no heavier.
-    """
-    starts = [len(loads)]
-    while starts[-1] > 0:
-        start, load, size = starts[-1], 0.0, 0.0
-        while start > 0 and load + loads[start - 1] <= limit and size + sizes[start - 1] <= size_limit:
-            start -= 1
-            load, size = load + loads[start], size + sizes[start]
-        if start == starts[-1]:
-            return None
-        starts.append(start)
-    return starts
-
-
-def _fits(
-    loads: Sequence[float],
-    limit: float,
-    sizes: Sequence[float],
-    size_limit: float,
-    num_stages: int,
-) -> bool:
-    starts = _latest_starts(loads, limit, sizes, size_limit)
-    return starts is not None and len(starts) - 1 <= num_stages
-
-
-def _smallest(values: Sequence[float], fits: Callable[[float], bool]) -> float:
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(values[middle]) else (middle + 1, high)
-    return values[low]
-
-
-def _run_sums(values: Sequence[float]) -> list[float]:
-    """Every sum a stage could have, ascending. Sums run from the back, as `_latest_starts` adds them."""
-    sums: set[float] = set()
-    for end in range(len(values), 0, -1):
-        total = 0.0
-        for value in reversed(values[:end]):
-            total += value
-            sums.add(total)
-    return sorted(sums)
-
-
-@lru_cache(maxsize=4096)
-def _bottleneck(loads: tuple[float, ...], num_stages: int) -> float:
-    """Load of the heaviest stage of the best cut. Sizes do not count."""
-    nothing = [0.0] * len(loads)
-    return _smallest(_run_sums(loads), lambda limit: _fits(loads, limit, nothing, 0.0, num_stages))
-
-
-def _cut(loads: tuple[float, ...], sizes: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
-    limit = _bottleneck(loads, num_stages)
-    size_limit = _smallest(_run_sums(sizes), lambda size: _fits(loads, limit, sizes, size, num_stages))
-    starts = _latest_starts(loads, limit, sizes, size_limit)
-    assert starts is not None  # both limits were found feasible
-    cuts: list[int] = []
-    begin = 0
-    for stage in range(num_stages - 1):
-        behind = num_stages - 1 - stage
-        earliest = max(begin + 1, starts[min(behind, len(starts) - 1)])
-        target = sum(loads[begin:]) / (behind + 1)
-        end = begin
-        load = size = 0.0
-        while end < len(loads) - behind:
-            within = load + loads[end] <= limit * (1 + 1e-12) and size + sizes[end] <= size_limit * (1 + 1e-12)
-            if end >= earliest and (not within or load + loads[end] > target):
-                break
-            load, size, end = load + loads[end], size + sizes[end], end + 1
-        cuts.append(end)
-        begin = end
-    return tuple(cuts)
