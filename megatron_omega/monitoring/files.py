@@ -1,0 +1,126 @@
+"""metrics.jsonl (one object for each step) and events.jsonl (one for everything else), readable while a run writes."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from megatron_omega.errors import OmegaError
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of ours, up to a line that was cut off; nothing where there is no file."""
+    for _, value in _lines(path):
+        yield value
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (byte after the line, object) for every whole line."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                return
+            if not line.endswith(b"\n"):
+                return
+            yield end, value
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    """Return one line; numbers that are not finite become null, since JSON has none."""
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE, default=str)
+
+
+class MetricsFile(Hook):
+    """Writes a line of metrics.jsonl for each step. A resumed run continues it; steps done again replace the old."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+
+    def on_start(self, context: RunContext) -> None:
+        path = context.run_directory / METRICS
+        keep_steps(path, context.state.step)
+        self._file = path.open("ab", buffering=0)  # every line reaches the file at once, in one write
+
+    def on_step_end(self, report: StepReport) -> None:
+        if self._file is not None:
+            self._file.write(_encode(asdict(report)))
+
+    def on_close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Cut a metrics file behind `last_step`. A run that starts at 0 sets an older file aside as `*.previous.jsonl`."""
+    if not path.exists():
+        return
+    if last_step == 0 and path.stat().st_size:
+        path.replace(path.with_suffix(".previous.jsonl"))
+        return
+    end = 0
+    for line_end, value in _lines(path):
+        if value.get("step", 0) > last_step:
+            break
+        end = line_end
+    with path.open("r+b") as file:
+        file.truncate(end)
+
+
+class EventsFile(Hook):
+    """Appends to events.jsonl. Nothing is ever taken out of it: a run that was started five times says so."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._step = 0
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event with the time and the step."""
+        if self._path is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        with self._path.open("ab") as file:
+            file.write(_encode({"time": now, "event": event, "step": self._step, **fields}))
+
+    def on_start(self, context: RunContext) -> None:
+        self._path, self._step = context.run_directory / EVENTS, context.state.step
+        self.write("start", **(context.details or {}))
+
+    def on_step_end(self, report: StepReport) -> None:
+        self._step = report.step
+        if report.skipped:
+            self.write("skipped_step", grad_norm=report.grad_norm)
+
+    def on_evaluate(self, report: EvaluationReport) -> None:
+        self.write("evaluate", **asdict(report))
+
+    def on_checkpoint(self, path: Path, step: int) -> None:
+        self.write("checkpoint", path=str(path), saved_step=step)
+
+    def on_stop_requested(self, reason: str) -> None:
+        self.write("stop_requested", reason=reason)
+
+    def on_error(self, error: BaseException) -> None:
+        trace = None if isinstance(error, OmegaError) else "".join(traceback.format_exception(error))
+        self.write("error", kind=type(error).__name__, message=str(error), traceback=trace)
+
+    def on_close(self) -> None:
+        self.write("close")
+        self._path = None

@@ -1,0 +1,86 @@
+"""loss.png: training and validation losses over steps, drawn from the run folder's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_omega.log import get_logger
+from megatron_omega.monitoring.files import EVENTS, METRICS, read_objects
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import EvaluationReport, RunContext
+
+log = get_logger(__name__)
+
+PLOT = "loss.png"
+MOST_POINTS = 2000
+CURVES = (("lm_loss", "language modelling", "tab:blue"), ("mlm_loss", "masked tokens", "tab:orange"))
+
+
+class LossPlot(Hook):
+    """Draws loss.png after every validation and at the end."""
+
+    def __init__(self) -> None:
+        self._run_directory: Path | None = None
+
+    def on_start(self, context: RunContext) -> None:
+        self._run_directory = context.run_directory
+
+    def on_evaluate(self, report: EvaluationReport) -> None:
+        self._draw()
+
+    def on_close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._run_directory is None:
+            return
+        try:
+            plot_losses(self._run_directory)
+        except (OSError, ImportError) as error:
+            self._run_directory = None
+            log.warning("%s is not drawn any more: %s", PLOT, error)
+
+
+def plot_losses(run_directory: Path) -> Path | None:
+    """Draw the losses of a run; return the picture's path, or nothing where no loss was recorded.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    steps = list(read_objects(run_directory / METRICS))
+    validations = _last_of_each_step(e for e in read_objects(run_directory / EVENTS) if e.get("event") == "evaluate")
+    if not steps and not validations:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no display
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for field, label, colour in CURVES:
+        x, y = series(steps, field)
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.7, label=f"{label}, training")
+        x, y = series(validations, field)
+        axes.plot(x, y, color=colour, marker="o", markersize=4, linestyle="--", label=f"{label}, validation")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=run_directory.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run_directory / PLOT
+    unfinished = path.with_suffix(".tmp.png")
+    figure.savefig(unfinished, dpi=110)
+    return unfinished.replace(path)
+
+
+def series(rows: Sequence[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of `field` where it was measured, thinned to at most about `MOST_POINTS` points."""
+    measured = [(row["step"], row[field]) for row in rows if row.get(field) is not None]
+    thinned = measured[:: -(-len(measured) // MOST_POINTS) or 1]
+    return [step for step, _ in thinned], [value for _, value in thinned]
+
+
+def _last_of_each_step(rows: Any) -> list[dict[str, Any]]:
+    """Return one validation for each step, ascending: a resumed run repeats some."""
+    newest = {row["step"]: row for row in rows}
+    return [newest[step] for step in sorted(newest)]

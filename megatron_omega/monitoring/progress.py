@@ -1,0 +1,89 @@
+"""A bar on a terminal; lines in a log elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from datetime import timedelta
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from megatron_omega.config.schema import LoggingConfig
+from megatron_omega.log import get_logger
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+
+log = get_logger(__name__)
+
+
+def describe_losses(report: StepReport | EvaluationReport) -> str:
+    """Return `loss 5.2103 (lm 5.1020, mlm 6.2001)`; the parts only where there are two."""
+    if math.isnan(report.mlm_loss):
+        return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f})"
+    return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f}, mlm {report.mlm_loss:.4f})"
+
+
+def describe_speed(report: StepReport) -> str:
+    """Return `12,345 tokens/s, MFU 31.2%`; MFU only where it is known."""
+    known = math.isfinite(report.mfu) and report.mfu > 0
+    return f"{report.tokens_per_second:,.0f} tokens/s" + (f", MFU {report.mfu:.1%}" if known else "")
+
+
+def describe_step(report: StepReport, train_steps: int, seconds_left: float) -> str:
+    """Return the log line of one step."""
+    skipped = ", SKIPPED: gradient not finite" if report.skipped else ""
+    return (
+        f"step {report.step:,}/{train_steps:,}: {describe_losses(report)}, grad norm {report.grad_norm:.4g}, "
+        f"learning rate {report.learning_rate:.3g}, {describe_speed(report)}, {report.step_seconds:.3g} s, "
+        f"{timedelta(seconds=round(seconds_left))} left{skipped}"
+    )
+
+
+class ProgressBar(Hook):
+    """Shows loss, speed, MFU and the time left."""
+
+    def __init__(self, config: LoggingConfig, stream: TextIO | None = None) -> None:
+        self._config = config
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+        self._train_steps = 0
+        self._first_step = 0
+        self._started = 0.0
+
+    def on_start(self, context: RunContext) -> None:
+        self._train_steps = context.config.training.train_steps
+        self._first_step, self._started = context.state.step, time.monotonic()
+        if self._config.progress_bar and self._stream.isatty():
+            self._bar = tqdm(
+                total=self._train_steps, initial=self._first_step, file=self._stream, unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, report: StepReport) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{describe_losses(report)}, {describe_speed(report)}", refresh=False)
+            self._bar.update()
+        elif report.step % self._config.interval_steps == 0 or report.step == self._train_steps:
+            log.info("%s", describe_step(report, self._train_steps, self._seconds_left(report.step)))
+
+    def on_evaluate(self, report: EvaluationReport) -> None:
+        self._say(f"validation after step {report.step:,}: {describe_losses(report)}")
+
+    def on_stop_requested(self, reason: str) -> None:
+        self._say(f"stopping: {reason}")
+
+    def on_close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            log.info("%s", line)
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(1, step - self._first_step)
+        return (time.monotonic() - self._started) / done * (self._train_steps - step)

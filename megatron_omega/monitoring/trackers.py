@@ -1,0 +1,132 @@
+"""TensorBoard and Weights & Biases. Both optional; neither can stop a run."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_omega.config.schema import LoggingConfig
+from megatron_omega.log import get_logger
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+
+log = get_logger(__name__)
+
+WANDB_ID = "wandb_run_id"
+
+
+def scalars(report: StepReport | EvaluationReport) -> dict[str, float]:
+    """Return the named numbers of a report, without its step."""
+    return {name: float(value) for name, value in asdict(report).items() if name != "step"}
+
+
+class Tracker(Hook):
+    """A hook whose failure is one warning: afterwards it is silent, and training goes on."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._sink: Any = None
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            self._sink = None
+            log.warning("%s failed and is off for the rest of this run: %s", self.name, error)
+            return None
+
+    def _open(self, context: RunContext) -> Any:
+        raise NotImplementedError
+
+    def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+    def on_start(self, context: RunContext) -> None:
+        self._sink = self._attempt(lambda: self._open(context))
+
+    def on_step_end(self, report: StepReport) -> None:
+        if self._sink is not None:
+            self._attempt(lambda: self._write("train", report.step, scalars(report)))
+
+    def on_evaluate(self, report: EvaluationReport) -> None:
+        if self._sink is not None:
+            self._attempt(lambda: self._write("validation", report.step, scalars(report)))
+
+    def on_close(self) -> None:
+        if self._sink is not None:
+            self._attempt(self._close)
+            self._sink = None
+
+
+class TensorBoard(Tracker):
+    """Writes events under the run folder's `tensorboard/`; a resumed run hides the steps it does again."""
+
+    name = "TensorBoard (logging.tensorboard)"
+
+    def _open(self, context: RunContext) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = context.state.step + 1 if context.state.step else None
+        return SummaryWriter(log_dir=str(context.run_directory / "tensorboard"), purge_step=purge)
+
+    def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._sink.add_scalar(f"{group}/{name}", value, step)
+
+    def on_evaluate(self, report: EvaluationReport) -> None:
+        super().on_evaluate(report)
+        if self._sink is not None:
+            self._attempt(self._sink.flush)
+
+    def _close(self) -> None:
+        self._sink.close()
+
+
+class Wandb(Tracker):
+    """Logs to Weights & Biases under one run id over all restarts, kept in the run folder."""
+
+    name = "Weights & Biases (logging.wandb)"
+
+    def __init__(self, config: LoggingConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def _open(self, context: RunContext) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self._config.wandb_project,
+            name=context.run_directory.name,
+            id=run_id(context.run_directory),
+            resume="allow",
+            mode="offline" if self._config.wandb == "offline" else "online",
+            dir=str(context.run_directory),
+            config=context.config.model_dump(mode="json"),
+            settings=wandb.Settings(init_timeout=60, silent=True),
+        )
+
+    def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+        self._sink.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
+    def on_error(self, error: BaseException) -> None:
+        if self._sink is not None:
+            self._attempt(lambda: self._sink.finish(exit_code=1))
+            self._sink = None
+
+    def _close(self) -> None:
+        self._sink.finish()
+
+
+def run_id(run_directory: Path) -> str:
+    """Return the run's id: the one in the run folder, made at the first start."""
+    path = run_directory / WANDB_ID
+    if not path.exists():
+        path.write_text(f"{secrets.token_hex(6)}\n", encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
