@@ -10,6 +10,7 @@ knowledge of how the features of a layer are laid out; they are flattened to a m
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +116,12 @@ class LeanSwiGLU(torch.autograd.Function):
     """`swiglu` that keeps gate and up only and computes the activation again in the backward pass."""
 
     @staticmethod
-    def forward(context, gate_up: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(context: Any, gate_up: Tensor) -> Tensor:
         context.save_for_backward(gate_up)
         return swiglu(gate_up)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         (gate_up,) = context.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
