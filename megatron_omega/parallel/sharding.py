@@ -95,5 +95,7 @@ def keyed_generator(seed: int, name: str) -> torch.Generator:
 def _initial_value(info: ParameterInfo, std: float | None, fill: float, seed: int) -> Tensor:
     if std is None or torch.get_default_device().type == "meta":
         return torch.full(info.local_shape, fill)
-    full = torch.empty(info.shape, device="cpu").normal_(0.0, std, generator=keyed_generator(seed, info.name))
-    return info.local_slice(full).clone().to(torch.get_default_device())
+    # Inside ZeRO-3's construction context new tensors get the working dtype: draw in fp32 all the same, then follow it.
+    working = torch.empty(0)
+    full = torch.zeros(info.shape, device="cpu").float().normal_(0.0, std, generator=keyed_generator(seed, info.name))
+    return info.local_slice(full).clone().to(working.device, working.dtype)

@@ -1,0 +1,260 @@
+"""The distributed engine: DeepSpeed behind two calls, `train_step` and `evaluate`. Knows tensors, not data or model.
+
+A micro-batch is (inputs, labels): flat tuples of integer tensors, as the model takes them. Labels are (LM, MLM); the
+engine adds the two factors that divide each loss by its token count over the whole global batch, so that losses and
+gradients do not depend on micro-batching or layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import Tensor, nn
+
+from megatron_omega.config.schema import OptimizerConfig
+from megatron_omega.errors import ConfigError
+from megatron_omega.parallel.cross_entropy import IGNORED
+from megatron_omega.parallel.mpu import ModelParallelUnit
+from megatron_omega.parallel.topology import Topology
+from megatron_omega.training.optimizer import ClippedAdamW, build_optimizer, set_learning_rate
+
+MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+LOSS_PARTS = ("lm_loss", "mlm_loss")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    lm_loss: float
+    mlm_loss: float
+    grad_norm: float
+    """Global gradient norm before clipping; not finite where the step was skipped."""
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean losses per token over everything evaluated."""
+
+    lm_loss: float
+    mlm_loss: float
+    """Not a number where there was no masked token."""
+
+
+def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
+    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
+
+    DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    return accelerator.device_name()
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_precision(dtype: str) -> None:
+    """Raise `ConfigError` where the accelerator cannot run `dtype`."""
+    accelerator = get_accelerator()
+    if dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"precision.dtype=fp16 cannot run on {accelerator.device_name()}: DeepSpeed has no fp16 there; "
+            "use fp32 or bf16, or a GPU"
+        )
+
+
+def construction(values: Mapping[str, Any], topology: Topology) -> AbstractContextManager[Any]:
+    """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
+    if values["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    return deepspeed.zero.Init(config_dict_or_path=dict(values), mpu=ModelParallelUnit(topology))
+
+
+class Engine:
+    """A model, its optimizer and its layout, ready to train.
+
+    Batches are read by ranks of the first and the last pipeline stage only (`reads_data`); others pass nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, values: Mapping[str, Any], optimizer: OptimizerConfig, topology: Topology
+    ) -> None:
+        device_type = get_accelerator().device_name()
+        stage = values["zero_optimization"]["stage"]
+        clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
+        adam, self.optimizer_choice = build_optimizer(
+            model.parameters(), optimizer, device_type=device_type, clip=topology if clips else None
+        )
+        self.topology = topology
+        is_pipeline = isinstance(model, PipelineModule)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adam,
+            config=dict(values),
+            mpu=None if is_pipeline else ModelParallelUnit(topology),
+            dist_init_required=False,
+        )
+        self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
+
+    @property
+    def is_pipeline(self) -> bool:
+        return isinstance(self.deepspeed, PipelineEngine)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    @property
+    def device(self) -> torch.device:
+        return self.deepspeed.device
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank needs batches: the first stage takes the inputs, the loss stage the labels."""
+        return not self.is_pipeline or self.topology.pipeline.rank in (0, self._loss_stage)
+
+    @property
+    def _loss_stage(self) -> int:
+        """Pipeline rank that computes the loss: the V of DualPipeV ends where it begins."""
+        return 0 if isinstance(self.module, DualPipeVModule) else self.topology.pipeline.size - 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step and replica, at the present global batch size."""
+        return self.deepspeed.gradient_accumulation_steps()
+
+    def set_global_batch_size(self, global_batch_size: int) -> None:
+        """Change the number of micro-batches of a step."""
+        if self.deepspeed.train_batch_size() != global_batch_size:
+            self.deepspeed.set_train_batch_size(global_batch_size)
+
+    def train_step(self, batches: Iterator[MicroBatch], *, learning_rate: float) -> StepResult:
+        """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective."""
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        prepared = self._weighted(self._take(batches, self.num_micro_batches))
+        skipped_before = self.deepspeed.skipped_steps
+        loss, parts = self._train_pipeline(prepared) if self.is_pipeline else self._train_plain(prepared)
+        skipped = self.deepspeed.skipped_steps > skipped_before
+        norm = self.deepspeed.get_global_grad_norm()
+        if self._own_clipping is not None:
+            skipped, norm = self._own_clipping.skipped, self._own_clipping.global_norm
+        norm = math.nan if norm is None else float(norm)
+        return StepResult(loss, parts[0], parts[1], norm, skipped)
+
+    def evaluate(self, batches: Iterator[MicroBatch], num_micro_batches: int) -> EvaluationResult:
+        """Return the mean losses over the next `num_micro_batches` of `batches` on every replica. Collective."""
+        taken = self._take(batches, num_micro_batches)
+        sums = torch.zeros(4, dtype=torch.float64)  # two losses, two token counts
+        for _, labels in taken:
+            sums[2:] += torch.tensor([(label != IGNORED).sum().item() for label in labels[:2]])
+        ones = [(inputs, (*labels, torch.ones(2))) for inputs, labels in taken]
+        with torch.no_grad():
+            if self.is_pipeline:
+                sums[:2] = self._evaluate_pipeline(ones, num_micro_batches)
+            else:
+                self.deepspeed.eval()
+                for inputs, labels in ones:
+                    self.deepspeed(self._to_device(inputs), self._to_device(labels))
+                    sums[:2] += self._parts().double().cpu()
+                self.deepspeed.train()
+        lm_loss, mlm_loss, lm_tokens, mlm_tokens = self._total(sums, self.topology.data.handle).tolist()
+        values = torch.tensor([_ratio(lm_loss, lm_tokens), _ratio(mlm_loss, mlm_tokens)], dtype=torch.float64)
+        return EvaluationResult(*self._from_loss_stage(values).tolist())
+
+    def _take(self, batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
+        return [next(batches) for _ in range(count)] if self.reads_data else []
+
+    def _weighted(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add to the labels the factors that turn summed losses into means over the global batch."""
+        if not self.reads_data:
+            return []
+        counts = torch.tensor(
+            [sum(int((labels[part] != IGNORED).sum()) for _, labels in batches) for part in range(2)],
+            dtype=torch.float64,
+        )
+        counts = self._total(counts, self.topology.data.handle)
+        scale = len(batches) * self.topology.data.size  # the engine averages over micro-batches and replicas
+        factors = torch.where(counts > 0, scale / counts, 0.0).float()
+        return [(inputs, (*labels, factors)) for inputs, labels in batches]
+
+    def _total(self, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        if group is None:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values, group=group)
+        return values.cpu()
+
+    def _train_plain(self, batches: Iterable[MicroBatch]) -> tuple[float, tuple[float, float]]:
+        totals = torch.zeros(3, dtype=torch.float32, device=self.device)
+        count = 0
+        for inputs, labels in batches:
+            loss = self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
+            count += 1
+        means = self._total(totals / (count * self.topology.data.size), self.topology.data.handle).tolist()
+        return means[0], (means[1], means[2])
+
+    def _train_pipeline(self, batches: Sequence[MicroBatch]) -> tuple[float, tuple[float, float]]:
+        loss = self.deepspeed.train_batch(iter(batches)).item()
+        parts = cast(Mapping[str, Tensor], self.deepspeed.get_additional_losses())
+        return loss, (parts["lm_loss"].item(), parts["mlm_loss"].item())
+
+    def _evaluate_pipeline(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
+        """Return the summed losses of this rank's replica: [LM, MLM]; zeros on ranks that are not the loss stage."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        loss_function = self.module.loss_fn
+
+        def add_parts(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+            loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
+            sums.add_(self._parts().double().cpu())
+            return loss
+
+        self.module.loss_fn = add_parts
+        try:
+            self.deepspeed.eval_batch(iter(batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        finally:
+            self.module.loss_fn = loss_function
+        return sums
+
+    def _parts(self) -> Tensor:
+        parts = cast(Mapping[str, Tensor], self.module.loss_parts)
+        return torch.stack([parts[name].detach().float() for name in LOSS_PARTS])
+
+    def _from_loss_stage(self, values: Tensor) -> Tensor:
+        """Carry `values` from the pipeline stage that computed the loss to the others."""
+        if not self.is_pipeline:
+            return values
+        group = self.topology.pipeline
+        values = values.to(self.device)
+        dist.broadcast(values, src=group.ranks[self._loss_stage], group=group.handle)
+        return values.cpu()
+
+    def _to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
