@@ -78,6 +78,15 @@ def test_the_layers_add_up_to_the_model(
     assert sum(cost.parameters for cost in costs) == parameter_count(model)
 
 
+def test_learned_positions_belong_to_the_first_layer_of_each_stack() -> None:
+    learned = RunConfig(model=ModelConfig(positions="learned"))
+    extra = parameter_count(learned.model, encoder_seq_length=2048, decoder_seq_length=2048) - parameter_count(
+        ModelConfig()
+    )
+    assert extra == 2 * 2048 * 960
+    assert sum(cost.parameters for cost in layer_costs(learned)) == 11_934_059_264 + extra
+
+
 def test_a_decoder_only_layer_by_hand() -> None:
     d, f, n, vocabulary = 64, 256, 128, 1024
     assert parameter_count(DECODER_ONLY.model) == 3 * (4 * d * d + 3 * d * f + 2 * d + 2 * d) + vocabulary * d + d

@@ -1,5 +1,4 @@
-"""What a model costs: parameters and FLOPs of every layer, in closed form. It knows the shape of the model and of a sample; it knows nothing of ranks,
-memory, time or hardware (those are `planner`'s), and it imports no torch.
+"""What a model costs: parameters and FLOPs of every layer, in closed form.
 
 Conventions: FLOPs count a multiply-add as two and only matrix products (what `FlopCounterMode` counts); "per
 sample" is one sequence of each stream; parameters are global, not the slice of a tensor-parallel rank.
@@ -8,7 +7,7 @@ sample" is one sequence of each stream; parameters are global, not the slice of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_omega.config.schema import Branch, ModelConfig, RunConfig
 
@@ -88,11 +87,22 @@ def head_parameters(model: ModelConfig) -> int:
     return d + mlm
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Trainable parameters of the whole model; 11,934,059,264 for the defaults."""
+def position_parameters(model: ModelConfig, length: int) -> int:
+    """Learned positions of one stack; they belong to its first layer."""
+    return length * model.hidden_size if model.positions == "learned" else 0
+
+
+def parameter_count(model: ModelConfig, *, encoder_seq_length: int = 0, decoder_seq_length: int = 0) -> int:
+    """Trainable parameters of the whole model; 11,934,059,264 for the defaults.
+
+    The lengths size learned positions, and count for nothing otherwise.
+    """
     bridge = 0 if model.is_decoder_only else model.hidden_size
+    positions = 0 if model.is_decoder_only else position_parameters(model, encoder_seq_length)
     return (
-        table_parameters(model)
+        positions
+        + position_parameters(model, decoder_seq_length)
+        + table_parameters(model)
         + model.encoder_layers * encoder_layer_parameters(model)
         + bridge
         + model.decoder_layers * decoder_layer_parameters(model)
@@ -226,4 +236,12 @@ def layer_costs(config: RunConfig) -> list[LayerCost]:
         ),
         "decoder": (decoder_layer_parameters(model), 0, decoder_layer_flops(config)),
     }
-    return [LayerCost(name, *kinds[name.partition(".")[0]]) for name in layer_names(model)]
+    costs = [LayerCost(name, *kinds[name.partition(".")[0]]) for name in layer_names(model)]
+    lengths = {
+        "encoder.layers.0": config.data.encoder_seq_length,
+        "decoder.layers.0": config.data.decoder_seq_length,
+    }
+    return [
+        replace(cost, parameters=cost.parameters + position_parameters(model, lengths.get(cost.name, 0)))
+        for cost in costs
+    ]

@@ -1,0 +1,126 @@
+"""Layouts to choose from: every combination that divides the machines, and for each that cannot run the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from megatron_omega.config import check
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.errors import ConfigError
+
+Recompute = Literal["none", "swiglu", "ffn", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "swiglu", "ffn", "full")
+MICRO_BATCHES = (1, 2, 4, 8)
+_LABEL = re.compile(
+    r"tp(?P<tp>\d+)(?P<sp>sp)?-pp(?P<pp>\d+)(?P<dual>v)?-dp(?P<dp>\d+)-mb(?P<mb>\d+)-(?P<recompute>\w+)-zero(?P<zero>[0-3])"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a configuration on a number of ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool = False
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    micro_batch: int = 1
+    recompute: Recompute = "full"
+    zero_stage: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces of the layer list."""
+        return 2 * self.pipeline if self.schedule == "dualpipev" else self.pipeline
+
+    @property
+    def label(self) -> str:
+        """Name on the command line: tp2sp-pp16v-dp8-mb1-full-zero1 (sp: sequence-parallel, v: DualPipeV)."""
+        tensor = f"tp{self.tensor}{'sp' if self.sequence_parallel else ''}"
+        pipeline = f"pp{self.pipeline}{'v' if self.schedule == 'dualpipev' else ''}"
+        return f"{tensor}-{pipeline}-dp{self.data}-mb{self.micro_batch}-{self.recompute}-zero{self.zero_stage}"
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """Return `config` with this layout."""
+        parallel = config.parallel.model_copy(
+            update={
+                "tensor_parallel_size": self.tensor,
+                "pipeline_parallel_size": self.pipeline,
+                "sequence_parallel": self.sequence_parallel,
+                "pipeline_schedule": self.schedule,
+                "recompute": self.recompute,
+                "stage_boundaries": None,
+            }
+        )
+        batch = config.batch.model_copy(update={"micro_batch_size": self.micro_batch})
+        return config.model_copy(update={"parallel": parallel, "batch": batch})
+
+
+def parse_label(label: str) -> Candidate:
+    """Return the candidate called `label`.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    match = _LABEL.fullmatch(label)
+    if match is None or match["recompute"] not in RECOMPUTE:
+        raise ConfigError(
+            f"layout {label!r} has no known form; write it as tp2-pp16-dp8-mb1-full-zero1 "
+            "(tp2sp: sequence-parallel, pp16v: DualPipeV)"
+        )
+    return Candidate(
+        tensor=int(match["tp"]), pipeline=int(match["pp"]), data=int(match["dp"]),
+        sequence_parallel=bool(match["sp"]), schedule="dualpipev" if match["dual"] else "1f1b",
+        micro_batch=int(match["mb"]), recompute=cast(Recompute, match["recompute"]), zero_stage=int(match["zero"]),
+    )  # fmt: skip
+
+
+def of_config(config: RunConfig, world_size: int, zero_stage: int) -> Candidate:
+    """Return the layout that `config` itself asks for."""
+    parallel = config.parallel
+    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    return Candidate(
+        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, max(1, world_size // replica),
+        parallel.sequence_parallel, parallel.pipeline_schedule, config.batch.micro_batch_size, parallel.recompute,
+        zero_stage,
+    )  # fmt: skip
+
+
+def grids(world_size: int, per_node: int) -> Iterator[Candidate]:
+    """Yield the grids tensor x pipeline x data of `world_size` ranks, tensor groups inside a node."""
+    for tensor in check.divisors(world_size):
+        if tensor <= per_node:
+            for pipeline in check.divisors(world_size // tensor):
+                yield Candidate(tensor, pipeline, world_size // (tensor * pipeline))
+
+
+def variants(grid: Candidate) -> Iterator[Candidate]:
+    """Yield every schedule, ZeRO stage, sequence parallelism, micro-batch size and recompute mode of a grid."""
+    schedules = ("1f1b", "dualpipev") if grid.pipeline > 1 else ("1f1b",)
+    stages = (1,) if grid.pipeline > 1 else (0, 1, 2, 3)
+    for schedule in schedules:
+        for zero_stage in stages:
+            for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
+                for micro_batch in MICRO_BATCHES:
+                    for recompute in RECOMPUTE:
+                        yield replace(
+                            grid, schedule=schedule, zero_stage=zero_stage, sequence_parallel=sequence_parallel,
+                            micro_batch=micro_batch, recompute=recompute,
+                        )  # fmt: skip
+
+
+def obstacle(config: RunConfig, candidate: Candidate) -> str | None:
+    """Return why `candidate` cannot run `config`, in a sentence; None where it can."""
+    if candidate.zero_stage == 0 and config.precision.dtype != "fp32":
+        return f"zero_optimization.stage=0 with precision.dtype={config.precision.dtype} runs as stage 1"
+    applied = candidate.apply(config)
+    found = check.findings(applied, candidate.world_size, candidate.zero_stage, needs_corpus=False)
+    return found[0] if found else None

@@ -1,0 +1,289 @@
+"""From a configuration, a layout and a machine to memory, step time and messages. No torch, no measurement.
+
+The step time is a roofline: every stage's kernels at stated efficiencies, tensor-parallel messages behind them, the
+pipeline on a virtual clock (or its closed form, for ranking), then gradients, tied table and optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megatron_omega import accounting
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.planner import memory, schedule
+from megatron_omega.planner.activations import FP32, Shape
+from megatron_omega.planner.candidates import Candidate
+from megatron_omega.planner.hardware import Hardware
+from megatron_omega.planner.memory import Memory
+from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
+from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
+
+EXACT_INSTRUCTIONS = 40_000
+"""Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the seconds of a step go, on the slowest path."""
+
+    compute: float
+    tensor_communication: float
+    bubble: float
+    """Waiting for other stages, transfers between stages included."""
+    data_communication: float
+    """Gradients and weights between replicas, what is not hidden behind the backward pass; tied table."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor_communication + self.bubble + self.data_communication + self.optimizer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one layout costs on one machine."""
+
+    config: RunConfig
+    """With the layout applied."""
+    candidate: Candidate
+    hardware: Hardware
+    stages: tuple[Stage, ...]
+    seconds: tuple[Seconds, ...]
+    """Per stage, one micro-batch."""
+    ranks: tuple[Memory, ...]
+    """Memory of each pipeline rank."""
+    breakdown: Breakdown
+    launches: int
+    """Kernels of the busiest rank in a step."""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.breakdown.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Step time with its error bar."""
+        spread = self.hardware.facts.efficiency.spread
+        return self.step_seconds / (1 + spread), self.step_seconds * (1 + spread)
+
+    @property
+    def peak_memory(self) -> int:
+        return max(rank.total for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_memory <= self.hardware.memory_bytes
+
+    @property
+    def micro_batches(self) -> int:
+        return self.config.batch.global_batch_size // (self.candidate.micro_batch * self.candidate.data)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.batch.global_batch_size * accounting.tokens_per_sample(self.config) / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs per second over peak, recomputation not counted."""
+        flops = accounting.training_flops_per_sample(self.config) * self.config.batch.global_batch_size
+        peak = self.hardware.peak(self.config.precision.dtype) * self.candidate.world_size
+        return flops / (self.step_seconds * peak)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which the slowest path waits for other stages."""
+        return self.breakdown.bubble / self.step_seconds
+
+    @cached_property
+    def timeline(self) -> schedule.Timeline:
+        """One step on the virtual clock."""
+        candidate = self.candidate
+        instructions = schedule.instructions(candidate.schedule, candidate.pipeline, self.micro_batches)
+        forward, backward = [s.forward for s in self.seconds], [s.backward for s in self.seconds]
+        return schedule.execute(instructions, forward, backward, transfer_seconds(self))
+
+
+class Planner:
+    """Estimates layouts of one configuration on one machine; remembers what layouts have in common."""
+
+    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
+        self.config, self.hardware = config, hardware
+        self._costs = accounting.layer_costs(config)
+        self._works: dict[tuple[object, ...], tuple[dict[str, Work], dict[str, Seconds], Shape]] = {}
+        self._stages: dict[tuple[int, object], list[Stage]] = {}
+        self._kept: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    def estimate(self, candidate: Candidate, *, exact: bool = False) -> Estimate:
+        """Return the estimate of one legal layout; `exact` runs its schedule on the virtual clock."""
+        config = candidate.apply(self.config)
+        works, times, shape = self._common(config, candidate)
+        stages = self._cut(config, candidate)
+        seconds = tuple(stage.seconds(times) for stage in stages)
+        ranks = tuple(self._memory(config, candidate, stages, rank, works, shape) for rank in range(candidate.pipeline))
+        launches = max(
+            sum(stages[s].launches(works) for s in stages_of(candidate, rank)) for rank in range(candidate.pipeline)
+        )
+        estimate = Estimate(
+            config, candidate, self.hardware, tuple(stages), seconds, ranks, Breakdown(0, 0, 0, 0, 0), 0
+        )
+        estimate = replace(estimate, launches=launches * estimate.micro_batches)
+        return replace(estimate, breakdown=self._breakdown(estimate, works, exact=exact))
+
+    def works(self, candidate: Candidate) -> dict[str, Work]:
+        """Return what each kind of layer asks of a rank of `candidate`."""
+        return self._common(candidate.apply(self.config), candidate)[0]
+
+    def _common(self, config: RunConfig, c: Candidate) -> tuple[dict[str, Work], dict[str, Seconds], Shape]:
+        key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute)
+        if key not in self._works:
+            fused = not self.hardware.facts.is_cpu
+            works, shape = layer_works(config, fused_norms=fused), Shape.of(config, fused_norms=fused)
+            dtype = config.precision.dtype
+            times = {
+                kind: layer_seconds(work, self.hardware, dtype, shape.element, c.tensor) for kind, work in works.items()
+            }
+            self._works[key] = works, times, shape
+        return self._works[key]
+
+    def _cut(self, config: RunConfig, candidate: Candidate) -> list[Stage]:
+        key = (candidate.num_stages, config.parallel.stage_boundaries)
+        if key not in self._stages:
+            self._stages[key] = cut(config, candidate, self._costs)
+        return self._stages[key]
+
+    def _memory(
+        self, config: RunConfig, c: Candidate, stages: list[Stage], rank: int, works: dict[str, Work], shape: Shape
+    ) -> Memory:
+        mine = [(index, stages[index]) for index in stages_of(c, rank)]
+        micro_batches = config.batch.global_batch_size // (c.micro_batch * c.data)
+        parameters = sum(stage.parameters(works) for _, stage in mine)
+        if any(stage.has_table for _, stage in mine):
+            parameters += table_parameters(config)
+        held = memory.states(
+            parameters, dtype=config.precision.dtype, zero_stage=c.zero_stage, data_parallel_size=c.data
+        )
+        activations = working = travelling = 0
+        for index, stage in mine:
+            count = in_flight(c, micro_batches, index)
+            kept, sent = self._stage_bytes(config, c, stages, index, works, shape)
+            activations += count * kept
+            travelling += count * sent
+            working = max(working, stage.working(works))
+        return replace(
+            held,
+            activations=activations,
+            working=working,
+            buffers=held.buffers + travelling,
+            runtime=memory.runtime(activations + working, is_cpu=self.hardware.facts.is_cpu),
+        )
+
+    def _stage_bytes(
+        self, config: RunConfig, c: Candidate, stages: list[Stage], index: int, works: dict[str, Work], shape: Shape
+    ) -> tuple[int, int]:
+        """Return what a stage keeps, and what it received and waits to have sent, for one micro-batch."""
+        ends = (
+            stages[index - 1].kinds[-1] if index else None,
+            stages[index + 1].kinds[0] if index + 1 < len(stages) else None,
+        )
+        key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute, stages[index].signature, ends)
+        if key not in self._kept:
+            stage, travelling = stages[index], 0
+            if index:
+                travelling += sum(pipeline_messages(config, stages[index - 1].kinds[-1], stage.kinds[0])[0])
+            if index + 1 < len(stages):
+                travelling += sum(pipeline_messages(config, stage.kinds[-1], stages[index + 1].kinds[0])[0])
+            self._kept[key] = stage.kept(config, works, shape), travelling
+        return self._kept[key]
+
+    def _breakdown(self, estimate: Estimate, works: dict[str, Work], *, exact: bool) -> Breakdown:
+        c, m = estimate.candidate, estimate.micro_batches
+        per_rank = [[estimate.seconds[s] for s in stages_of(c, rank)] for rank in range(c.pipeline)]
+        busiest = max(per_rank, key=lambda parts: sum(s.forward + s.backward for s in parts))
+        busy = m * sum(s.forward + s.backward for s in busiest)
+        communication = m * sum(s.communication for s in busiest)
+        exact = exact and c.pipeline > 1 and c.pipeline * m <= EXACT_INSTRUCTIONS
+        span = estimate.timeline.makespan if exact else _makespan(estimate)
+        table, dp_seconds, optimizer = table_parameters(estimate.config), 0.0, 0.0
+        for rank in range(c.pipeline):
+            mine = [estimate.stages[s] for s in stages_of(c, rank)]
+            parameters = sum(stage.parameters(works) for stage in mine)
+            parameters += table if any(stage.has_table for stage in mine) else 0
+            dp_seconds = max(dp_seconds, _data_seconds(estimate, parameters, busy))
+            optimizer = max(optimizer, _optimizer_seconds(estimate, parameters))
+        tied = {rank for rank in range(c.pipeline) if any(estimate.stages[s].has_table for s in stages_of(c, rank))}
+        if len(tied) > 1:
+            stride = c.tensor * c.data * max(1, (max(tied) - min(tied)) // (len(tied) - 1))
+            dp_seconds += self.hardware.collective_seconds("all_reduce", table * FP32, len(tied), stride)
+        return Breakdown(busy - communication, communication, max(0.0, span - busy), dp_seconds, optimizer)
+
+
+def stages_of(candidate: Candidate, rank: int) -> tuple[int, ...]:
+    """Return the stages that pipeline rank `rank` holds."""
+    return (rank, 2 * candidate.pipeline - 1 - rank) if candidate.schedule == "dualpipev" else (rank,)
+
+
+def in_flight(candidate: Candidate, micro_batches: int, stage: int) -> int:
+    """Return the most micro-batches whose activations `stage` holds at once: 2P to 1 along a V, P to 1 under 1F1B."""
+    if candidate.schedule == "dualpipev":
+        return min(2 * candidate.pipeline - stage, micro_batches)
+    return schedule.in_flight("1f1b", candidate.pipeline, micro_batches, stage)
+
+
+def transfer_seconds(estimate: Estimate) -> list[float]:
+    """Seconds of a transfer over each cut; nothing where both stages are on one rank."""
+    c, stages, hardware = estimate.candidate, estimate.stages, estimate.hardware
+    seconds: list[float] = []
+    known: dict[tuple[str, str], float] = {}
+    for index in range(len(stages) - 1):
+        if c.schedule == "dualpipev" and index == c.pipeline - 1:
+            seconds.append(0.0)
+            continue
+        ends = stages[index].kinds[-1], stages[index + 1].kinds[0]
+        if ends not in known:
+            num_bytes = sum(pipeline_messages(estimate.config, *ends)[0])
+            known[ends] = hardware.collective_seconds("transfer", num_bytes, 2, c.tensor * c.data)
+        seconds.append(known[ends])
+    return seconds
+
+
+def _makespan(estimate: Estimate) -> float:
+    """Closed form of the pipeline's time: exact for equal stages, an estimate for unequal ones."""
+    c, m, seconds = estimate.candidate, estimate.micro_batches, estimate.seconds
+    if c.pipeline == 1:
+        return m * sum(s.forward + s.backward for s in seconds)
+    transfers = transfer_seconds(estimate)
+    exchange = 4 * max(transfers)
+    if c.schedule == "1f1b":
+        slowest = max(s.forward + s.backward for s in seconds)
+        return sum(s.forward + s.backward for s in seconds) + 2 * sum(transfers) + (m - 1) * (slowest + exchange)
+    ranks = [[seconds[s] for s in stages_of(c, rank)] for rank in range(c.pipeline)]
+    slowest = max(sum(s.forward + s.backward for s in parts) for parts in ranks)
+    forward = sum(s.forward for s in seconds) / len(seconds)
+    backward = sum(s.backward for s in seconds) / len(seconds)
+    return m * (slowest + exchange) + (c.pipeline - 1) * (forward + 2 * backward + exchange) - forward
+
+
+def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
+    """Seconds of data-parallel communication that the backward pass does not hide."""
+    c, m = estimate.candidate, estimate.micro_batches
+    element = Shape.of(estimate.config).element
+
+    def collective(kind: str) -> Callable[[int], float]:
+        return lambda num_bytes: estimate.hardware.collective_seconds(kind, num_bytes, c.data, c.tensor)  # pyright: ignore[reportArgumentType]
+
+    reduce, gather, scatter = collective("all_reduce"), collective("all_gather"), collective("reduce_scatter")
+    if c.zero_stage <= 1:
+        gradients = FP32 if estimate.config.precision.dtype == "bf16" else element
+        return reduce(gradients * parameters) + (gather(element * parameters) if c.zero_stage else 0.0)
+    scattered = m * scatter(element * parameters)
+    if c.zero_stage == 2:
+        return max(scattered - busy / 2, scattered / m * 0.1) + gather(element * parameters)
+    return max(scattered + 2 * m * gather(element * parameters) - busy, 0.0) + gather(element * parameters) * 0.1
+
+
+def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:
+    """Seconds of AdamW: read gradient, master and moments, write master, moments and weight; and the norm."""
+    share = parameters / (estimate.candidate.data if estimate.candidate.zero_stage else 1)
+    return estimate.hardware.traffic_seconds(40 * share + 4 * parameters)

@@ -1,0 +1,71 @@
+"""Bytes of one rank: weights, gradients, optimizer state, activations in flight, what the engine and the run time hold.
+
+States follow what DeepSpeed 0.19 allocates for the optimizer it picks: BF16_Optimizer for bf16 at stage 1 (fp32
+gradients are kept whole beside the bf16 ones), its ZeRO optimizers elsewhere, the plain AdamW at stage 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_omega.planner.activations import FP32
+from megatron_omega.planner.hardware import GIB
+
+REDUCE_BUCKET = 200_000_000
+"""Elements DeepSpeed gathers before a reduction at stages 2 and 3, as in ds_configs/."""
+ALL_REDUCE_BUCKET = 500_000_000
+"""Elements DeepSpeed flattens for one all-reduce at stages 0 and 1."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered parameters that stage 3 keeps alive at most."""
+GPU_RUNTIME = int(2.0 * GIB)
+"""CUDA context, kernels, communicators."""
+ALLOCATOR_SLACK = 0.04
+"""Share of activations lost between blocks of the caching allocator."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    """Master weights and both moments."""
+    activations: int = 0
+    """Kept for the backward pass, all micro-batches in flight."""
+    working: int = 0
+    """Of the layer that runs backward: recomputed activations and gradients; logits of one chunk."""
+    buffers: int = 0
+    """Communication buckets, tensors received from and waiting for other stages."""
+    runtime: int = 0
+    """Driver, kernels, communicators, allocator slack."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def states(parameters: int, *, dtype: str, zero_stage: int, data_parallel_size: int) -> Memory:
+    """Return weights, gradients, optimizer state and buckets for `parameters` local parameters."""
+    dp, element = data_parallel_size, FP32 if dtype == "fp32" else 2
+    share = -(-parameters // dp)
+    several = dp > 1
+    if zero_stage == 0:
+        bucket = min(parameters, ALL_REDUCE_BUCKET) * element * several
+        return Memory(element * parameters, element * parameters, 2 * FP32 * parameters, buffers=bucket)
+    if zero_stage == 1 and dtype == "bf16":
+        bucket = min(parameters, ALL_REDUCE_BUCKET) * FP32 * several
+        return Memory(element * parameters, (element + FP32) * parameters, 3 * FP32 * share, buffers=bucket)
+    bucket = 2 * min(parameters, REDUCE_BUCKET) * element * several
+    optimizer = 3 * FP32 * share
+    if zero_stage == 1:
+        return Memory(element * parameters, element * parameters + FP32 * share, optimizer, buffers=bucket)
+    if zero_stage == 2:
+        return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket)
+    live = min(parameters, LIVE_PARAMETERS) * element * several
+    return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live)
+
+
+def runtime(activations: int, *, is_cpu: bool) -> int:
+    """Return what the run time takes; a CPU process's baseline is not counted."""
+    return 0 if is_cpu else GPU_RUNTIME + int(ALLOCATOR_SLACK * activations)

@@ -1,0 +1,286 @@
+"""Pipeline schedules on a virtual clock: who computes what when, where ranks wait, and how much time that costs.
+
+A schedule is, for every rank, a list of computations and exchanges in the order in which the engine issues them:
+1F1B as DeepSpeed's TrainSchedule (each send and receive blocks until its partner arrives), DualPipeV as its
+DualPipeVSchedule (sends and receives are queued and committed together). Durations are arguments; nothing here knows
+what a stage is made of.
+
+Stages count along the model: 0 .. P-1 for 1F1B; 0 .. 2P-1 for DualPipeV, where rank r holds r and 2P-1-r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+Direction = Literal["F", "B"]
+Schedule = Literal["1f1b", "dualpipev"]
+
+
+class Compute(NamedTuple):
+    """One forward ("F") or backward ("B") pass of one micro-batch through one stage."""
+
+    direction: Direction
+    stage: int
+    micro_batch: int
+
+
+class Transfer(NamedTuple):
+    """What `sender` computed travels one stage on: activations ("F") or gradients ("B")."""
+
+    direction: Direction
+    sender: int
+    micro_batch: int
+
+
+Exchange = tuple[Transfer, ...]
+"""Transfers a rank starts together and waits for."""
+Instruction = Compute | Exchange
+
+
+class Interval(NamedTuple):
+    """A computation, with its place on the clock (seconds)."""
+
+    task: Compute
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """An executed schedule."""
+
+    ranks: tuple[tuple[Interval, ...], ...]
+    """What each rank computes, in order."""
+    makespan: float
+    """Seconds from the first instruction to the end of the last."""
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of all ranks' time in which they compute nothing: the bubble."""
+        busy = sum(interval.end - interval.start for rank in self.ranks for interval in rank)
+        return 1 - busy / (len(self.ranks) * self.makespan)
+
+
+def bubble_fraction(schedule: Schedule, stages: int, micro_batches: int) -> float:
+    """Return the idle share with equal stages, no transfer time and a backward pass of twice the forward's length.
+
+    1F1B in closed form, (p - 1) / (m + p - 1); DualPipeV on the virtual clock.
+    """
+    if schedule == "1f1b":
+        return (stages - 1) / (micro_batches + stages - 1)
+    pieces = 2 * stages
+    return execute(instructions(schedule, stages, micro_batches), [1.0] * pieces, [2.0] * pieces).idle_fraction
+
+
+def in_flight(schedule: Schedule, stages: int, micro_batches: int, stage: int) -> int:
+    """Return the most micro-batches whose activations `stage` holds at once."""
+    if schedule == "1f1b":
+        return min(stages - stage, micro_batches)
+    most = held = 0
+    rank = stage if stage < stages else 2 * stages - 1 - stage
+    for instruction in instructions(schedule, stages, micro_batches)[rank]:
+        if isinstance(instruction, Compute) and instruction.stage == stage:
+            held += 1 if instruction.direction == "F" else -1
+            most = max(most, held)
+    return most
+
+
+@lru_cache(maxsize=64)
+def instructions(schedule: Schedule, stages: int, micro_batches: int) -> tuple[tuple[Instruction, ...], ...]:
+    """Return every rank's instructions for one optimizer step."""
+    if schedule == "dualpipev":
+        if micro_batches < 2 * stages:
+            raise ValueError(f"DualPipeV over {stages} ranks needs at least {2 * stages} micro-batches")
+        return tuple(tuple(_DualPipeVRank(stages, micro_batches, rank).instructions()) for rank in range(stages))
+    return tuple(tuple(_one_forward_one_backward(stages, micro_batches, stage)) for stage in range(stages))
+
+
+def _one_forward_one_backward(stages: int, micro_batches: int, stage: int) -> Iterator[Instruction]:
+    """Even and odd stages alternate: one goes forward while the other goes backward."""
+    before: Compute | None = None
+    for step in range(2 * (micro_batches + stages - 1)):
+        is_forward = step % 2 == stage % 2
+        offset = stage if is_forward else 2 * stages - 1 - stage
+        micro_batch = (step - offset) // 2
+        task = Compute("F" if is_forward else "B", stage, micro_batch)
+        is_valid = 0 <= micro_batch < micro_batches
+        if is_forward:
+            if before and stage > 0:
+                yield (Transfer("B", stage, before.micro_batch),)
+            if is_valid and stage > 0:
+                yield (Transfer("F", stage - 1, micro_batch),)
+        else:
+            if is_valid and stage < stages - 1:
+                yield (Transfer("B", stage + 1, micro_batch),)
+            if before and stage < stages - 1:
+                yield (Transfer("F", stage, before.micro_batch),)
+        if is_valid:
+            yield task
+        before = task if is_valid else None
+
+
+class _DualPipeVRank:
+    """Generates one rank's instructions of DualPipeV (arXiv 2412.19437, the V of its authors' repository).
+
+    Phase 0 flows from rank 0 to the last, phase 1 back. Transfers are queued; `_commit` starts them and waits.
+    """
+
+    def __init__(self, ranks: int, micro_batches: int, rank: int) -> None:
+        self.ranks, self.micro_batches, self.rank = ranks, micro_batches, rank
+        self._queue: list[Transfer] = []
+        self._counts: dict[tuple[str, int], int] = {}
+
+    def instructions(self) -> Iterator[Instruction]:
+        ranks, rank = self.ranks, self.rank
+        is_last = rank == ranks - 1
+        behind = ranks - rank - 1
+        for _ in range(2 * behind):  # fill phase 0
+            yield from self._forward(0)
+        self._receive("F", 0)
+        for index in range(rank + 1):  # fill both phases
+            yield from self._forward(0, receive=False, send=False)
+            self._receive("F", 0)
+            yield from self._forward(1, send=not is_last or index < rank)
+            self._send("F", 0)
+        for _ in range(behind):
+            yield from self._backward(1)
+            self._receive("F", 1)
+            yield from self._commit()
+            yield from self._forward(1, receive=False)
+        for index in range(self.micro_batches - 2 * ranks + rank + 1):  # steady state
+            yield from self._turn_around() if index == 0 and is_last else self._both(0, 1, receive=index > 0)
+            yield from self._both(1, 0)
+        for _ in range(behind):  # drain
+            yield from self._backward(1)
+            yield from self._both(1, 0)
+        for _ in range(rank + 1):
+            yield from self._backward(1)
+            yield from self._backward(0)
+        for _ in range(behind):
+            yield from self._commit()
+            yield from self._backward(0)
+        yield from self._commit()
+
+    def _turn_around(self) -> Iterator[Instruction]:
+        yield from self._forward(0, receive=False, send=False)
+        self._send("F", 1)
+        yield from self._backward(1, send=False)
+        self._send("F", 0)
+        self._send("B", 1)
+
+    def _forward(self, phase: int, *, receive: bool = True, send: bool = True) -> Iterator[Instruction]:
+        if receive:
+            self._receive("F", phase)
+        yield from self._commit()
+        yield self._task("F", phase)
+        if send:
+            self._send("F", phase)
+
+    def _backward(self, phase: int, *, send: bool = True) -> Iterator[Instruction]:
+        self._receive("B", phase)
+        yield from self._commit()
+        yield self._task("B", phase)
+        if send:
+            self._send("B", phase)
+
+    def _both(self, forward: int, backward: int, *, receive: bool = True) -> Iterator[Instruction]:
+        if receive:
+            self._receive("F", forward)
+        self._receive("B", backward)
+        yield from self._commit()
+        yield self._task("F", forward)
+        yield self._task("B", backward)
+        self._send("F", forward)
+        self._send("B", backward)
+
+    def _stage(self, phase: int) -> int:
+        return self.rank if phase == 0 else 2 * self.ranks - 1 - self.rank
+
+    def _next(self, what: str, phase: int) -> int:
+        count = self._counts.get((what, phase), 0)
+        self._counts[what, phase] = count + 1
+        return count
+
+    def _task(self, direction: Direction, phase: int) -> Compute:
+        return Compute(direction, self._stage(phase), self._next(direction, phase))
+
+    def _crosses_ranks(self, sender: int, receiver: int) -> bool:
+        return (
+            min(sender, receiver) >= 0
+            and max(sender, receiver) < 2 * self.ranks
+            and sender + receiver != 2 * self.ranks - 1
+        )
+
+    def _receive(self, direction: Direction, phase: int) -> None:
+        stage = self._stage(phase)
+        sender = stage - 1 if direction == "F" else stage + 1
+        if self._crosses_ranks(sender, stage):
+            self._queue.append(Transfer(direction, sender, self._next(f"receive {direction}", phase)))
+
+    def _send(self, direction: Direction, phase: int) -> None:
+        stage = self._stage(phase)
+        receiver = stage + 1 if direction == "F" else stage - 1
+        if self._crosses_ranks(stage, receiver):
+            self._queue.append(Transfer(direction, stage, self._next(f"send {direction}", phase)))
+
+    def _commit(self) -> Iterator[Instruction]:
+        if self._queue:
+            yield tuple(self._queue)
+            self._queue.clear()
+
+
+def execute(
+    schedule: Sequence[Sequence[Instruction]],
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    transfer_seconds: Sequence[float] | None = None,
+) -> Timeline:
+    """Run `schedule` on a virtual clock; durations are per stage.
+
+    A transfer begins when both sides have reached it; both wait for its end. `transfer_seconds[i]` is how long one
+    between stages i and i + 1 lasts (default: no time). Raises
+    ValueError if the ranks wait for each other in a circle.
+    """
+    seconds = {"F": forward_seconds, "B": backward_seconds}
+    clocks = [0.0] * len(schedule)
+    places = [0] * len(schedule)
+    intervals: list[list[Interval]] = [[] for _ in schedule]
+    arrivals: dict[Transfer, dict[int, float]] = {}
+    runnable = list(range(len(schedule)))
+    waiting: dict[Transfer, int] = {}
+    while runnable:
+        rank = runnable.pop()
+        mine = schedule[rank]
+        while places[rank] < len(mine):
+            instruction = mine[places[rank]]
+            if isinstance(instruction, Compute):
+                start = clocks[rank]
+                clocks[rank] = start + seconds[instruction.direction][instruction.stage]
+                intervals[rank].append(Interval(instruction, start, clocks[rank]))
+                places[rank] += 1
+                continue
+            for transfer in instruction:
+                sides = arrivals.setdefault(transfer, {})
+                if rank not in sides:
+                    sides[rank] = clocks[rank]
+                    if (partner := waiting.pop(transfer, None)) is not None:
+                        runnable.append(partner)
+            missing = next((transfer for transfer in instruction if len(arrivals[transfer]) < 2), None)
+            if missing is not None:
+                waiting[missing] = rank
+                break
+            lasts = max(_lasts(transfer, transfer_seconds) for transfer in instruction)
+            clocks[rank] = max(max(arrivals[transfer].values()) for transfer in instruction) + lasts
+            places[rank] += 1
+    if any(place < len(mine) for place, mine in zip(places, schedule, strict=True)):
+        raise ValueError("the ranks of this schedule wait for each other in a circle")
+    return Timeline(tuple(map(tuple, intervals)), max(clocks))
+
+
+def _lasts(transfer: Transfer, seconds: Sequence[float] | None) -> float:
+    if seconds is None:
+        return 0.0
+    return seconds[transfer.sender if transfer.direction == "F" else transfer.sender - 1]

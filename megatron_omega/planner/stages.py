@@ -1,0 +1,142 @@
+"""One pipeline stage on one rank: the layers it holds, and what they add up to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron_omega import accounting
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.planner import activations
+from megatron_omega.planner.activations import Shape
+from megatron_omega.planner.candidates import Candidate
+from megatron_omega.planner.hardware import Hardware
+from megatron_omega.planner.work import BACKWARD_LAUNCHES, BACKWARD_TRAFFIC, FORWARD_TRAFFIC, Messages, Work
+
+USES_TABLE = ("embedding", "bridge", "output")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one kind of layer, or of a stage, for one micro-batch."""
+
+    forward: float
+    backward: float
+    """Recomputation included."""
+    communication: float
+    """Share of both that is tensor-parallel communication."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive layers."""
+
+    first: int
+    """Index of its first layer in the layer list."""
+    kinds: tuple[str, ...]
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(self.kinds)
+
+    @property
+    def has_table(self) -> bool:
+        return any(kind in USES_TABLE for kind in self.kinds)
+
+    @property
+    def signature(self) -> tuple[tuple[str, int], ...]:
+        """Equal for stages that do the same."""
+        return tuple(sorted(self.counts.items()))
+
+    def describe(self) -> str:
+        """Return its layers in words: `embedding + 24 encoder`."""
+        return " + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in self.counts.items())
+
+    def parameters(self, works: Mapping[str, Work]) -> int:
+        """Local parameters, the token table apart."""
+        return sum(works[kind].parameters * count for kind, count in self.counts.items())
+
+    def forward_flops(self, works: Mapping[str, Work]) -> int:
+        return sum(works[kind].forward_flops * count for kind, count in self.counts.items())
+
+    def total_flops(self, works: Mapping[str, Work]) -> int:
+        """Forward, recomputed and backward FLOPs of one micro-batch."""
+        return sum(works[kind].total_flops * count for kind, count in self.counts.items())
+
+    def launches(self, works: Mapping[str, Work]) -> int:
+        """Kernels of forward and backward of one micro-batch."""
+        return sum(
+            round((works[kind].launches * (1 + BACKWARD_LAUNCHES) + works[kind].recomputed_launches) * count)
+            for kind, count in self.counts.items()
+        )
+
+    def messages(self, works: Mapping[str, Work]) -> Messages:
+        """Tensor-parallel messages of forward and backward of one micro-batch."""
+        total: Messages = Counter()
+        for kind, count in self.counts.items():
+            for messages in (works[kind].forward_messages, works[kind].backward_messages):
+                for message, number in messages.items():
+                    total[message] += number * count
+        return total
+
+    def kept(self, config: RunConfig, works: Mapping[str, Work], shape: Shape) -> int:
+        """Bytes kept for the backward pass of one micro-batch, shared tensors once."""
+        counts = self.counts
+        kept = sum(works[kind].kept * count for kind, count in counts.items())
+        uses_memory = counts["decoder"] or (counts["head"] and config.model.has_mlm_head)
+        if uses_memory:
+            kept += activations.memory_between_layers(config, shape)
+        uses_encoder_segments = counts["encoder"] or (counts["decoder"] and not config.model.is_decoder_only)
+        return kept + activations.segments(shape, encoder=bool(uses_encoder_segments), decoder=bool(counts["decoder"]))
+
+    def working(self, works: Mapping[str, Work]) -> int:
+        return max(works[kind].working for kind in self.counts)
+
+    def seconds(self, times: Mapping[str, Seconds]) -> Seconds:
+        """Add up the layers."""
+        counts = self.counts.items()
+        return Seconds(
+            sum(times[kind].forward * count for kind, count in counts),
+            sum(times[kind].backward * count for kind, count in counts),
+            sum(times[kind].communication * count for kind, count in counts),
+        )
+
+
+def cut(config: RunConfig, candidate: Candidate, costs: Sequence[accounting.LayerCost]) -> list[Stage]:
+    """Return the stages of `candidate`, in the order of the layers."""
+    boundaries = config.parallel.stage_boundaries or accounting.stage_boundaries(costs, candidate.num_stages)
+    edges = [0, *boundaries, len(costs)]
+    kinds = [cost.kind for cost in costs]
+    return [Stage(first, tuple(kinds[first:last])) for first, last in pairwise(edges)]
+
+
+def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tensor: int) -> Seconds:
+    """Time of one layer: its kernels one after the other, never faster than the host can launch them, then messages.
+
+    A product is computed once forward, twice backward; attention recomputes its scores backward (2.5 times).
+    """
+
+    def kernels(work_products: float, attention: float, traffic: float, launches: float) -> float:
+        seconds = work_products + hardware.attention_seconds(attention, dtype) + hardware.traffic_seconds(traffic)
+        return max(seconds, launches * hardware.facts.launch_seconds)
+
+    def messages(counted: Messages) -> float:
+        return sum(
+            count * hardware.collective_seconds(message.kind, message.num_bytes, tensor, 1)
+            for message, count in counted.items()
+        )
+
+    products = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.products)
+    again = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.recomputed)
+    masks = work.attention_bytes
+    forward = kernels(products, work.attention_flops, work.traffic + masks, work.launches)
+    backward = kernels(
+        2 * products + again,
+        2.5 * work.attention_flops + work.recomputed_attention_flops,
+        work.traffic * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic + 2 * masks,
+        work.launches * BACKWARD_LAUNCHES + work.recomputed_launches,
+    )
+    sent_forward, sent_backward = messages(work.forward_messages), messages(work.backward_messages)
+    return Seconds(forward + sent_forward, backward + sent_backward, sent_forward + sent_backward)
