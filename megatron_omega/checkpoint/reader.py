@@ -1,0 +1,171 @@
+"""Reading a checkpoint: any region of any tensor, verified block by block. Needs no engine, no model, no GPU.
+
+Only the blocks that hold wanted elements are read; each is compared with its checksum before an element of it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from megatron_omega.checkpoint.manifest import (
+    ELEMENT_BYTES,
+    FileEntry,
+    Fragment,
+    Kind,
+    Manifest,
+    read_manifest,
+    tensor_key,
+)
+from megatron_omega.checkpoint.mapping import Region, box_of, copy_overlap, overlaps, whole
+from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile, checksum
+from megatron_omega.errors import CheckpointError
+
+_OPEN_FILES = 64
+
+
+class CheckpointReader:
+    """An open checkpoint."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._files: OrderedDict[str, TensorFile] = OrderedDict()
+        self._buffer = torch.empty(0, dtype=torch.float32)
+
+    @property
+    def config(self) -> dict[str, JsonValue]:
+        """The resolved configuration of the run that wrote it."""
+        return self.manifest.config
+
+    def names(self) -> tuple[str, ...]:
+        """Return the canonical names of all parameters."""
+        return tuple(self.manifest.parameters)
+
+    def tensor(self, name: str, kind: Kind = "weight") -> Tensor:
+        """Return the whole tensor, fp32, in its global shape. Raises CheckpointError where a byte has changed."""
+        return self._read(name, kind, whole(self._shape(name)))
+
+    def slice(self, name: str, kind: Kind, axis: int, start: int, stop: int) -> Tensor:
+        """Return [start, stop) along `axis`; reads little else where the tensor was sharded along that axis."""
+        shape = self._shape(name)
+        if self.manifest.parameters[name].axis not in (None, axis):
+            return self.tensor(name, kind).narrow(axis, start, stop - start).clone()
+        return self._read(name, kind, box_of(shape, axis, start, stop))
+
+    def _read(self, name: str, kind: Kind, region: Region) -> Tensor:
+        destination = torch.empty(region.count, dtype=torch.float32)
+        self.read_into(destination, name, kind, region)
+        return destination.view(region.box_shape)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.manifest.parameters:
+            raise CheckpointError(f"{self.path} holds no parameter {name!r}")
+        return self.manifest.parameters[name].shape
+
+    def read_into(self, destination: Tensor, name: str, kind: Kind, region: Region) -> None:
+        """Fill the 1-D tensor `destination` with the elements of `region`. Raises CheckpointError at any damage."""
+        entry = self.manifest.parameters[name]
+        if kind not in self.manifest.kinds:
+            raise CheckpointError(f"{self.path} holds no optimizer state ({kind} of {name}); load its weights only")
+        copied = 0
+        for fragment in entry.fragments:
+            for index, block in enumerate(self._blocks(entry.region(fragment))):
+                if overlaps(block, region):
+                    data = self._read_block(name, kind, fragment, index, block.count)
+                    copied += copy_overlap(data, block, destination, region)
+        assert copied == region.count == destination.numel(), f"{copied} of {region.count} elements of {name} found"
+
+    def _blocks(self, region: Region) -> Iterator[Region]:
+        step = self.manifest.block_bytes // ELEMENT_BYTES
+        for offset in range(0, region.count, step):
+            yield region.part(offset, min(step, region.count - offset))
+
+    def _read_block(self, name: str, kind: Kind, fragment: Fragment, index: int, count: int) -> Tensor:
+        """Read block `index` of a tensor into the buffer, which the next call overwrites."""
+        if self._buffer.numel() < count:
+            self._buffer = torch.empty(count, dtype=torch.float32)
+        data = self._buffer[:count]
+        view = data.view(torch.uint8).numpy().data
+        entry = self.manifest.file(fragment, kind)
+        key = tensor_key(name, kind)
+        try:
+            file = self._open(entry)
+            place = file.places.get(key)
+            if place is None or place.size_bytes != fragment.count * ELEMENT_BYTES:
+                raise DamagedFile(f"does not hold {fragment.count:,} elements")
+            file.read_into(view, place.offset + index * self.manifest.block_bytes)
+            if checksum(view) != fragment.blocks[kind][index]:
+                raise DamagedFile(f"has changed bytes (checksum of block {index})")
+        except DamagedFile as error:
+            raise CheckpointError(f"{self.path / entry.name} {error}; tensor {key}") from error
+        return data
+
+    def _open(self, entry: FileEntry) -> TensorFile:
+        if entry.name in self._files:
+            self._files.move_to_end(entry.name)
+            return self._files[entry.name]
+        if len(self._files) >= _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        file = TensorFile(self.path / entry.name, size_bytes=entry.size_bytes, header_checksum=entry.header)
+        self._files[entry.name] = file
+        return file
+
+    def check_files(self) -> None:
+        """Compare size and header of every file with the manifest. Raises CheckpointError with every finding."""
+        findings = []
+        for entry in self.manifest.files():
+            try:
+                self._open(entry)
+            except DamagedFile as error:
+                findings.append(f"{self.path / entry.name} {error}")
+        if findings:
+            raise CheckpointError(*findings)
+
+    def verify(self) -> list[str]:
+        """Read every byte and return what is damaged, naming file and tensor; an empty list where nothing is."""
+        return [
+            problem
+            for name, entry in self.manifest.parameters.items()
+            for fragment in entry.fragments
+            for kind in self.manifest.kinds
+            if (problem := self._damage(name, kind, fragment)) is not None
+        ]
+
+    def _damage(self, name: str, kind: Kind, fragment: Fragment) -> str | None:
+        try:
+            for index, block in enumerate(self._blocks(self.manifest.parameters[name].region(fragment))):
+                self._read_block(name, kind, fragment, index, block.count)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def element_count(self) -> int:
+        """Return the number of parameters of the model."""
+        return sum(math.prod(entry.shape) for entry in self.manifest.parameters.values())
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path | str) -> CheckpointReader:
+    """Open the checkpoint folder `path`. Raises CheckpointError where its manifest is missing or damaged."""
+    path = Path(path)
+    return CheckpointReader(path, read_manifest(path))

@@ -1,0 +1,354 @@
+"""The checkpoints of a run: saved from and loaded into a live engine, in the background, newest valid first."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from megatron_omega import __version__
+from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
+from megatron_omega.checkpoint.engine_state import (
+    Engine,
+    base_optimizer,
+    check_masters,
+    engine_holdings,
+    prefill_adam,
+    read_counters,
+    refresh_working_weights,
+    restore_counters,
+)
+from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
+from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
+from megatron_omega.checkpoint.peers import Peers
+from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_omega.checkpoint.writer import Piece, Snapshot, remove_unfinished, write_checkpoint
+from megatron_omega.config.schema import CheckpointConfig
+from megatron_omega.errors import CheckpointError
+from megatron_omega.log import get_logger
+from megatron_omega.parallel.topology import Topology
+
+logger = get_logger(__name__)
+
+JSON = JsonValue
+
+
+class _Binding:
+    """An engine's holdings and what this rank writes of them."""
+
+    def __init__(self, engine: Engine, peers: Peers, topology: Topology) -> None:
+        self.engine = engine
+        self.holdings = engine_holdings(engine)
+        held = [[_decode(row) for row in cast(list[Any], rows)] for rows in peers.exchange(self._encode())]
+        coordinates = [topology.layout.coordinate(rank) for rank in range(peers.size)]
+        replicas = [place.pipeline * topology.layout.tensor + place.tensor for place in coordinates]
+        self.shapes = {holding.name: holding.region.shape for holdings in held for holding in holdings}
+        self.duties: list[Duty] = share_writing(held, replicas)[peers.rank]
+        self._buffers: dict[Kind, Tensor] = {}
+
+    def _encode(self) -> JSON:
+        rows = []
+        for mine in self.holdings:
+            region = mine.holding.region
+            rows.append([mine.info.name, list(region.shape), region.axis, region.start, region.stop, region.first,
+                         region.count, mine.copy])  # fmt: skip
+        return rows
+
+    def pieces(self, *, copy: bool) -> list[Piece]:
+        """Return what this rank writes, as views of the live state or, with `copy`, of buffers that are reused."""
+        optimizer = base_optimizer(self.engine)
+        pieces, position = [], 0
+        for duty in self.duties:
+            mine = self.holdings[duty.holding]
+            state = optimizer.state.get(mine.flat) or {}
+            tensors: dict[Kind, Tensor] = {}
+            for kind in KINDS:
+                source = mine.flat if kind == "weight" else state.get(kind)
+                view = (
+                    torch.zeros(duty.count) if source is None else mine.part(source).narrow(0, duty.offset, duty.count)
+                )
+                tensors[kind] = self._buffer(kind)[position : position + duty.count].copy_(view) if copy else view
+            region = mine.holding.region.part(duty.offset, duty.count)
+            step = float(state["step"]) if "step" in state else 0.0
+            pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors))
+            position += duty.count
+        return pieces
+
+    def _buffer(self, kind: Kind) -> Tensor:
+        if kind not in self._buffers:
+            count = sum(duty.count for duty in self.duties)
+            self._buffers[kind] = torch.empty(count, pin_memory=torch.cuda.is_available())
+        return self._buffers[kind]
+
+
+def _decode(row: list[Any]) -> Holding:
+    name, shape, axis, start, stop, first, count, copy = row
+    return Holding(name, Region(tuple(shape), axis, start, stop, first, count), copy)
+
+
+class CheckpointStore:
+    """Saves and loads the checkpoints of one run folder. Every method but `wait` is collective over all ranks."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        config: CheckpointConfig,
+        topology: Topology,
+        identity: Mapping[str, JSON],
+        run_config: Mapping[str, JSON],
+        timeout: timedelta = timedelta(minutes=30),
+        on_failure: Callable[[CheckpointError], None] | None = None,
+    ) -> None:
+        """`timeout` bounds how long a rank waits for another; `on_failure` is told, on every rank, of failed saves."""
+        self.directory = Path(directory)
+        self._config = config
+        self._topology = topology
+        self._identity = dict(identity)
+        self._run_config = dict(run_config)
+        self._on_failure = on_failure
+        self._peers = Peers(timeout=timeout)
+        self._token = str(self._peers.agree(secrets.token_hex(4)))
+        self._keeper = Keeper(self.directory, config)
+        self._binding: _Binding | None = None
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._is_tidy = False
+
+    # ---- saving
+
+    def save(
+        self,
+        engine: Engine,
+        state: Mapping[str, JSON],
+        *,
+        step: int,
+        asynchronous: bool | None = None,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Save the whole training state as the checkpoint of `step`.
+
+        Asynchronously (the default follows the configuration) training waits for one copy to memory only. A save that
+        fails is logged, cleaned up and returned by the next `wait`; it raises nothing here.
+        """
+        self.wait()
+        if not self._is_tidy and self._peers.is_first:
+            remove_unfinished(self.directory, token=self._token)
+        self._is_tidy = True
+        in_background = self._config.asynchronous if asynchronous is None else asynchronous
+        binding = self._bind(engine)
+        head = self._head(engine, state, step, validation_loss)
+        snapshot = Snapshot(binding.pieces(copy=in_background), head)
+        if not in_background:
+            self._write(snapshot)
+            return
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self) -> CheckpointError | None:
+        """Finish the save in progress; return the error of the last save, once, if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        return error
+
+    def _bind(self, engine: Engine) -> _Binding:
+        if self._binding is None or self._binding.engine is not engine:
+            self._binding = _Binding(engine, self._peers, self._topology)
+            check_masters(self._binding.holdings)
+        return self._binding
+
+    def _head(
+        self, engine: Engine, state: Mapping[str, JSON], step: int, validation_loss: float | None
+    ) -> dict[str, Any]:
+        layout = self._topology.layout
+        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+        versions = {"megatron_omega": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
+        return {
+            "step": step,
+            "versions": versions,
+            "layout": SavedLayout(
+                pipeline=layout.pipeline, data=layout.data, tensor=layout.tensor,
+                zero_stage=engine.zero_optimization_stage(), dtype=dtype,
+            ),
+            "identity": self._identity,
+            "config": self._run_config,
+            "state": dict(state),
+            "engine": read_counters(engine),
+            "validation_loss": validation_loss,
+        }  # fmt: skip
+
+    def _write(self, snapshot: Snapshot) -> None:
+        begin = time.perf_counter()
+        try:
+            path = write_checkpoint(self.directory, snapshot, self._peers, token=self._token)
+        except Exception as error:  # whatever it is, training goes on: the next interval tries again
+            self._error = (
+                error if isinstance(error, CheckpointError) else CheckpointError(f"the save failed: {error!r}")
+            )
+            logger.warning("%s; training goes on, the next interval tries again", self._error)
+            if self._on_failure is not None:
+                self._on_failure(self._error)
+            return
+        logger.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+        if self._peers.is_first:
+            self._tidy(snapshot.head["step"])
+
+    def _tidy(self, step: int) -> None:
+        self._keeper.forget(step)
+        try:
+            self._keeper.tidy()
+        except OSError as error:
+            logger.warning("old checkpoints in %s could not be removed: %s", self.directory, error)
+
+    # ---- choosing
+
+    def find_latest(self) -> Path | None:
+        """Return the newest checkpoint a run can resume from, its tensors unread; None where the folder holds none.
+
+        Raises CheckpointError where it belongs to another model, or where there are checkpoints but all are damaged.
+        """
+        damage: list[str] = []
+        path = next(self._usable(self._list(self.directory), damage), None)
+        self._give_up_if(damage and path is None, self.directory, damage)
+        return path
+
+    def resolve(self, path: Path | str) -> Path:
+        """Return the checkpoint `path` or, where it is a folder of checkpoints, the newest whole one in it.
+
+        Raises CheckpointError where there is none, or where it belongs to another model.
+        """
+        damage: list[str] = []
+        chosen = next(self._usable(self._list(Path(path)), damage, needs_optimizer=False), None)
+        self._give_up_if(chosen is None, path, damage)
+        assert chosen is not None
+        return chosen
+
+    def _list(self, directory: Path) -> list[Path]:
+        """Return the checkpoints of a folder, newest first, or the path itself: what the first rank sees."""
+        found = [str(path) for path in list_checkpoints(directory)]
+        if not found and directory != self.directory:
+            found = [str(directory)]
+        return [Path(path) for path in cast(list[str], self._peers.agree(cast(JSON, found)))]
+
+    def _usable(self, paths: Sequence[Path], damage: list[str], *, needs_optimizer: bool = True) -> Iterator[Path]:
+        """Yield those of `paths` that are structurally whole and of this model; append what is wrong with others."""
+        for path in paths:
+            verdict = cast(dict[str, Any], self._peers.agree(self._judge(path) if self._peers.is_first else None))
+            if verdict["foreign"]:
+                raise CheckpointError(*verdict["foreign"])
+            damage += verdict["damage"]
+            for finding in verdict["damage"]:
+                self._warn("passing over a damaged checkpoint: %s", finding)
+            if not verdict["damage"] and (verdict["has_optimizer"] or not needs_optimizer):
+                yield path
+
+    def _judge(self, path: Path) -> Any:
+        verdict: dict[str, Any] = {"damage": [], "foreign": [], "has_optimizer": False}
+        try:
+            manifest = check_structure(path)
+        except CheckpointError as error:
+            return verdict | {"damage": list(error.findings)}
+        try:
+            require_identity(path, manifest, self._identity)
+        except CheckpointError as error:
+            return verdict | {"foreign": list(error.findings)}
+        return verdict | {"has_optimizer": manifest.has_optimizer}
+
+    def _give_up_if(self, condition: object, path: Path | str, damage: Sequence[str]) -> None:
+        if condition:
+            reasons = damage or ["no checkpoint is there"]
+            raise CheckpointError(f"no usable checkpoint in {path}: {reasons[0]}", *reasons[1:])
+
+    def _warn(self, message: str, *values: object) -> None:
+        if self._peers.is_first:
+            logger.warning(message, *values)
+
+    # ---- loading
+
+    def load_latest(self, engine: Engine) -> dict[str, JSON] | None:
+        """Load the newest valid checkpoint into `engine`, passing over damaged ones; return the saved train state.
+
+        Returns None where the folder holds none. Raises CheckpointError where all are damaged (the engine's state is
+        then undefined), or where the newest whole one belongs to another model.
+        """
+        return self._load_first(engine, self.directory, needs_optimizer=True, weights_only=False)
+
+    def load(self, engine: Engine, path: Path | str, weights_only: bool = False) -> dict[str, JSON]:
+        """Load the checkpoint `path` (or the newest valid one of that folder) and return the saved train state.
+
+        With `weights_only` optimizer and counters stay as they are. Raises CheckpointError where nothing there fits.
+        """
+        state = self._load_first(engine, Path(path), needs_optimizer=not weights_only, weights_only=weights_only)
+        self._give_up_if(state is None, path, ["it holds no optimizer state; load its weights only"])
+        assert state is not None
+        return state
+
+    def _load_first(
+        self, engine: Engine, directory: Path, *, needs_optimizer: bool, weights_only: bool
+    ) -> dict[str, JSON] | None:
+        self.wait()
+        damage: list[str] = []
+        for path in self._usable(self._list(directory), damage, needs_optimizer=needs_optimizer):
+            manifest, problems = self._read_into(engine, path, weights_only=weights_only)
+            if manifest is not None and not problems:
+                if not weights_only:
+                    restore_counters(engine, manifest.engine)
+                return manifest.state
+            damage += problems
+            for problem in problems:
+                self._warn("passing over a damaged checkpoint: %s", problem)
+        self._give_up_if(damage, directory, damage)
+        return None
+
+    def _read_into(self, engine: Engine, path: Path, *, weights_only: bool) -> tuple[Manifest | None, list[str]]:
+        """Fill the engine; return the manifest and what went wrong on any rank."""
+        binding = self._bind(engine)
+        problems: list[str] = []
+        manifest = None
+        try:
+            with open_checkpoint(path) as reader:
+                manifest = reader.manifest
+                _require_same_parameters(path, manifest, binding.shapes)
+                _fill(binding, reader, KINDS[:1] if weights_only else KINDS)
+        except CheckpointError as error:
+            problems = list(error.findings)
+        everywhere = cast(list[list[str]], self._peers.exchange(cast(JSON, problems)))
+        problems = sorted({problem for found in everywhere for problem in found})
+        if not problems:
+            refresh_working_weights(engine.optimizer)
+            check_masters(binding.holdings)
+        return manifest, problems
+
+
+def _require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    saved = {name: entry.shape for name, entry in manifest.parameters.items()}
+    lines = [
+        f"{path}: parameter {name} is {saved.get(name, 'absent')} there and {shapes.get(name, 'absent')} in this model"
+        for name in sorted(saved.keys() | shapes.keys())
+        if saved.get(name) != shapes.get(name)
+    ]
+    if lines:
+        raise CheckpointError(*lines)
+
+
+def _fill(binding: _Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
+    optimizer = base_optimizer(binding.engine)
+    for mine in binding.holdings:
+        entry = reader.manifest.parameters[mine.info.name]
+        state = prefill_adam(optimizer, mine.flat) if len(kinds) > 1 else {}
+        for kind in kinds:
+            target = mine.part(mine.flat if kind == "weight" else state[kind])
+            reader.read_into(target, mine.info.name, kind, mine.holding.region)
+        if state:
+            state["step"].fill_(entry.step)

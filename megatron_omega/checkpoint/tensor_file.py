@@ -1,0 +1,163 @@
+"""Safetensors files, written and read in blocks with a checksum each. Knows nothing of parameters or checkpoints.
+
+A file is 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape, data_offsets}}, and the
+tensors' bytes back to back. The library's writer copies every tensor and does not flush; its reader maps the file, so
+that pages count as this process's memory. Both matter for tensors of many gigabytes, hence these few lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import xxhash
+from torch import Tensor
+
+BLOCK_BYTES = 4 * 2**20
+MAXIMUM_HEADER_BYTES = 100 * 2**20
+_DTYPES = {torch.float32: "F32"}
+
+
+class DamagedFile(Exception):
+    """A file does not hold what its writer put there. The message says where, without the file's name."""
+
+
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """Return the 64-bit XXH3 of `data` as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write: its name, the shape it is given in the file, its elements (1-D, fp32)."""
+
+    key: str
+    shape: tuple[int, ...]
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_tensors` wrote."""
+
+    size_bytes: int
+    header_checksum: str
+    block_checksums: dict[str, tuple[str, ...]]
+
+
+def write_tensors(path: Path, entries: Sequence[Entry], *, block_bytes: int = BLOCK_BYTES) -> Written:
+    """Create the safetensors file `path` and flush it to the disk. Raises OSError, FileExistsError among them."""
+    header = _encode_header(entries)
+    blocks: dict[str, tuple[str, ...]] = {}
+    with path.open("xb", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(header))
+        for entry in entries:
+            sums = []
+            for block in _blocks(entry.data, block_bytes):
+                sums.append(checksum(block))
+                _write_all(file.fileno(), block)
+            blocks[entry.key] = tuple(sums)
+        os.fsync(file.fileno())
+        size = file.tell()
+    return Written(size, checksum(header), blocks)
+
+
+def _encode_header(entries: Sequence[Entry]) -> bytes:
+    table, position = {}, 0
+    for entry in entries:
+        end = position + entry.data.numel() * entry.data.element_size()
+        table[entry.key] = {
+            "dtype": _DTYPES[entry.data.dtype], "shape": list(entry.shape), "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(data: Tensor, block_bytes: int) -> Iterator[memoryview]:
+    step = block_bytes // data.element_size()
+    for begin in range(0, data.numel(), step):
+        block = data[begin : begin + step].detach().cpu().contiguous()
+        yield block.view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]  # a write may be cut short
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie."""
+
+    offset: int
+    size_bytes: int
+
+
+class TensorFile:
+    """An open safetensors file whose header has been verified."""
+
+    def __init__(self, path: Path, *, size_bytes: int, header_checksum: str) -> None:
+        """Open `path`. Raises DamagedFile where it is no plain file, or its size or header is not the expected one."""
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise DamagedFile(f"cannot be opened ({error.strerror})") from error
+        try:
+            self._check_size(size_bytes)
+            self.places = self._read_header(size_bytes, header_checksum)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_size(self, size_bytes: int) -> None:
+        found = os.fstat(self._descriptor).st_size
+        if found != size_bytes:
+            raise DamagedFile(f"has {found:,} bytes instead of {size_bytes:,}")
+
+    def _read_header(self, size_bytes: int, expected: str) -> dict[str, Place]:
+        prefix = self._read_exactly(0, min(8, size_bytes))
+        length = int.from_bytes(prefix, "little")
+        if not 2 <= length <= min(size_bytes - 8, MAXIMUM_HEADER_BYTES):
+            raise DamagedFile("has no safetensors header")
+        text = self._read_exactly(8, length)
+        if checksum(prefix + text) != expected:
+            raise DamagedFile("has another header than was written (checksum)")
+        places = {}
+        for key, row in json.loads(text).items():  # written by us: the checksum says so
+            begin, end = row["data_offsets"]
+            places[key] = Place(8 + length + begin, end - begin)
+        return places
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset` of the file. Raises DamagedFile where the file ends too early."""
+        while buffer:
+            try:
+                count = os.preadv(self._descriptor, [buffer], offset)
+            except OSError as error:
+                raise DamagedFile(f"cannot be read at byte {offset:,} ({error.strerror})") from error
+            if count == 0:
+                raise DamagedFile(f"ends at byte {offset:,}")
+            buffer, offset = buffer[count:], offset + count
+
+    def _read_exactly(self, offset: int, count: int) -> bytes:
+        data = bytearray(count)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
