@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Protocol
 
+from typing_extensions import Self
+
 from megatron_omega.data.batch import Batch, Sample, stack
 from megatron_omega.errors import DataError, OmegaError
 
@@ -138,7 +140,7 @@ class Loader:
         self._ask_next()
         return batch
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def split_documents(documents: int, weights: Sequence[float]) -> list[range]:
     for weight in weights:
         cumulative += weight
         bounds.append(round(documents * cumulative / total))
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 def probe_lengths(shard: IndexedShard, documents: range) -> list[int]:

@@ -42,6 +42,8 @@ class Recipe:
 class SampleSource:
     """The samples of one part of the split. `source[i]` works for every i >= 0: epochs roll over. Cheap to pickle."""
 
+    part: Part
+
     def __init__(self, part: Part, corpora: Sequence[Windows], blend: Blend, recipe: Recipe, seed: int) -> None:
         self.part, self.corpora, self._blend, self._recipe, self._seed = part, tuple(corpora), blend, recipe, seed
         self._text_ids = np.asarray(recipe.text_ids, dtype=np.int64)
@@ -133,7 +135,7 @@ def open_sources(config: RunConfig) -> Sources:
     shards = _open_shards(config, tokenizer)
     recipe = _recipe(config, tokenizer)
     train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
-    short = [_too_short("train", windows) for windows in train.corpora if not len(windows)]
+    short = [_too_short(train.part, windows) for windows in train.corpora if not len(windows)]
     if short:
         raise DataError(*short)
     return Sources(train, validation, test, tokenizer)
