@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_omega.errors import OmegaError
 
-_PRELOAD = ["deepspeed", "megatron_omega.build"]
+_PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build"]  # the first two: DeepSpeed's late imports
 
 
 class RankFailed(RuntimeError):

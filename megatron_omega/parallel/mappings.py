@@ -143,13 +143,14 @@ def _all_reduce(tensor: Tensor, parallel: TensorParallel) -> Tensor:
 
 
 def _all_gather(tensor: Tensor, parallel: TensorParallel) -> Tensor:
-    gathered = tensor.new_empty((parallel.size, *tensor.shape))
+    gathered = tensor.new_empty((parallel.size * tensor.shape[0], *tensor.shape[1:]))
     _all_gather_single(gathered, tensor.contiguous(), group=parallel.group)
-    return gathered.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)  # [b, tp, s/tp, d] -> [b, s, d]
+    parts = gathered.unflatten(0, (parallel.size, -1))  # [tp, b, s/tp, d]
+    return parts.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)
 
 
 def _reduce_scatter(tensor: Tensor, parallel: TensorParallel) -> Tensor:
-    parts = tensor.unflatten(SEQUENCE_DIM, (parallel.size, -1)).movedim(SEQUENCE_DIM, 0).contiguous()
-    part = torch.empty_like(parts[0])
-    _reduce_scatter_single(part, parts, group=parallel.group)
+    parts = tensor.unflatten(SEQUENCE_DIM, (parallel.size, -1)).movedim(SEQUENCE_DIM, 0).flatten(0, 1)  # [tp * b, ...]
+    part = parts.new_empty((tensor.shape[0], *parts.shape[1:]))
+    _reduce_scatter_single(part, parts.contiguous(), group=parallel.group)
     return part

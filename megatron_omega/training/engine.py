@@ -21,6 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import OptimizerConfig
@@ -88,7 +90,8 @@ def construction(values: Mapping[str, Any], topology: Topology) -> AbstractConte
     """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
     if values["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    return deepspeed.zero.Init(config_dict_or_path=dict(values), mpu=ModelParallelUnit(topology))
+    mpu = ModelParallelUnit(topology)
+    return deepspeed.zero.Init(data_parallel_group=topology.data.handle, config_dict_or_path=dict(values), mpu=mpu)
 
 
 class Engine:
@@ -116,6 +119,8 @@ class Engine:
             dist_init_required=False,
         )
         self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
+        if is_pipeline:
+            _agree_on_norm_groups(self.deepspeed.optimizer, topology)
 
     @property
     def is_pipeline(self) -> bool:
@@ -254,6 +259,32 @@ class Engine:
 
     def _to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
+    """Let stages with fewer parameter groups take part in the norm of every group.
+
+    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would leave the others waiting.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    count = torch.tensor(len(optimizer.bit16_groups), device=get_accelerator().current_device_name())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=topology.model.handle)
+    missing = int(count) - len(optimizer.bit16_groups)
+    if missing == 0:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        norms = [
+            optimizer.complete_grad_norm_calculation_for_cpu_offload(optimizer.params_in_partition[index])
+            if optimizer.cpu_offload
+            else optimizer.get_grad_norm_direct(optimizer.averaged_gradients[index], optimizer.params_in_partition[index])
+            for index in range(len(optimizer.bit16_groups))
+        ]
+        norms += [optimizer.get_grad_norm_direct([], []) for _ in range(missing)]
+        return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def _ratio(total: float, count: float) -> float:
