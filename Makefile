@@ -1,0 +1,54 @@
+# Everything here works in a virtual environment of its own (.venv); nothing outside the checkout is changed.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# The first python of the path that is new enough; PYTHON=... overrides.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One thread for each rank and each test worker: more ranks than cores would fight otherwise.
+export OMP_NUM_THREADS := 1
+export DS_ACCELERATOR ?= cpu
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test lint format unit distributed clean
+
+help: ## Say what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(STAMP) ## Make .venv with everything pinned (a second call does nothing)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; give it with: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "no virtual environment could be made; Debian and Ubuntu need: apt-get install python3-venv" >&2; exit 2; }
+	@# DeepSpeed's build asks the installed torch what to build for, so torch comes first; its C++ operators are not needed.
+	$(PIP_INSTALL) torch==2.13.0 setuptools wheel numpy packaging
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[wandb,hf,dev]'
+	@touch $@
+
+demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
+
+test: lint unit distributed ## Check everything: lint, types, unit tests, then tests of several ranks
+
+lint: setup ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: setup ## Run the tests that need one process each
+	$(BIN)/python -m pytest -q -n 2 -m "not distributed"
+
+distributed: setup ## Run the tests that start several ranks
+	$(BIN)/python -m pytest -q -m distributed
+
+format: setup ## Format the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what tests and tools leave behind (not .venv, not runs)
+	rm -rf .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
