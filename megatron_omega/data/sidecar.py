@@ -26,7 +26,6 @@ class Sidecar:
     key: str
     options: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
-    sources: list[dict[str, Any]] = field(default_factory=list)
     format: str = FORMAT
 
 

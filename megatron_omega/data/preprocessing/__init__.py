@@ -1,0 +1,1 @@
+"""Text files -> indexed shards: plan the parts, make them in parallel, join them. Resumable at any moment."""

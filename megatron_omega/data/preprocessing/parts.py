@@ -1,0 +1,168 @@
+"""One part of a shard: what one worker makes of one task. Written beside the shard, by temporary name and rename.
+
+A part is `{number}.{key}.bin` and `.len` (int32 token counts) for every key, `{number}.hash` where duplicates are looked
+for, and last `{number}.json`, the report whose presence says that the part is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import xxhash
+
+from megatron_omega.data.corpus import BadRecord, InputFile, Unit, read_unit
+from megatron_omega.data.encoding import TextEncoder
+from megatron_omega.data.indexed import token_dtype
+from megatron_omega.data.tokenizer import Tokenizer
+
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """Consecutive units of the input, made into one part."""
+
+    number: int
+    units: tuple[tuple[InputFile, Unit], ...]
+    digest: str = ""
+    """Identity of the content where the input is a stream."""
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What was found in one unit."""
+
+    file: int
+    start: int
+    records: int
+    bad: list[tuple[int, str]]
+    """(position in the unit, reason) of every record without a document."""
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a part holds. Its JSON is written last."""
+
+    number: int
+    documents: int
+    tokens: list[int]
+    """Tokens for each key."""
+    text_bytes: int
+    units: list[UnitReport]
+    digest: str = ""
+
+    @property
+    def records(self) -> int:
+        return sum(unit.records for unit in self.units)
+
+    @property
+    def bad(self) -> int:
+        return sum(len(unit.bad) for unit in self.units)
+
+
+@dataclass(frozen=True)
+class PartMaker:
+    """Everything a worker needs, besides its task."""
+
+    folder: Path
+    keys: tuple[str, ...]
+    tokenizer: Tokenizer
+    encoder: TextEncoder
+    append_eod: bool
+    has_hashes: bool
+    max_record_bytes: int
+
+    def make(self, task: Task) -> PartReport:
+        """Write the part of `task` and return its report. Raises DataError and OSError."""
+        with ExitStack() as stack:
+            names = [self._partial(task.number, f"{key}.bin") for key in range(len(self.keys))]
+            files = [stack.enter_context(name.open("wb", buffering=1 << 20)) for name in names]
+            lengths = [array("i") for _ in self.keys]
+            hashes = bytearray()
+            text_bytes, units = self._write_units(task, files, lengths, hashes)
+            for file in files:
+                _sync(file)
+        for key, counts in enumerate(lengths):
+            self._publish(task.number, f"{key}.len", counts.tobytes())
+            self._partial(task.number, f"{key}.bin").replace(part_path(self.folder, task.number, f"{key}.bin"))
+        if self.has_hashes:
+            self._publish(task.number, "hash", bytes(hashes))
+        totals = [sum(counts) for counts in lengths]
+        report = PartReport(task.number, len(lengths[0]), totals, text_bytes, units, task.digest)
+        self._publish(task.number, "json", json.dumps(asdict(report)).encode())
+        return report
+
+    def _write_units(
+        self, task: Task, files: Sequence[IO[bytes]], lengths: Sequence[array[int]], hashes: bytearray
+    ) -> tuple[int, list[UnitReport]]:
+        encode, end = self.encoder.encode, self._end()
+        itemsize = token_dtype(self.tokenizer.vocab_size).itemsize
+        text_bytes = 0
+        units: list[UnitReport] = []
+        for input_file, unit in task.units:
+            records, bad = 0, []
+            for record in read_unit(input_file, unit, self.keys, self.max_record_bytes):
+                records += 1
+                if isinstance(record, BadRecord):
+                    bad.append((record.position, record.reason))
+                    continue
+                for text, file, counts in zip(record.texts, files, lengths, strict=True):
+                    ids = encode(text) + end
+                    file.write(ids)
+                    counts.append(len(ids) // itemsize)
+                    text_bytes += len(text)
+                if self.has_hashes:
+                    hashes += xxhash.xxh3_128_digest("\0".join(record.texts).encode())
+            units.append(UnitReport(unit.file, unit.start, records, bad))
+        return text_bytes, units
+
+    def _end(self) -> bytes:
+        if not self.append_eod:
+            return b""
+        return self.tokenizer.eos_id.to_bytes(token_dtype(self.tokenizer.vocab_size).itemsize, "little")
+
+    def _partial(self, number: int, suffix: str) -> Path:
+        return part_path(self.folder, number, f"{suffix}.{os.getpid()}.partial")
+
+    def _publish(self, number: int, suffix: str, content: bytes) -> None:
+        partial = self._partial(number, suffix)
+        with partial.open("wb") as file:
+            file.write(content)
+            _sync(file)
+        partial.replace(part_path(self.folder, number, suffix))
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def part_path(folder: Path, number: int, suffix: str) -> Path:
+    """Return where a file of part `number` stands."""
+    return folder / f"{number:08d}.{suffix}"
+
+
+def read_report(folder: Path, task: Task) -> PartReport | None:
+    """Return the report of a part that is complete and of this content; None where the part must be made."""
+    try:
+        content = json.loads(part_path(folder, task.number, "json").read_bytes())
+        units = [
+            UnitReport(**{**unit, "bad": [(position, reason) for position, reason in unit["bad"]]})
+            for unit in content.pop("units")
+        ]
+        report = PartReport(**content, units=units)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    return report if report.digest == task.digest else None
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Tokenize text into memory-mapped shards (Megatron's .bin/.idx), on all cores, resumable at any moment.
+
+    tools/preprocess_data.py --input 'corpus/*.jsonl.gz' books/ --output-prefix data/omega \\
+        --tokenizer-model tokenizer.model --append-eod --workers 16
+
+writes data/omega_text_document.{bin,idx} with their sidecars. Interrupted or killed, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from megatron_omega.data.corpus import InputFile, expand_inputs
+from megatron_omega.data.hub import hub_blocks, line_blocks, local_files
+from megatron_omega.data.preprocessing.engine import preprocess
+from megatron_omega.data.preprocessing.options import Options, Result, Stream, Tally
+from megatron_omega.errors import ConfigError, Preempted, exit_cleanly
+from megatron_omega.log import configure_logging
+
+STREAM_BLOCK_BYTES = 16 << 20
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_argument_group("input")
+    source.add_argument("--input", nargs="+", help="files, quoted globs or folders; - reads lines of JSON from stdin")
+    source.add_argument("--dataset", help="Hugging Face data set: a local folder, or NAME[:CONFIGURATION] on the hub")
+    source.add_argument("--dataset-split", default="train", help="split of --dataset (default train)")
+    source.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="keys or columns, each its own shard (default text)"
+    )
+    source.add_argument("--input-format", choices=("jsonl", "parquet", "arrow", "text"), help="instead of by file name")
+    source.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, help="share of bad records that stops (default 0.01)"
+    )
+    source.add_argument("--max-record-megabytes", type=float, default=64, help="longer records are bad (default 64)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, help="shards are PREFIX_KEY_document.bin and .idx")
+    output.add_argument("--tokenizer-model", required=True, help="SentencePiece model")
+    output.add_argument("--tokenizer-type", choices=("SentencePieceTokenizer",), help=argparse.SUPPRESS)
+    output.add_argument("--append-eod", action="store_true", help="end every document with the end token")
+    output.add_argument("--dedup", choices=("exact",), help="keep the first of documents with the same text")
+    output.add_argument("--shuffle", type=int, metavar="SEED", help="put the documents into a random order")
+    output.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="do part I (from 0) of N; merge with merge_shards.py"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace an output that was made otherwise")
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    work.add_argument("--chunk-megabytes", type=float, help="input of one part (default: 16, more above 64 GB)")
+    work.add_argument("--sentencepiece", action="store_true", help="encode with SentencePiece itself, not the shortcut")
+    work.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    work.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args()
+
+
+def to_options(arguments: argparse.Namespace) -> Options:
+    findings: list[str] = []
+    index, _, count = arguments.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        findings.append(f"--shard {arguments.shard} is not I/N with 0 <= I < N; use for example 0/16 to 15/16")
+    if bool(arguments.input) == bool(arguments.dataset):
+        findings.append("give either --input or --dataset")
+    if len(set(arguments.json_keys)) < len(arguments.json_keys):
+        findings.append(f"--json-keys {' '.join(arguments.json_keys)} names a key twice")
+    if arguments.workers < 1:
+        findings.append(f"--workers {arguments.workers} must be at least 1")
+    if not 0 <= arguments.max_bad_fraction <= 1:
+        findings.append(f"--max-bad-fraction {arguments.max_bad_fraction} is not between 0 and 1")
+    if findings:
+        raise ConfigError(*findings)
+    return Options(
+        output_prefix=arguments.output_prefix,
+        tokenizer_model=arguments.tokenizer_model,
+        keys=tuple(arguments.json_keys),
+        append_eod=arguments.append_eod,
+        is_deduplicated=arguments.dedup == "exact",
+        shuffle_seed=arguments.shuffle,
+        shard=(int(index), int(count)),
+        max_record_bytes=int(arguments.max_record_megabytes * 1e6),
+        max_bad_fraction=arguments.max_bad_fraction,
+        workers=arguments.workers,
+        unit_bytes=int(arguments.chunk_megabytes * 1e6) if arguments.chunk_megabytes else None,
+        is_native_allowed=not arguments.sentencepiece,
+        is_overwriting=arguments.overwrite,
+    )
+
+
+def open_inputs(arguments: argparse.Namespace, options: Options) -> list[InputFile] | Stream:
+    block_bytes = options.unit_bytes or STREAM_BLOCK_BYTES
+    if arguments.dataset:
+        files = local_files(arguments.dataset, arguments.dataset_split)
+        name = f"{arguments.dataset}/{arguments.dataset_split}"
+        blocks = hub_blocks(arguments.dataset, arguments.dataset_split, options.keys, block_bytes)
+        return Stream(name, blocks) if files is None else files
+    if arguments.input == ["-"]:
+        return Stream("<stdin>", line_blocks(sys.stdin.buffer, block_bytes))
+    return expand_inputs(arguments.input, arguments.input_format)
+
+
+def run(inputs: list[InputFile] | Stream, options: Options, *, is_quiet: bool) -> Result:
+    total = None if isinstance(inputs, Stream) else sum(file.size for file in inputs) // options.shard[1]
+    started = time.monotonic()
+    with tqdm(
+        total=total, unit="B", unit_scale=True, disable=is_quiet or not sys.stderr.isatty(), smoothing=0.1
+    ) as bar:
+
+        def show(tally: Tally) -> None:
+            seconds = max(1e-3, time.monotonic() - started)
+            rates = f"{tally.documents / seconds:,.0f} docs/s, {tally.tokens / seconds / 1e6:.2f} Mtokens/s, {tally.bad} bad"
+            bar.set_postfix_str(rates, refresh=False)
+            bar.update(tally.input_bytes - bar.n)
+
+        try:
+            return preprocess(inputs, options, show)
+        except KeyboardInterrupt:
+            raise Preempted("stopped; finished parts are kept, the same command goes on from there") from None
+
+
+def main() -> None:
+    arguments = read_arguments()
+    configure_logging()
+    options = to_options(arguments)
+    started = time.monotonic()
+    result = run(open_inputs(arguments, options), options, is_quiet=arguments.quiet)
+    seconds = time.monotonic() - started
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(result), "seconds": round(seconds, 3)}))
+        return
+    for prefix, tokens in zip(result.prefixes, result.tokens, strict=True):
+        print(f"{prefix}: {result.documents:,} documents, {tokens:,} tokens")
+    if result.bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(result.bad.items()))
+        print(f"skipped {sum(result.bad.values())} bad records ({reasons}), listed in {options.bad_path}")
+    if result.duplicates:
+        print(f"left out {result.duplicates:,} duplicates")
+    print("was finished already" if result.was_finished else f"took {seconds:.1f} s with the {result.encoder} encoder")
+
+
+if __name__ == "__main__":
+    with exit_cleanly():
+        main()
