@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 # The first python of the path that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # One thread for each rank and each test worker: more ranks than cores would fight otherwise.
 export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu

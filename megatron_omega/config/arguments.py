@@ -191,20 +191,30 @@ def parse_arguments(argv: Sequence[str], program: str | None = None) -> Argument
     """
     parser = build_parser(program)
     known, rest = parser.parse_known_args(list(argv))
-    overrides, findings = _unknown_options(rest, parser)
-    if findings:
-        raise ConfigError(*findings)
     return Arguments(
         config=known.config,
         deepspeed_config=known.deepspeed_config,
-        overrides=(*known.overrides, *overrides),
+        overrides=(*known.overrides, *read_overrides(rest, parser)),
         dry_run=known.dry_run,
         json=known.json,
     )
 
 
+def read_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tuple[Override, ...]:
+    """Return the `--section.field value` among what `parser` left over (`parse_known_args`); for tools with options
+    of their own.
+
+    Raises:
+        ConfigError: something else is left over.
+    """
+    overrides, findings = _unknown_options(words, parser)
+    if findings:
+        raise ConfigError(*findings)
+    return tuple(overrides)
+
+
 def _unknown_options(rest: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[Override], list[str]]:
-    """Split what the parser did not know into misspelt settings, and findings for everything else."""
+    """Split what a parser did not know into settings (known to it or not), and findings for everything else."""
     options = [option for action in parser._actions for option in action.option_strings if "." not in option]
     overrides: list[Override] = []
     findings: list[str] = []
@@ -215,8 +225,8 @@ def _unknown_options(rest: Sequence[str], parser: argparse.ArgumentParser) -> tu
         if not name.startswith("--"):
             findings.append(f"command line: {word!r} belongs to no option; options are --name value")
             continue
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
         if "." in name:
             overrides.append(Override(name.removeprefix("--"), value))
         else:

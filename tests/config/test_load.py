@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,17 @@ def test_unknown_options() -> None:
         parse_arguments(["stray"])
     with pytest.raises(ConfigError, match="expected one argument"):
         parse_arguments(["--config"])
+
+
+def test_tools_have_options_of_their_own_and_overrides() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(["--config", "x", "--training.deterministic", "--training.seed", "7"])
+    overrides = arguments.read_overrides(rest, parser)
+    config = load_config(None, overrides)
+    assert known.config == "x" and (config.training.deterministic, config.training.seed) == (True, 7)
+    with pytest.raises(ConfigError, match="no option --confg; did you mean --config"):
+        arguments.read_overrides(["--confg=x"], parser)
 
 
 def test_a_misspelt_setting_is_reported_with_the_other_errors() -> None:
