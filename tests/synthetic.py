@@ -39,10 +39,12 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
 def micro_batch(sample: int, count: int, config: RunConfig) -> MicroBatch:
     """Samples `sample` .. `sample + count` of an endless made-up corpus."""
     rows = [_sample(index, config) for index in range(sample, sample + count)]
-    encoder_ids, encoder_segments, decoder_ids, decoder_segments, lm, mlm = (torch.stack(part) for part in zip(*rows, strict=True))
+    encoder_ids, encoder_segments, decoder_ids, decoder_segments, lm, mlm = (
+        torch.stack(part) for part in zip(*rows, strict=True)
+    )
     if config.model.is_decoder_only:
-        return (decoder_ids, decoder_segments), (lm, mlm)
-    return (encoder_ids, encoder_segments, decoder_ids, decoder_segments), (lm, mlm)
+        return MicroBatch((decoder_ids, decoder_segments), (lm, mlm))
+    return MicroBatch((encoder_ids, encoder_segments, decoder_ids, decoder_segments), (lm, mlm))
 
 
 def _sample(index: int, config: RunConfig) -> tuple[Tensor, ...]:

@@ -90,7 +90,10 @@ def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:
 def _flash_attention() -> tuple[FlashAttention | None, str]:
     flash = _import("flash_attn")
     if hasattr(flash, "flash_attn_varlen_func"):
-        return flash.flash_attn_varlen_func, "attention: flash-attn for full and causal branches, torch SDPA for the rest"  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        return (
+            flash.flash_attn_varlen_func,
+            "attention: flash-attn for full and causal branches, torch SDPA for the rest",
+        )  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     return None, "attention: torch SDPA"
 
 

@@ -157,7 +157,11 @@ class Head(nn.Module):
         build = {"parallel": context.parallel, "seed": context.seed}
         size = model.hidden_size
         self.dense = declare_parameter(
-            f"{name}.mlm.dense.weight", (size, size), std=size**-0.5, learning_rate_scale=model.width_multiplier, **build
+            f"{name}.mlm.dense.weight",
+            (size, size),
+            std=size**-0.5,
+            learning_rate_scale=model.width_multiplier,
+            **build,
         )
         self.dense_bias = declare_parameter(f"{name}.mlm.dense.bias", (size,), weight_decay=False, **build)
         self.mlm_norm = build_norm(f"{name}.mlm.norm", whole)

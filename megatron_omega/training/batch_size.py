@@ -17,8 +17,6 @@ def batch_size_at(batch: BatchConfig, consumed_samples: int) -> int:
     return min(reached, batch.global_batch_size)
 
 
-
-
 def consumed_after(batch: BatchConfig, steps: int) -> int:
     """Return the samples consumed by the first `steps` steps."""
     consumed = 0

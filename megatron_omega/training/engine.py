@@ -1,7 +1,6 @@
 """The distributed engine: DeepSpeed behind two calls, `train_step` and `evaluate`. Knows tensors, not data or model.
 
-A micro-batch is (inputs, labels): flat tuples of integer tensors, as the model takes them. Labels are (LM, MLM); the
-engine adds the two factors that divide each loss by its token count over the whole global batch, so that losses and
+A micro-batch holds flat tuples of integer tensors, as the model takes them. Its labels are (LM, MLM); the engine adds the two factors that divide each loss by its token count over the whole global batch, so that losses and
 gradients do not depend on micro-batching or layout.
 """
 
@@ -32,8 +31,20 @@ from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
 from megatron_omega.training.optimizer import ClippedAdamW, build_optimizer, set_learning_rate
 
-MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 LOSS_PARTS = ("lm_loss", "mlm_loss")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one replica computes at a time."""
+
+    inputs: tuple[Tensor, ...]
+    """What the first layer takes."""
+    labels: tuple[Tensor, Tensor]
+    """LM and MLM labels; `IGNORED` where there is nothing to predict."""
+    num_tokens: int = 0
+    """Tokens that are not padding."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping; not finite where the step was skipped."""
     skipped: bool
+    num_tokens: int
+    """Tokens of the global batch that are not padding; 0 on ranks that read no data."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class EvaluationResult:
     lm_loss: float
     mlm_loss: float
     """Not a number where there was no masked token."""
+    num_tokens: int
+    """Tokens that the LM loss was averaged over."""
 
 
 def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
@@ -157,51 +172,50 @@ class Engine:
     def train_step(self, batches: Iterator[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        prepared = self._weighted(self._take(batches, self.num_micro_batches))
+        taken = self._take(batches, self.num_micro_batches)
+        lm_tokens, mlm_tokens, num_tokens = self._global_counts(taken)
+        weighted = self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens]))
         skipped_before = self.deepspeed.skipped_steps
-        loss, parts = self._train_pipeline(prepared) if self.is_pipeline else self._train_plain(prepared)
+        loss, parts = self._train_pipeline(weighted) if self.is_pipeline else self._train_plain(weighted)
         skipped = self.deepspeed.skipped_steps > skipped_before
         norm = self.deepspeed.get_global_grad_norm()
         if self._own_clipping is not None:
             skipped, norm = self._own_clipping.skipped, self._own_clipping.global_norm
         norm = math.nan if norm is None else float(norm)
-        return StepResult(loss, parts[0], parts[1], norm, skipped)
+        if mlm_tokens == 0 and self.reads_data:
+            parts = (parts[0], math.nan)
+        return StepResult(loss, *parts, norm, skipped, int(num_tokens))
 
     def evaluate(self, batches: Iterator[MicroBatch], num_micro_batches: int) -> EvaluationResult:
         """Return the mean losses over the next `num_micro_batches` of `batches` on every replica. Collective."""
         taken = self._take(batches, num_micro_batches)
-        sums = torch.zeros(4, dtype=torch.float64)  # two losses, two token counts
-        for _, labels in taken:
-            sums[2:] += torch.tensor([(label != IGNORED).sum().item() for label in labels[:2]])
-        ones = [(inputs, (*labels, torch.ones(2))) for inputs, labels in taken]
+        counts = self._global_counts(taken)
+        summed = [(batch.inputs, (*batch.labels, torch.ones(2))) for batch in taken]
         with torch.no_grad():
-            if self.is_pipeline:
-                sums[:2] = self._evaluate_pipeline(ones, num_micro_batches)
-            else:
-                self.deepspeed.eval()
-                for inputs, labels in ones:
-                    self.deepspeed(self._to_device(inputs), self._to_device(labels))
-                    sums[:2] += self._parts().double().cpu()
-                self.deepspeed.train()
-        lm_loss, mlm_loss, lm_tokens, mlm_tokens = self._total(sums, self.topology.data.handle).tolist()
-        values = torch.tensor([_ratio(lm_loss, lm_tokens), _ratio(mlm_loss, mlm_tokens)], dtype=torch.float64)
-        return EvaluationResult(*self._from_loss_stage(values).tolist())
+            sums = (
+                self._evaluate_pipeline(summed, num_micro_batches) if self.is_pipeline else self._evaluate_plain(summed)
+            )
+        sums = self._total(sums, self.topology.data.handle).tolist()
+        means = [total / count if count else math.nan for total, count in zip(sums, counts[:2], strict=True)]
+        means = self._from_loss_stage(torch.tensor([*means, counts[0]], dtype=torch.float64)).tolist()
+        return EvaluationResult(means[0], means[1], int(means[2]))
 
     def _take(self, batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         return [next(batches) for _ in range(count)] if self.reads_data else []
 
-    def _weighted(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add to the labels the factors that turn summed losses into means over the global batch."""
+    def _global_counts(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """Return LM labels, MLM labels and tokens of the global batch; zeros on ranks that read no data."""
         if not self.reads_data:
-            return []
-        counts = torch.tensor(
-            [sum(int((labels[part] != IGNORED).sum()) for _, labels in batches) for part in range(2)],
-            dtype=torch.float64,
-        )
-        counts = self._total(counts, self.topology.data.handle)
+            return [0.0, 0.0, 0.0]
+        labels = [sum(int((batch.labels[part] != IGNORED).sum()) for batch in batches) for part in range(2)]
+        counts = torch.tensor([*labels, sum(batch.num_tokens for batch in batches)], dtype=torch.float64)
+        return self._total(counts, self.topology.data.handle).tolist()
+
+    def _weighted(self, batches: Sequence[MicroBatch], counts: Tensor) -> list[Weighted]:
+        """Add to the labels the factors that turn summed losses into means over the global batch."""
         scale = len(batches) * self.topology.data.size  # the engine averages over micro-batches and replicas
         factors = torch.where(counts > 0, scale / counts, 0.0).float()
-        return [(inputs, (*labels, factors)) for inputs, labels in batches]
+        return [(batch.inputs, (*batch.labels, factors)) for batch in batches]
 
     def _total(self, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if group is None:
@@ -210,7 +224,7 @@ class Engine:
         dist.all_reduce(values, group=group)
         return values.cpu()
 
-    def _train_plain(self, batches: Iterable[MicroBatch]) -> tuple[float, tuple[float, float]]:
+    def _train_plain(self, batches: Iterable[Weighted]) -> tuple[float, tuple[float, float]]:
         totals = torch.zeros(3, dtype=torch.float32, device=self.device)
         count = 0
         for inputs, labels in batches:
@@ -222,13 +236,23 @@ class Engine:
         means = self._total(totals / (count * self.topology.data.size), self.topology.data.handle).tolist()
         return means[0], (means[1], means[2])
 
-    def _train_pipeline(self, batches: Sequence[MicroBatch]) -> tuple[float, tuple[float, float]]:
+    def _train_pipeline(self, batches: Sequence[Weighted]) -> tuple[float, tuple[float, float]]:
         loss = self.deepspeed.train_batch(iter(batches)).item()
         parts = cast(Mapping[str, Tensor], self.deepspeed.get_additional_losses())
         return loss, (parts["lm_loss"].item(), parts["mlm_loss"].item())
 
-    def _evaluate_pipeline(self, batches: Sequence[MicroBatch], count: int) -> Tensor:
-        """Return the summed losses of this rank's replica: [LM, MLM]; zeros on ranks that are not the loss stage."""
+    def _evaluate_plain(self, batches: Iterable[Weighted]) -> Tensor:
+        """Return the summed losses of this rank's replica: [LM, MLM]."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        self.deepspeed.eval()
+        for inputs, labels in batches:
+            self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            sums += self._parts().double().cpu()
+        self.deepspeed.train()
+        return sums
+
+    def _evaluate_pipeline(self, batches: Sequence[Weighted], count: int) -> Tensor:
+        """The same; zeros on ranks that are not the loss stage."""
         sums = torch.zeros(2, dtype=torch.float64)
         loss_function = self.module.loss_fn
 
@@ -278,14 +302,12 @@ def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
         norms = [
             optimizer.complete_grad_norm_calculation_for_cpu_offload(optimizer.params_in_partition[index])
             if optimizer.cpu_offload
-            else optimizer.get_grad_norm_direct(optimizer.averaged_gradients[index], optimizer.params_in_partition[index])
+            else optimizer.get_grad_norm_direct(
+                optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
+            )
             for index in range(len(optimizer.bit16_groups))
         ]
         norms += [optimizer.get_grad_norm_direct([], []) for _ in range(missing)]
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
-
-
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else math.nan
