@@ -7,11 +7,14 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# Where pip's own choice brings CUDA libraries that are not wanted, point pip elsewhere, or give TORCH='torch==2.13.0+cpu'.
+TORCH ?= torch==2.13.0
 # One thread for each rank and each test worker: more ranks than cores would fight otherwise.
 export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
+.NOTPARALLEL:
 .PHONY: help setup demo test lint format unit distributed clean
 
 help: ## Say what can be made
@@ -25,7 +28,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "no virtual environment could be made; Debian and Ubuntu need: apt-get install python3-venv" >&2; exit 2; }
 	@# DeepSpeed's build asks the installed torch what to build for, so torch comes first; its C++ operators are not needed.
-	$(PIP_INSTALL) torch==2.13.0 setuptools wheel numpy packaging
+	$(PIP_INSTALL) '$(TORCH)' setuptools wheel numpy packaging
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[wandb,hf,dev]'
 	@touch $@
 
