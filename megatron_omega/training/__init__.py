@@ -1,1 +1,1 @@
-"""Training: state, optimizer and schedule, engine, loop and its hooks. Knows batches of tensors, not models or corpora."""
+"""Training: state, optimizer, schedule, engine, loop and its hooks. Knows batches of tensors, not models or corpora."""
