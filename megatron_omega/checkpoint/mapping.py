@@ -78,9 +78,21 @@ def box_of(shape: Sequence[int], axis: int, start: int, stop: int) -> Region:
 class _Overlap:
     """Two regions as ranges of the same matrix."""
 
-    columns: tuple[int, int]
+    columns: range
     source: _Band
     destination: _Band
+
+    def rows(self) -> tuple[range, list[int]]:
+        """Return the rows that both runs cover from end to end, and the others that both touch."""
+        rows = _intersect(self.source.touched_rows, self.destination.touched_rows)
+        block = _intersect(self.source.full_rows, self.destination.full_rows)
+        if not block:
+            return range(0), list(rows)
+        return block, [*range(rows.start, block.start), *range(block.stop, rows.stop)]
+
+    def span(self, row: int) -> range:
+        """Return the columns of `row` that both runs cover."""
+        return _intersect(self.source.columns_of(row), self.destination.columns_of(row))
 
 
 @dataclass(frozen=True)
@@ -104,11 +116,11 @@ class _Band:
     def full_rows(self) -> range:
         return range(-(-self.first // self.width), self.end // self.width)
 
-    def columns_of(self, row: int) -> tuple[int, int]:
-        """Columns of the matrix that this run covers in `row`."""
+    def columns_of(self, row: int) -> range:
+        """Return the columns of the matrix that this run covers in `row`."""
         begin = max(self.first - row * self.width, 0)
         end = min(self.end - row * self.width, self.width)
-        return self.left + begin, self.left + max(begin, end)
+        return range(self.left + begin, self.left + end)
 
     def offset(self, row: int, column: int) -> int:
         """Position in the run of the element at (row, column)."""
@@ -133,39 +145,39 @@ def _common_axis(source: Region, destination: Region) -> int | None:
 def _overlap(source: Region, destination: Region) -> _Overlap | None:
     axis = _common_axis(source, destination)
     bands = _band(source, axis), _band(destination, axis)
-    columns = max(band.left for band in bands), min(band.right for band in bands)
-    rows = _intersect(bands[0].touched_rows, bands[1].touched_rows)
-    return _Overlap(columns, *bands) if columns[0] < columns[1] and rows else None
+    columns = range(max(band.left for band in bands), min(band.right for band in bands))
+    return _Overlap(columns, *bands) if columns and source.count and destination.count else None
 
 
 def _intersect(first: range, second: range) -> range:
-    return range(max(first.start, second.start), min(first.stop, second.stop))
+    start = max(first.start, second.start)
+    return range(start, max(start, min(first.stop, second.stop)))
 
 
 def overlaps(source: Region, destination: Region) -> bool:
-    """Return whether `destination` may need elements of `source` (both of the same tensor)."""
-    return source.count > 0 and destination.count > 0 and _overlap(source, destination) is not None
+    """Return whether the two regions (both of the same tensor) have elements in common."""
+    overlap = _overlap(source, destination)
+    if overlap is None:
+        return False
+    block, ragged = overlap.rows()
+    return bool(block) or any(overlap.span(row) for row in ragged)
 
 
 def copy_overlap(source: Tensor, source_region: Region, destination: Tensor, destination_region: Region) -> int:
     """Copy what both 1-D tensors hold of one global tensor; return the number of elements copied."""
-    overlap = _overlap(source_region, destination_region) if source_region.count and destination_region.count else None
+    overlap = _overlap(source_region, destination_region)
     if overlap is None:
         return 0
-    rows = _intersect(overlap.source.touched_rows, overlap.destination.touched_rows)
-    block = _intersect(overlap.source.full_rows, overlap.destination.full_rows)
-    if not block:
-        block = range(rows.start, rows.start)
-    copied = _copy_block(source, destination, overlap, block)
-    for row in (*range(rows.start, block.start), *range(block.stop, rows.stop)):
-        copied += _copy_row(source, destination, overlap, row)
-    return copied
+    block, ragged = overlap.rows()
+    return _copy_block(source, destination, overlap, block) + sum(
+        _copy_row(source, destination, overlap, row) for row in ragged
+    )
 
 
 def _copy_block(source: Tensor, destination: Tensor, overlap: _Overlap, rows: range) -> int:
     if not rows:
         return 0
-    left, right = overlap.columns
+    left, right = overlap.columns.start, overlap.columns.stop
 
     def matrix(tensor: Tensor, band: _Band) -> Tensor:
         begin = band.offset(rows.start, band.left)
@@ -177,13 +189,10 @@ def _copy_block(source: Tensor, destination: Tensor, overlap: _Overlap, rows: ra
 
 
 def _copy_row(source: Tensor, destination: Tensor, overlap: _Overlap, row: int) -> int:
-    spans = overlap.source.columns_of(row), overlap.destination.columns_of(row)
-    left, right = max(span[0] for span in spans), min(span[1] for span in spans)
-    if left >= right:
-        return 0
-    begin, target = overlap.source.offset(row, left), overlap.destination.offset(row, left)
-    destination[target : target + right - left].copy_(source[begin : begin + right - left])
-    return right - left
+    columns = overlap.span(row)
+    begin, target = overlap.source.offset(row, columns.start), overlap.destination.offset(row, columns.start)
+    destination[target : target + len(columns)].copy_(source[begin : begin + len(columns)])
+    return len(columns)
 
 
 @dataclass(frozen=True)
