@@ -4,7 +4,7 @@
     tools/preprocess_data.py --input 'corpus/*.jsonl.gz' books/ --output-prefix data/omega \\
         --tokenizer-model tokenizer.model --append-eod --workers 16
 
-writes data/omega_text_document.{bin,idx} with their sidecars. Interrupted or killed, the same command goes on where it was.
+writes data/omega_text_document.{bin,idx} with their sidecars. Killed, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def run(inputs: list[InputFile] | Stream, options: Options, *, is_quiet: bool) -
 
         def show(tally: Tally) -> None:
             seconds = max(1e-3, time.monotonic() - started)
-            rates = f"{tally.documents / seconds:,.0f} docs/s, {tally.tokens / seconds / 1e6:.2f} Mtokens/s, {tally.bad} bad"
-            bar.set_postfix_str(rates, refresh=False)
+            rates = f"{tally.documents / seconds:,.0f} docs/s, {tally.tokens / seconds / 1e6:.2f} Mtokens/s"
+            bar.set_postfix_str(f"{rates}, {tally.bad} bad", refresh=False)
             bar.update(tally.input_bytes - bar.n)
 
         try:

@@ -93,7 +93,8 @@ def main() -> None:
         print(json.dumps(result))
     else:
         print(
-            f"{arguments.output}: {tokenizer.vocab_size:,} pieces ({arguments.model_type}), fingerprint {tokenizer.fingerprint[:12]}"
+            f"{arguments.output}: {tokenizer.vocab_size:,} pieces ({arguments.model_type}), "
+            f"fingerprint {tokenizer.fingerprint[:12]}"
         )
 
 

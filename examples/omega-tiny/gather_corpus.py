@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Gather real text that every Python installation carries into one jsonl: documentation, docstrings, READMEs, licences.
+"""Gather real text that every Python installation carries: documentation, docstrings, READMEs, licences -> one jsonl.
 
-The order is a fixed shuffle (so that any cut by documents is a fair sample), exact duplicates are left out, and each kind
-of text has a share, so that licences and generated reference pages do not crowd out prose. Needs nothing but Python.
+The order is a fixed shuffle (so that any cut by documents is a fair sample), exact duplicates are left out, and each
+kind of text has a share, so that licences and generated reference pages do not crowd out prose. Needs only Python.
 """
 
 from __future__ import annotations

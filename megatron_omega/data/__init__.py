@@ -1,1 +1,1 @@
-"""The corpus path: text -> shards -> samples -> examples -> batches. Knows nothing of models, ranks' groups or torch."""
+"""The corpus path: text -> shards -> samples -> examples -> batches. Knows nothing of models, groups or torch."""

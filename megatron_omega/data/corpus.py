@@ -7,11 +7,10 @@ documents whoever reads it. Nothing here knows of tokens or shards.
 from __future__ import annotations
 
 import glob
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import orjson
 
@@ -94,7 +93,8 @@ def _paths(pattern: str) -> list[Path]:
         inside = sorted(path.rglob("*"))
         hidden = [part for part in inside if any(name.startswith((".", "_")) for name in part.relative_to(path).parts)]
         return [part for part in inside if part.is_file() and part not in set(hidden)]
-    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+    return [Path(name) for name in names if Path(name).is_file()]
 
 
 def describe(path: Path, forced: Format | None = None) -> InputFile:
@@ -191,9 +191,8 @@ def open_binary(path: str, compression: Compression) -> IO[bytes]:
     if compression == "zst":
         import zstandard
 
-        stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, stream), _BLOCK))
-    return open(path, "rb", buffering=_BLOCK)
+        return cast(IO[bytes], zstandard.open(path, "rb"))
+    return Path(path).open("rb", buffering=_BLOCK)
 
 
 def _read_jsonl(file: InputFile, unit: Unit, keys: Sequence[str], limit: int) -> Iterator[Document | BadRecord]:
@@ -313,7 +312,7 @@ def _read_columns(file: InputFile, unit: Unit, keys: Sequence[str], limit: int) 
             position += 1
 
 
-def _batches(file: InputFile, unit: Unit, keys: Sequence[str]) -> Iterator[object]:
+def _batches(file: InputFile, unit: Unit, keys: Sequence[str]) -> Iterator[Any]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 

@@ -124,11 +124,12 @@ def is_cuttable(tokenizer: Tokenizer) -> bool:
     )
 
 
-def _read_proto(tokenizer: Tokenizer) -> Any:  # a protobuf message: its classes exist at run time only
+def _read_proto(tokenizer: Tokenizer) -> Any:
     try:
-        from sentencepiece import sentencepiece_model_pb2 as messages
+        from sentencepiece import sentencepiece_model_pb2
     except ImportError:  # protobuf is optional; without it SentencePiece itself encodes
         return None
+    messages: Any = sentencepiece_model_pb2  # its classes are made at run time
     model = messages.ModelProto()
     model.ParseFromString(tokenizer.processor.serialized_model_proto())
     return model
@@ -221,5 +222,5 @@ def _compile(source: Path, target: Path) -> bool:
         )
         partial.unlink(missing_ok=True)
         return False
-    os.replace(partial, target)
+    partial.replace(target)
     return True

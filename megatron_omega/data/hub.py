@@ -1,4 +1,4 @@
-"""Hugging Face data sets as input: a folder that `save_to_disk` wrote, a local folder of files, or a name on the hub."""
+"""Hugging Face data sets as input: a folder of `save_to_disk`, a local folder of files, or a name on the hub."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ cumulative lengths, so a shard opens in constant time whatever its size, and nee
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import IO, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron_omega.data.checksums import CheckedFile, num_blocks
 from megatron_omega.errors import DataError
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
@@ -90,6 +90,7 @@ class IndexedShard:
         self._bounds = view[layout.bounds_at : layout.size].cast("q")
         self._itemsize = layout.dtype.itemsize
         self._tokens = self._map_tokens()
+        self._checked_tokens, self._checked_index = self._open_sums()
 
     def __reduce__(self) -> tuple[type[IndexedShard], tuple[str]]:
         return type(self), (self.prefix,)
@@ -97,6 +98,10 @@ class IndexedShard:
     def __len__(self) -> int:
         """Number of documents."""
         return self._layout.bounds - 1
+
+    @property
+    def has_checksums(self) -> bool:
+        return self._checked_tokens is not None
 
     @property
     def dtype(self) -> np.dtype:
@@ -136,7 +141,25 @@ class IndexedShard:
                 f"{self.prefix}.idx points at tokens {start}..{stop}, but {self.prefix}.bin has {self.num_tokens}; "
                 "the shard is damaged, make it again"
             )
+        if self._checked_tokens is not None:
+            self._checked_tokens.check(start * self._itemsize, stop * self._itemsize)
         return self._tokens[start:stop]
+
+    def check_index(self, document: int) -> None:
+        """Raise DataError where the index entries of `document` are damaged (shards with checksums only)."""
+        if self._checked_index is None:
+            return
+        sequence = document if self.is_one_sequence_per_document else self._bounds[document]
+        pointer = self._layout.pointers_at + 8 * sequence
+        self._checked_index.check(0, HEADER_BYTES)
+        self._checked_index.check(pointer, min(pointer + 16, self._layout.bounds_at))
+
+    def check_all(self) -> None:
+        """Raise DataError at the first damaged block of the whole shard; needs checksums."""
+        if self._checked_index is None or self._checked_tokens is None:
+            raise DataError(f"{self.prefix} has no checksums (.sums); shards of other tools have none")
+        self._checked_index.check(0, self._layout.size)
+        self._checked_tokens.check(0, self.num_tokens * self._itemsize)
 
     def document(self, document: int) -> NDArray[np.integer]:
         """Return the tokens of one document, a view on the file."""
@@ -151,10 +174,10 @@ class IndexedShard:
         return np.diff(sums[np.frombuffer(self._bounds, dtype="<i8")])
 
     def _map_tokens(self) -> NDArray[np.integer]:
-        path, layout = self.prefix + ".bin", self._layout
-        if not os.path.exists(path):
+        path, layout = Path(self.prefix + ".bin"), self._layout
+        if not path.exists():
             raise DataError(f"{path} is missing beside its .idx; copy both files of the shard")
-        size = os.path.getsize(path)
+        size = path.stat().st_size
         last = layout.sequences - 1
         needed = 0 if last < 0 else self._pointers[last] + self._lengths[last] * self._itemsize
         if size != needed:
@@ -163,16 +186,33 @@ class IndexedShard:
             )
         if layout.bounds and self._bounds[layout.bounds - 1] != layout.sequences:
             raise DataError(f"{self.prefix}.idx is damaged: its last document does not end with the last sequence")
-        return np.memmap(path, dtype=layout.dtype, mode="r") if size else np.empty(0, layout.dtype)
+        return np.frombuffer(_map(str(path)), dtype=layout.dtype) if size else np.empty(0, layout.dtype)
+
+    def _open_sums(self) -> tuple[CheckedFile, CheckedFile] | tuple[None, None]:
+        path = Path(self.prefix + ".sums")
+        if not path.exists():
+            return None, None
+        index = memoryview(self._index)
+        tokens = memoryview(self._tokens.view(np.uint8).data) if len(self._tokens) else memoryview(b"")
+        blocks = num_blocks(len(tokens))
+        if path.stat().st_size != 8 * (blocks + num_blocks(len(index))):
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, which does not fit the shard; make the shard again"
+            )
+        sums = np.frombuffer(_map(str(path)), dtype="<u8")
+        return (
+            CheckedFile(self.prefix + ".bin", tokens, sums[:blocks]),
+            CheckedFile(self.prefix + ".idx", index, sums[blocks:]),
+        )
 
 
 def _map(path: str) -> mmap.mmap:
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise DataError(
-            f"shard {path} does not exist; a prefix is the path without .bin and .idx, as tools/preprocess_data.py printed it"
+            f"shard {path} does not exist; a prefix is the path without .bin and .idx, as preprocess_data.py printed it"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"shard {path} cannot be read ({error}); make it again with tools/preprocess_data.py") from None
@@ -189,7 +229,8 @@ def _read_layout(index: mmap.mmap, path: str) -> _Layout:
     layout = _Layout(np.dtype(_DTYPES[code]).newbyteorder("<"), sequences, bounds)
     if len(index) not in (layout.size, layout.size + sequences) or bounds < 1:
         raise DataError(
-            f"{path} has {len(index)} bytes, its header promises {layout.size}; the shard is cut short or damaged, make it again"
+            f"{path} has {len(index)} bytes, its header promises {layout.size}; the shard is cut short or damaged, "
+            "make it again"
         )
     return layout
 
@@ -217,10 +258,10 @@ def write_index(file: IO[bytes], lengths: Iterable[NDArray[np.integer]], dtype: 
 def write_shard(prefix: str | Path, documents: Iterable[Iterable[int]], dtype: DTypeLike) -> None:
     """Write a small shard from token lists in memory (tests, notebooks); the tool for corpora is preprocess_data."""
     lengths: list[int] = []
-    with open(f"{prefix}.bin", "wb") as file:
+    with Path(f"{prefix}.bin").open("wb") as file:
         for document in documents:
             tokens = np.asarray(list(document), dtype=dtype)
             file.write(tokens.tobytes())
             lengths.append(len(tokens))
-    with open(f"{prefix}.idx", "wb") as file:
+    with Path(f"{prefix}.idx").open("wb") as file:
         write_index(file, [np.asarray(lengths, dtype=np.int32)], dtype)

@@ -1,7 +1,7 @@
 """Where the documents of a shard came from: runs of consecutive records, a few numbers for any number of documents.
 
-`{prefix}.origins.npz` holds the names of the input files and `runs`, int64 [runs, 3]: first document, file, first record
-(from 0). Within a run, document and record numbers ascend together.
+`{prefix}.origins.npz` holds the names of the input files and `runs`, int64 [runs, 3]: first document, file, first
+record (from 0). Within a run, document and record numbers ascend together.
 """
 
 from __future__ import annotations

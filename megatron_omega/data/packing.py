@@ -1,14 +1,15 @@
 """Two streams filled from one window: which piece of text gets which objective, and where its prefix is cut.
 
-Every example starts at a multiple of `width` in both streams. The objectives are drawn by weight; then the prefixes of
-prefix examples are moved together (one shift of their log-odds) until encoder and decoder both fit. Text that fits
-neither stream is counted as lost, never dropped in silence. All of this is arithmetic on lengths: it sees no token.
+Every example starts at a multiple of `width` in both streams. Span corruption is dealt first, to pieces in random
+order, until the room kept for its sentinels is used; the other pieces become prefix examples. Then the prefixes are
+moved together (one shift of their log-odds) until encoder and decoder both fit. Text that fits neither stream is counted
+as lost, never dropped in silence. All of this is arithmetic on lengths: it sees no token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, log
 from typing import Final, NamedTuple
 
@@ -19,10 +20,11 @@ from megatron_omega.data.objectives import Kind
 from megatron_omega.data.tokenizer import NUM_SENTINELS
 
 _MAX_SPANS: Final = NUM_SENTINELS - 1
-_SMALLEST_SPAN_TEXT: Final = 16
+_SMALLEST_SPAN_TEXT: Final = 32
 _EXTREME_RATE: Final = 0.5
 _EXTREME_MEAN: Final = 32.0
 _STREAM_SHARE: Final = 0.75
+_LEAST_SPANS_KEPT: Final = 0.7
 _ODDS_REACH: Final = 12.0
 _ODDS_STEPS: Final = 14
 
@@ -45,7 +47,7 @@ class PieceLength(NamedTuple):
     is_end: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Slot:
     """One planned example: tokens start..stop of piece `piece`.
 
@@ -79,14 +81,17 @@ class Slot:
     def decoder_length(self) -> int:
         return self.noise + self.spans + 1 if self.spans else self.tokens - self.prefix + self.is_end
 
-    def with_odds(self, shift: float) -> Slot:
-        """Return the slot with its prefix at its drawn log-odds plus `shift`; at least one label remains."""
-        if not self.is_free:
-            return self
-        fraction = 1 / (1 + exp(-(self.odds + shift)))
-        smallest = 1 if self.kind == "mask" and self.tokens > 1 else 0
-        largest = self.tokens - (0 if self.is_end else 1)
-        return replace(self, prefix=max(smallest, min(largest, round(fraction * self.tokens))))
+    def move(self, shift: float) -> None:
+        """Put a free prefix at its drawn log-odds plus `shift`; at least one label remains."""
+        if self.is_free:
+            tokens = self.stop - self.start
+            prefix = round(tokens / (1 + exp(-(self.odds + shift))))
+            smallest = 1 if self.kind == "mask" and tokens > 1 else 0
+            self.prefix = max(smallest, min(tokens - (not self.is_end), prefix))
+
+    def free(self) -> None:
+        """Become a prefix example."""
+        self.kind, self.is_free, self.noise, self.spans = "prefix", True, 0, 0
 
 
 @dataclass(frozen=True)
@@ -117,62 +122,89 @@ def plan_causal(pieces: Sequence[PieceLength], budget: Budget) -> Plan:
 def plan_two_streams(
     pieces: Sequence[PieceLength], budget: Budget, objective: ObjectiveConfig, random: np.random.Generator
 ) -> Plan:
-    """Draw an objective for every piece and cut prefixes so that both streams are full."""
+    """Give every piece an objective and cut prefixes so that both streams are full."""
     slots = _draw(pieces, budget, objective, random)
-    while True:
-        fitted = _balance(slots, budget)
-        if fitted is not None:
-            return _place(fitted, budget)
-        stiff = [slot for slot in slots if not slot.is_free]
-        if not stiff:
-            return _place(_balance_anyhow(slots, budget), budget)
-        largest = max(stiff, key=lambda slot: slot.encoder_length + slot.decoder_length)
-        slots[slots.index(largest)] = _freed(largest)
+    while not _balance(slots, budget) and _relax(slots, budget):
+        pass
+    return _place(slots, budget)
+
+
+def _relax(slots: Sequence[Slot], budget: Budget) -> bool:
+    """Make room by fewer spans, or by turning a fixed example into a prefix example; tell whether there was one."""
+    stiff = [slot for slot in slots if not slot.is_free]
+    if not stiff:
+        return False
+    excess = sum(_excess(slots, budget, None))
+    most = max(stiff, key=lambda slot: slot.spans)
+    fewer = most.spans - max(1, (excess + 1) // 2)
+    if excess > 0 and fewer > _LEAST_SPANS_KEPT * most.spans:
+        most.spans = fewer
+    else:
+        max(stiff, key=lambda slot: slot.encoder_length + slot.decoder_length).free()
+    return True
+
+
+def span_overhead(objective: ObjectiveConfig) -> float:
+    """Return the sentinels, in both streams together, that a token of the whole text costs on average."""
+    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix)
+    if not objective.span_corruption:
+        return 0.0
+    rate, mean, extreme = objective.span_rate, objective.span_mean_length, objective.extreme_span_fraction
+    plain = (1 - extreme) * rate / mean
+    return (
+        objective.span_corruption
+        / sum(weights)
+        * 2
+        * (plain + extreme / 2 * (_EXTREME_RATE / mean + rate / _EXTREME_MEAN))
+    )
 
 
 def _draw(
     pieces: Sequence[PieceLength], budget: Budget, objective: ObjectiveConfig, random: np.random.Generator
 ) -> list[Slot]:
-    slack = budget.encoder + budget.decoder - (len(pieces) - 1) * (budget.width - 1)
+    slack = budget.encoder + budget.decoder - (len(pieces) - 1) * (budget.width - 1) - budget.width // 4
     slack -= sum(piece.tokens + 1 + piece.is_end for piece in pieces)
+    draws: list[list[float]] = random.random((len(pieces), 5)).tolist()
+    heads: dict[int, Slot] = {}
+    if objective.span_corruption:
+        for number in sorted(range(len(pieces)), key=lambda number: draws[number][0]):
+            whole = Slot(number, 0, pieces[number].tokens, pieces[number].is_end, "prefix")
+            slack = _corrupt_some(whole, draws[number][1], budget, objective, slack)
+            if whole.spans:
+                heads[number] = whole
     slots: list[Slot] = []
-    draws = random.random((len(pieces), 4))
-    for number, (piece, (kind, form, odds, last)) in enumerate(zip(pieces, draws.tolist(), strict=True)):
-        whole = Slot(number, 0, piece.tokens, piece.is_end, "prefix", odds=_log_odds(odds))
-        first = _assign(whole, _choose(objective, kind), (form, last), budget, objective, slack)
-        slots.append(first)
-        slack -= 2 * first.spans
-        if first.stop < piece.tokens:
-            slots.append(replace(whole, start=first.stop, odds=_log_odds(last)))
-            slack -= budget.width + 1
+    for number, piece in enumerate(pieces):
+        head = heads.get(number)
+        if head is not None:
+            slots.append(head)
+        if head is None or head.stop < piece.tokens:
+            rest = Slot(number, head.stop if head else 0, piece.tokens, piece.is_end, "prefix")
+            slots += _prefixed(rest, draws[number][2:], budget, objective)
     return slots
 
 
-def _choose(objective: ObjectiveConfig, draw: float) -> Kind:
-    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix)
-    draw *= sum(weights) or 1.0
-    if draw < weights[0] or not any(weights):
-        return "prefix"
-    return "span" if draw < weights[0] + weights[1] else "mask"
+def _prefixed(whole: Slot, draws: list[float], budget: Budget, objective: ObjectiveConfig) -> list[Slot]:
+    """Make a masked, an open or an empty prefix of a piece; a long piece with an empty prefix is cut in two."""
+    kind, form, odds = draws
+    whole.odds = _log_odds(odds)
+    total = objective.prefix_lm + objective.masked_prefix
+    if kind * total >= objective.prefix_lm and objective.masked_prefix:
+        whole.kind = "mask"
+        return [whole]
+    if form >= objective.empty_prefix_fraction:
+        return [whole]
+    room = int(budget.decoder * _STREAM_SHARE)
+    if whole.tokens <= room:
+        whole.is_free = False
+        return [whole]
+    cut = whole.start + max(1, int(room * (1 + 2 * odds) / 3))
+    empty = Slot(whole.piece, whole.start, cut, is_end=False, kind="prefix", is_free=False)
+    whole.start = cut
+    return [empty, whole]
 
 
-def _assign(
-    whole: Slot, kind: Kind, draws: tuple[float, float], budget: Budget, objective: ObjectiveConfig, slack: int
-) -> Slot:
-    form, size = draws
-    if kind == "span":
-        return _corrupted(whole, form, budget, objective, slack)
-    if kind == "prefix" and form < objective.empty_prefix_fraction:
-        room = int(budget.decoder * _STREAM_SHARE)
-        if whole.tokens <= room:
-            return replace(whole, is_free=False)
-        cut = max(1, int(room * (1 + 2 * size) / 3))
-        return replace(whole, stop=cut, is_end=False, is_free=False)
-    return replace(whole, kind=kind)
-
-
-def _corrupted(whole: Slot, form: float, budget: Budget, objective: ObjectiveConfig, slack: int) -> Slot:
-    """Corrupt as much of the piece as sentinels, streams and the room for sentinels allow; the rest becomes prefix text."""
+def _corrupt_some(whole: Slot, form: float, budget: Budget, objective: ObjectiveConfig, slack: int) -> int:
+    """Corrupt as much of the piece as sentinels, streams and slack allow; return the slack that remains."""
     rate, mean, kind = objective.span_rate, objective.span_mean_length, "span"
     if form < objective.extreme_span_fraction:
         kind = "extreme"
@@ -183,28 +215,19 @@ def _corrupted(whole: Slot, form: float, budget: Budget, objective: ObjectiveCon
         (_STREAM_SHARE * budget.encoder - 1) / (1 - rate + density),
         (_STREAM_SHARE * budget.decoder - 2) / (rate + density),
     )
-    by_slack = (slack - 1) / (2 * density)
-    if whole.tokens > min(room, by_slack):
-        room = min(room, (slack - budget.width - 2) / (2 * density))
+    cut_cost = 0
+    if whole.tokens > min(room, (slack - 1) / (2 * density)):
+        cut_cost = budget.width + 1
+        room = min(room, (slack - 1 - cut_cost) / (2 * density))
     tokens = min(whole.tokens, int(room))
     if tokens < _SMALLEST_SPAN_TEXT:
-        return whole
-    noise = min(tokens - 1, max(1, round(tokens * rate)))
-    spans = max(1, min(noise, tokens - noise, round(noise / mean), _MAX_SPANS))
-    is_whole = tokens == whole.tokens
-    return replace(
-        whole,
-        stop=whole.start + tokens,
-        is_end=whole.is_end and is_whole,
-        kind=kind,
-        is_free=False,
-        noise=noise,
-        spans=spans,
-    )
-
-
-def _freed(slot: Slot) -> Slot:
-    return replace(slot, kind="prefix", is_free=True, noise=0, spans=0)
+        return slack
+    whole.noise = min(tokens - 1, max(1, round(tokens * rate)))
+    whole.spans = max(1, min(whole.noise, tokens - whole.noise, round(whole.noise / mean), _MAX_SPANS))
+    whole.is_end = whole.is_end and tokens == whole.tokens
+    whole.stop = whole.start + tokens
+    whole.kind, whole.is_free = kind, False
+    return slack - 2 * whole.spans - 1 - cut_cost
 
 
 def _log_odds(fraction: float) -> float:
@@ -212,63 +235,45 @@ def _log_odds(fraction: float) -> float:
     return log(fraction / (1 - fraction))
 
 
-def _encoder_total(slots: Sequence[Slot], budget: Budget) -> int:
-    return sum(budget.align(slot.encoder_length) for slot in slots[:-1]) + slots[-1].encoder_length if slots else 0
+def _excess(slots: Sequence[Slot], budget: Budget, shift: float | None) -> tuple[int, int]:
+    """Move the prefixes (None: leave them) and return by how much encoder and decoder overflow (negative: room)."""
+    width, encoder, decoder = budget.width, 0, 0
+    for slot in slots:
+        if shift is not None:
+            slot.move(shift)
+        encoder += -encoder % width + slot.encoder_length
+        decoder += -decoder % width + slot.decoder_length
+    return encoder - budget.encoder, decoder - budget.decoder
 
 
-def _decoder_total(slots: Sequence[Slot], budget: Budget) -> int:
-    return sum(budget.align(slot.decoder_length) for slot in slots[:-1]) + slots[-1].decoder_length if slots else 0
+def _balance(slots: Sequence[Slot], budget: Budget) -> bool:
+    """Move the prefixes so that both streams fit, as near to the drawn fractions as possible; tell whether they do.
 
-
-def _moved(slots: Sequence[Slot], shift: float) -> list[Slot]:
-    return [slot.with_odds(shift) for slot in slots]
-
-
-def _largest_shift(slots: Sequence[Slot], budget: Budget) -> float | None:
-    """Return the largest shift at which the encoder still fits, by bisection; None where none does."""
-    low, high = -_ODDS_REACH, _ODDS_REACH
-    if _encoder_total(_moved(slots, low), budget) > budget.encoder:
-        return None
-    if _encoder_total(_moved(slots, high), budget) <= budget.encoder:
-        return high
+    The larger the shift, the more text stands in the encoder. Where nothing fits, the encoder is left full.
+    """
+    encoder, decoder = _excess(slots, budget, 0.0)
+    if encoder <= 0 and decoder <= 0:
+        return True
+    if encoder > 0:
+        low, high = -_ODDS_REACH, 0.0
+        if _excess(slots, budget, low)[0] > 0:
+            return False
+        for _ in range(_ODDS_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _excess(slots, budget, middle)[0] <= 0 else (low, middle)
+        return _excess(slots, budget, low)[1] <= 0
+    low, high = 0.0, _ODDS_REACH
+    if _excess(slots, budget, high)[1] <= 0:
+        for _ in range(_ODDS_STEPS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if _excess(slots, budget, middle)[1] <= 0 else (middle, high)
+    if _excess(slots, budget, high)[0] <= 0:
+        return _excess(slots, budget, high)[1] <= 0
+    low = 0.0
     for _ in range(_ODDS_STEPS):
         middle = (low + high) / 2
-        fits = _encoder_total(_moved(slots, middle), budget) <= budget.encoder
-        low, high = (middle, high) if fits else (low, middle)
-    return low
-
-
-def _smallest_shift(slots: Sequence[Slot], budget: Budget, largest: float) -> float | None:
-    """Return the smallest shift at which the decoder fits, up to `largest`; None where none does."""
-    low, high = -_ODDS_REACH, largest
-    if _decoder_total(_moved(slots, high), budget) > budget.decoder:
-        return None
-    if _decoder_total(_moved(slots, low), budget) <= budget.decoder:
-        return low
-    for _ in range(_ODDS_STEPS):
-        middle = (low + high) / 2
-        fits = _decoder_total(_moved(slots, middle), budget) <= budget.decoder
-        low, high = (low, middle) if fits else (middle, high)
-    return high
-
-
-def _balance(slots: Sequence[Slot], budget: Budget) -> list[Slot] | None:
-    """Cut the prefixes where both streams fit, as near to the drawn fractions as that allows; None where nothing fits."""
-    drawn = _moved(slots, 0.0)
-    if _encoder_total(drawn, budget) <= budget.encoder and _decoder_total(drawn, budget) <= budget.decoder:
-        return drawn
-    largest = _largest_shift(slots, budget)
-    if largest is None:
-        return None
-    smallest = _smallest_shift(slots, budget, largest)
-    if smallest is None:
-        return None
-    return _moved(slots, min(max(0.0, smallest), largest))
-
-
-def _balance_anyhow(slots: Sequence[Slot], budget: Budget) -> list[Slot]:
-    largest = _largest_shift(slots, budget)
-    return _moved(slots, -_ODDS_REACH if largest is None else largest)
+        low, high = (middle, high) if _excess(slots, budget, middle)[0] <= 0 else (low, middle)
+    return _excess(slots, budget, low)[1] <= 0
 
 
 def _place(slots: Sequence[Slot], budget: Budget) -> Plan:
@@ -276,24 +281,30 @@ def _place(slots: Sequence[Slot], budget: Budget) -> Plan:
     placed: list[Slot] = []
     encoder, decoder, lost = 0, 0, 0
     for slot in slots:
-        at = replace(slot, encoder_at=budget.align(encoder), decoder_at=budget.align(decoder))
-        fitted = _fitted(at, budget)
-        lost += slot.tokens - (fitted.tokens if fitted else 0)
-        if fitted:
-            placed.append(fitted)
-            encoder, decoder = at.encoder_at + fitted.encoder_length, at.decoder_at + fitted.decoder_length
+        before = slot.tokens
+        slot.encoder_at, slot.decoder_at = budget.align(encoder), budget.align(decoder)
+        if _fit(slot, budget):
+            placed.append(slot)
+            lost += before - slot.tokens
+            encoder, decoder = slot.encoder_at + slot.encoder_length, slot.decoder_at + slot.decoder_length
+        else:
+            lost += before
     return Plan(tuple(placed), lost)
 
 
-def _fitted(slot: Slot, budget: Budget) -> Slot | None:
+def _fit(slot: Slot, budget: Budget) -> bool:
+    """Shorten the slot to the room that is left; tell whether any is."""
     encoder, decoder = budget.encoder - slot.encoder_at, budget.decoder - slot.decoder_at
     if slot.encoder_length <= encoder and slot.decoder_length <= decoder:
-        return slot
+        return True
     if encoder < 1 or decoder < 1:
-        return None
-    slot = _freed(slot) if slot.spans else slot
-    prefix = min(slot.prefix, encoder - 1)
-    if prefix + decoder >= slot.tokens + slot.is_end:
-        return replace(slot, prefix=prefix)
-    stop = min(slot.tokens, prefix + decoder)
-    return replace(slot, stop=slot.start + stop, prefix=min(prefix, stop - 1), is_end=False)
+        return False
+    if slot.spans:
+        slot.free()
+    slot.prefix = min(slot.prefix, encoder - 1)
+    if slot.decoder_length > decoder:
+        slot.is_end = False
+        slot.stop = slot.start + slot.prefix + min(decoder, slot.tokens - slot.prefix)
+        if slot.prefix == slot.tokens:
+            slot.prefix -= 1
+    return True

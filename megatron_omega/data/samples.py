@@ -110,6 +110,7 @@ class Windows:
     def _span(self, document: int, start: int, stop: int, length: int) -> Span | None:
         if start >= stop:
             return None
+        self.shard.check_index(document)
         first = self.shard.start(document)
         tokens = self.shard.tokens(first + start, first + stop).astype(np.int64)
         is_end = stop == length

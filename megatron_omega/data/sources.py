@@ -16,7 +16,7 @@ from megatron_omega.data.batch import Origin, Sample, pack_row
 from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.objectives import Example, causal_example, masked_example, prefix_example, span_example
-from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams
+from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams, span_overhead
 from megatron_omega.data.permutation import derive_key
 from megatron_omega.data.samples import Span, Windows, WindowShape, probe_lengths, split_documents
 from megatron_omega.data.sidecar import check_sidecar
@@ -25,7 +25,6 @@ from megatron_omega.errors import DataError
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
-_SENTINEL_RESERVE = 0.02
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ class SampleSource:
             wrong = np.flatnonzero((span.tokens >= self._recipe.vocab_size) | (span.tokens < 0))[0]
             raise DataError(
                 f"{shard.prefix}.bin holds token id {span.tokens[wrong]} in document {span.document} at token "
-                f"{span.offset + wrong}, beyond the vocabulary of {self._recipe.vocab_size}; it was made with another tokenizer"
+                f"{span.offset + wrong}, beyond the vocabulary of {self._recipe.vocab_size}; "
+                "it was made with another tokenizer"
             )
 
     def _plan(self, spans: Sequence[Span], random: np.random.Generator) -> Plan:
@@ -129,8 +129,8 @@ def open_sources(config: RunConfig) -> Sources:
     tokenizer = Tokenizer.open(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}; "
-            f"set model.vocab_size to {tokenizer.vocab_size}"
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size}"
         )
     shards = _open_shards(config, tokenizer)
     recipe = _recipe(config, tokenizer)
@@ -179,24 +179,25 @@ def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recip
 def window_shape(budget: Budget, objective: ObjectiveConfig, lengths: Sequence[int]) -> WindowShape:
     """Return the window that fills a row, for documents of such `lengths`.
 
-    A document costs, beside its tokens, its specials and on average half a row of gap in each stream; a document shorter
-    than a row costs a whole row in each. Sentinels of span corruption get a fixed reserve.
+    A document costs, beside its tokens, its specials and on average half a row of gap in each stream; a document
+    shorter than a row costs a whole row in each. Sentinels of span corruption get a reserve.
     """
     width = budget.width
     if budget.encoder == 0:
         costs = [max(width // 2 + 1, width - length) for length in lengths]
         return WindowShape(max(1, budget.decoder - 1), round(float(np.mean(costs or [0]))))
     costs = [max(width + 1, 2 * width - length) for length in lengths]
-    total = objective.prefix_lm + objective.span_corruption + objective.masked_prefix
-    share = objective.span_corruption / total if total else 0.0
-    reserve = 2 + round(_SENTINEL_RESERVE * 4 * share * (budget.encoder + budget.decoder))
-    return WindowShape(max(1, budget.encoder + budget.decoder - reserve), round(float(np.mean(costs or [0]))))
+    room = budget.encoder + budget.decoder
+    reserve = 2 + width * 256 // room
+    if objective.span_corruption:
+        reserve += round(room * span_overhead(objective)) + width
+    return WindowShape(max(1, room - reserve), round(float(np.mean(costs or [0]))))
 
 
 def _too_short(part: Part, windows: Windows) -> str:
     return (
-        f"the {part} part of {windows.shard.prefix} has {windows.num_tokens} tokens in {len(windows.documents)} documents, "
-        f"fewer than one sample ({windows.shape.tokens}); give it more text or a larger share of data.split"
+        f"the {part} part of {windows.shard.prefix} has {windows.num_tokens} tokens in {len(windows.documents)} "
+        f"documents, fewer than one sample ({windows.shape.tokens}); give it more text or a larger share of data.split"
     )
 
 

@@ -71,7 +71,8 @@ class Tokenizer:
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(
-                f"tokenizer {path} cannot be read ({reason}); train one with tools/train_tokenizer.py or correct the path"
+                f"tokenizer {path} cannot be read ({reason}); correct the path, "
+                "or train one with tools/train_tokenizer.py"
             ) from None
         return cls(model, str(path))
 

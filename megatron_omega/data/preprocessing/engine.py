@@ -1,7 +1,7 @@
 """The whole of preprocessing: inputs -> parts -> shard, resumable by the same command.
 
-Beside the output stands `{output_prefix}.parts/` while work is under way: a plan, the finished parts and a lock. The plan
-names what the output depends on; a folder of another plan is cleared, parts of this one are kept.
+Beside the output stands `{output_prefix}.parts/` while work is under way: a plan, the finished parts and a lock. The
+plan names what the output depends on; a folder of another plan is cleared, parts of this one are kept.
 """
 
 from __future__ import annotations

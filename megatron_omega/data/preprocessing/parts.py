@@ -1,7 +1,7 @@
 """One part of a shard: what one worker makes of one task. Written beside the shard, by temporary name and rename.
 
-A part is `{number}.{key}.bin` and `.len` (int32 token counts) for every key, `{number}.hash` where duplicates are looked
-for, and last `{number}.json`, the report whose presence says that the part is complete.
+A part is `{number}.{key}.bin` and `.len` (int32 token counts) for every key, `{number}.hash` where duplicates are
+looked for, and last `{number}.json`, the report whose presence says that the part is complete.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from megatron_omega.data.preprocessing.parts import PartMaker, PartReport, Task
 from megatron_omega.errors import DataError, OmegaError
@@ -35,11 +36,12 @@ class _Pool:
     def __init__(self, maker: PartMaker, workers: int) -> None:
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(method)
+        process_class: Any = context.Process  # pyright: ignore[reportAttributeAccessIssue]
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
             others = [ours, *self._processes]
-            process = context.Process(
+            process = process_class(
                 target=_serve, args=(maker, theirs, others if method == "fork" else []), daemon=True
             )
             process.start()
@@ -79,7 +81,8 @@ class _Pool:
             code = process.exitcode or 0
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             raise DataError(
-                f"a worker ended {how}, perhaps for want of memory; finished parts are kept, {_AGAIN} (try fewer --workers)"
+                f"a worker ended {how}, perhaps for want of memory; finished parts are kept, {_AGAIN} "
+                "(try fewer --workers)"
             ) from None
 
 
