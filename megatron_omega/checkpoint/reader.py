@@ -45,6 +45,11 @@ class CheckpointReader:
         """The resolved configuration of the run that wrote it."""
         return self.manifest.config
 
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """Architecture and tokenizer: what must agree for the weights to mean the same."""
+        return self.manifest.identity
+
     def names(self) -> tuple[str, ...]:
         """Return the canonical names of all parameters."""
         return tuple(self.manifest.parameters)

@@ -21,18 +21,31 @@ from megatron_omega.model.kernels import scaled_dot_product_attention
 from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_omega.parallel.sharding import declare_parameter
 
+_FIRST_ROOM = 64
+
 
 @dataclass
 class SelfCache:
-    """Keys and values of the tokens a decoder layer has seen: [b, branches, heads, t, head_dim] each."""
+    """Keys and values of the tokens a decoder layer has seen. Their room doubles, so that a token is moved rarely."""
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    length: int = 0
+    """Tokens seen."""
+    _room: Tensor | None = None
+    """Keys and values: [2, b, branches, heads, room, head_dim]."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=3)
-        self.values = values if self.values is None else torch.cat((self.values, values), dim=3)
-        return self.keys, self.values
+        """Add [b, branches, heads, t, head_dim] each; return those of all tokens."""
+        start, self.length = self.length, self.length + keys.shape[3]
+        room = self._room
+        if room is None or room.shape[4] < self.length:
+            *outer, _, head_dim = keys.shape
+            room = keys.new_empty(2, *outer, max(_FIRST_ROOM, 2 * self.length), head_dim)
+            if self._room is not None:
+                room[..., :start, :] = self._room[..., :start, :]
+            self._room = room
+        room[0, ..., start : self.length, :] = keys
+        room[1, ..., start : self.length, :] = values
+        return room[0, ..., : self.length, :], room[1, ..., : self.length, :]
 
 
 @dataclass
@@ -79,16 +92,19 @@ class SelfAttention(nn.Module):
 
     def extend(self, hidden: Tensor, cache: SelfCache) -> Tensor:
         """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
-        seen = 0 if cache.keys is None else cache.keys.shape[3]
+        seen = cache.length
         positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
         query, key, value = self._project(hidden, positions.expand(hidden.shape[:2]))
         keys, values = cache.append(key, value)
-        keys_at = torch.arange(keys.shape[3], device=hidden.device)
         attended = []
         for index, branch in enumerate(self.branches):
+            first = max(0, seen + 1 - self.pattern.window) if branch == "local" else 0
+            keys_at = torch.arange(first, cache.length, device=hidden.device)
             mask = visible(branch, self.pattern, positions, keys_at, query.shape[2])
             attended.append(
-                scaled_dot_product_attention(query[:, index], keys[:, index], values[:, index], mask.unsqueeze(0))
+                scaled_dot_product_attention(
+                    query[:, index], keys[:, index, :, first:], values[:, index, :, first:], mask.unsqueeze(0)
+                )
             )
         return self._merge(torch.stack(attended, dim=1))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -115,8 +116,8 @@ class DecoderLayer(nn.Module):
         assert self.parallel.size == 1, "text is generated from an unsharded model"
         a = self.residual
         if self.positions is not None:
-            seen = 0 if cache.self_attention.keys is None else cache.self_attention.keys.shape[3]
-            positions = hidden.new_tensor(range(seen, seen + hidden.shape[1])).long()
+            seen = cache.self_attention.length
+            positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
             hidden = self.positions(hidden, positions.expand(hidden.shape[:2]))
         hidden = hidden + a * self.attention.extend(self.attention_norm(hidden), cache.self_attention)
         if self.cross is not None:

@@ -86,6 +86,13 @@ def declare_parameter(
     return parameter
 
 
+def replacement(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter with the declaration of `parameter` and other values, without gradient."""
+    new = nn.Parameter(values, requires_grad=False)
+    setattr(new, _ATTRIBUTE, describe(parameter))
+    return new
+
+
 def keyed_generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator that depends on (seed, name) alone."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()

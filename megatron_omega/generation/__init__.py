@@ -1,0 +1,1 @@
+"""Text out of a trained model: loading it from any checkpoint, cached decoding, sampling, filling masks."""

@@ -1,0 +1,83 @@
+"""What stands behind a mask, by the encoder and its MLM head."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
+from megatron_omega.errors import ConfigError, DataError
+from megatron_omega.generation.decoding import check_length, encode, vocabulary_logits
+from megatron_omega.generation.loading import TextModel
+from megatron_omega.model.layers import Head
+
+_MASK = re.compile(rf" ?(?:{re.escape(MASK_PIECE)}|\[MASK\])")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One piece that may stand behind a mask."""
+
+    piece: str
+    token_id: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The answer for one text: the candidates of each mask, the most probable first, and the text with the first."""
+
+    text: str
+    masks: tuple[tuple[Candidate, ...], ...]
+
+
+@torch.inference_mode()
+def fill_mask(text_model: TextModel, text: str, *, top_k: int = 5) -> Filled:
+    """Fill every <mask> or [MASK] of `text` on its own.
+
+    A space before a mask belongs to what is masked, since pieces begin with their space.
+
+    Raises:
+        ConfigError: the model has no MLM head.
+        DataError: the text has no mask, or is longer than the model's learned positions.
+    """
+    model, config, tokenizer = text_model.model, text_model.config, text_model.tokenizer
+    if not config.model.has_mlm_head:
+        reason = "is decoder-only" if config.model.is_decoder_only else "was built with model.mlm_head: false"
+        raise ConfigError(f"{text_model.path} has no MLM head (the model {reason}); use tools/generate.py")
+    if top_k < 1:
+        raise ConfigError(f"top_k={top_k} must be 1 or more")
+    special = tokenizer.special
+    ids = [special.modes.mask, *masked_ids(tokenizer, text)]
+    check_length(ids, config, "encoder")
+    head = cast(Head, model.module_named("head"))
+    places = [place for place, number in enumerate(ids) if number == special.mask]
+    hidden = head.transform(encode(model, ids)[0, places])
+    found = vocabulary_logits(model, hidden, head.output_bias).softmax(dim=-1).cpu()
+    masks = tuple(_best(tokenizer, row, top_k) for row in found)
+    for place, candidates in zip(places, masks, strict=True):
+        ids[place] = candidates[0].token_id
+    return Filled(tokenizer.decode(ids), masks)
+
+
+def masked_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of `text` with the mask's in the place of each <mask> or [MASK]."""
+    first, *rest = _MASK.split(text)
+    if not rest:
+        raise DataError(f"the text has no mask; write {MASK_PIECE} or [MASK] where a piece is to be found")
+    ids = tokenizer.encode(first)
+    for part in rest:
+        ids += [tokenizer.special.mask, *tokenizer.encode(part)]
+    return ids
+
+
+def _best(tokenizer: Tokenizer, probabilities: torch.Tensor, top_k: int) -> tuple[Candidate, ...]:
+    text_ids = torch.tensor(tokenizer.text_ids)
+    best = probabilities[text_ids].topk(min(top_k, len(text_ids)))
+    return tuple(
+        Candidate(tokenizer.decode([number]), number, probability)
+        for number, probability in zip(text_ids[best.indices].tolist(), best.values.tolist(), strict=True)
+    )
