@@ -214,7 +214,7 @@ def head(config: RunConfig, shape: Shape) -> int:
 def output(config: RunConfig, shape: Shape) -> int:
     """Bytes of the losses: gradients of hidden states, table and bias, formed in the forward pass."""
     rows = config.model.padded_vocab_size // shape.tensor
-    kept = shape.whole(shape.decoder) + rows * shape.hidden * shape.element
+    kept = shape.whole(shape.decoder) + rows * shape.hidden * shape.element + 2 * FP32  # and both loss factors
     if config.model.has_mlm_head:
         kept += shape.whole(shape.encoder) + rows * shape.hidden * shape.element + rows * shape.element
     return kept

@@ -158,7 +158,7 @@ class Planner:
     ) -> Memory:
         mine = [(index, stages[index]) for index in stages_of(c, rank)]
         micro_batches = config.batch.global_batch_size // (c.micro_batch * c.data)
-        parameters = sum(stage.parameters(works) for _, stage in mine)
+        parameters = sum(stage.parameters(config, works) for _, stage in mine)
         if any(stage.has_table for _, stage in mine):
             parameters += table_parameters(config)
         held = memory.states(
@@ -208,7 +208,7 @@ class Planner:
         table, dp_seconds, optimizer = table_parameters(estimate.config), 0.0, 0.0
         for rank in range(c.pipeline):
             mine = [estimate.stages[s] for s in stages_of(c, rank)]
-            parameters = sum(stage.parameters(works) for stage in mine)
+            parameters = sum(stage.parameters(estimate.config, works) for stage in mine)
             parameters += table if any(stage.has_table for stage in mine) else 0
             dp_seconds = max(dp_seconds, _data_seconds(estimate, parameters, busy))
             optimizer = max(optimizer, _optimizer_seconds(estimate, parameters))

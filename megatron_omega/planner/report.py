@@ -120,7 +120,7 @@ def explain(estimate: Estimate, planner: Planner, assumptions: Assumptions) -> I
     for index, (stage, seconds) in enumerate(zip(estimate.stages, estimate.seconds, strict=True)):
         if stage.signature != previous or index == len(estimate.stages) - 1:
             yield (
-                f"  {index:>3} {stage.describe():<44} {stage.parameters(works) / 1e6:8.1f} M parameters "
+                f"  {index:>3} {stage.describe():<44} {stage.parameters(estimate.config, works) / 1e6:8.1f} M parameters "
                 f"{stage.total_flops(works) / 1e12:7.2f} TFLOPs  "
                 f"{1e3 * seconds.forward:7.2f} + {1e3 * seconds.backward:7.2f} ms"
             )
@@ -138,8 +138,8 @@ def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
     c, works = estimate.candidate, planner.works(estimate.candidate)
     rank = c.pipeline // 2
     tensor = sum(
-        (estimate.stages[s].messages(works) for s in stages_of(c, rank)),
-        start=type(estimate.stages[0].messages(works))(),
+        (estimate.stages[s].messages(estimate.config, works) for s in stages_of(c, rank)),
+        start=type(estimate.stages[0].messages(estimate.config, works))(),
     )
     for message, count in sorted(tensor.items(), key=lambda item: -item[0].num_bytes * item[1]):
         total = count * estimate.micro_batches

@@ -13,7 +13,7 @@ from megatron_omega.planner import activations
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import Hardware
-from megatron_omega.planner.work import BACKWARD_LAUNCHES, BACKWARD_TRAFFIC, FORWARD_TRAFFIC, Messages, Work
+from megatron_omega.planner.work import BACKWARD_LAUNCHES, BACKWARD_TRAFFIC, FORWARD_TRAFFIC, Collective, Messages, Work
 
 USES_TABLE = ("embedding", "bridge", "output")
 
@@ -36,6 +36,8 @@ class Stage:
     first: int
     """Index of its first layer in the layer list."""
     kinds: tuple[str, ...]
+    learned_positions: tuple[int, ...] = ()
+    """Lengths of the tables of learned positions that first layers in it own."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -46,17 +48,18 @@ class Stage:
         return any(kind in USES_TABLE for kind in self.kinds)
 
     @property
-    def signature(self) -> tuple[tuple[str, int], ...]:
+    def signature(self) -> tuple[object, ...]:
         """Equal for stages that do the same."""
-        return tuple(sorted(self.counts.items()))
+        return (*sorted(self.counts.items()), self.learned_positions)
 
     def describe(self) -> str:
         """Return its layers in words: `embedding + 24 encoder`."""
         return " + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in self.counts.items())
 
-    def parameters(self, works: Mapping[str, Work]) -> int:
+    def parameters(self, config: RunConfig, works: Mapping[str, Work]) -> int:
         """Local parameters, the token table apart."""
-        return sum(works[kind].parameters * count for kind, count in self.counts.items())
+        positions = sum(self.learned_positions) * config.model.hidden_size
+        return positions + sum(works[kind].parameters * count for kind, count in self.counts.items())
 
     def forward_flops(self, works: Mapping[str, Work]) -> int:
         return sum(works[kind].forward_flops * count for kind, count in self.counts.items())
@@ -72,9 +75,12 @@ class Stage:
             for kind, count in self.counts.items()
         )
 
-    def messages(self, works: Mapping[str, Work]) -> Messages:
+    def messages(self, config: RunConfig, works: Mapping[str, Work]) -> Messages:
         """Tensor-parallel messages of forward and backward of one micro-batch."""
         total: Messages = Counter()
+        if config.parallel.sequence_parallel:  # every rank looks up its own tokens' positions
+            row = config.model.hidden_size * Shape.of(config).element
+            total.update(Collective("all_reduce", length * row) for length in self.learned_positions)
         for kind, count in self.counts.items():
             for messages in (works[kind].forward_messages, works[kind].backward_messages):
                 for message, number in messages.items():
@@ -88,6 +94,8 @@ class Stage:
         uses_memory = counts["decoder"] or (counts["head"] and config.model.has_mlm_head)
         if uses_memory:
             kept += activations.memory_between_layers(config, shape)
+        if config.parallel.recompute != "full":  # only a recomputed layer keeps its arguments
+            return kept + sum(shape.micro_batch * length * activations.INT64 for length in self.learned_positions)
         uses_encoder_segments = counts["encoder"] or (counts["decoder"] and not config.model.is_decoder_only)
         return kept + activations.segments(shape, encoder=bool(uses_encoder_segments), decoder=bool(counts["decoder"]))
 
@@ -108,8 +116,15 @@ def cut(config: RunConfig, candidate: Candidate, costs: Sequence[accounting.Laye
     """Return the stages of `candidate`, in the order of the layers."""
     boundaries = config.parallel.stage_boundaries or accounting.stage_boundaries(costs, candidate.num_stages)
     edges = [0, *boundaries, len(costs)]
-    kinds = [cost.kind for cost in costs]
-    return [Stage(first, tuple(kinds[first:last])) for first, last in pairwise(edges)]
+    return [_stage(config, first, costs[first:last]) for first, last in pairwise(edges)]
+
+
+def _stage(config: RunConfig, first: int, costs: Sequence[accounting.LayerCost]) -> Stage:
+    names = [cost.name for cost in costs]
+    lengths = {"encoder.layers.0": config.data.encoder_seq_length, "decoder.layers.0": config.data.decoder_seq_length}
+    is_learned = config.model.positions == "learned"
+    learned = tuple(lengths[name] for name in names if is_learned and name in lengths)
+    return Stage(first, tuple(cost.kind for cost in costs), learned)
 
 
 def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tensor: int) -> Seconds:
