@@ -134,6 +134,15 @@ class IndexedShard:
             raise DataError(f"{self.prefix}.idx is damaged near document {document}: its pointers do not ascend")
         return document
 
+    def find_weighted(self, position: int, weight: int, documents: range) -> int:
+        """Return the last of `documents` with start + document · weight <= position, by binary search."""
+        pointers, itemsize = self._pointers, self._itemsize
+        if self.is_one_sequence_per_document:
+            place = bisect_right(documents, position, key=lambda number: pointers[number] // itemsize + number * weight)
+        else:
+            place = bisect_right(documents, position, key=lambda number: self.start(number) + number * weight)
+        return documents.start + place - 1
+
     def tokens(self, start: int, stop: int) -> NDArray[np.integer]:
         """Return tokens start..stop of the whole shard, a view on the file."""
         if not 0 <= start <= stop <= self.num_tokens:
@@ -145,14 +154,27 @@ class IndexedShard:
             self._checked_tokens.check(start * self._itemsize, stop * self._itemsize)
         return self._tokens[start:stop]
 
-    def check_index(self, document: int) -> None:
-        """Raise DataError where the index entries of `document` are damaged (shards with checksums only)."""
+    def ids(self, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:
+        """Return tokens start..stop as int64; raise DataError where one is no id of such a vocabulary."""
+        tokens = self.tokens(start, stop)
+        unsigned = tokens.view(f"<u{self._itemsize}")  # negative ids are large as unsigned
+        if len(unsigned) and unsigned.max() >= vocab_size:
+            wrong = start + int(np.argmax(unsigned >= vocab_size))
+            document = self.find(wrong)
+            raise DataError(
+                f"{self.prefix}.bin holds token id {self._tokens[wrong]} in document {document} at token "
+                f"{wrong - self.start(document)}, beyond the vocabulary of {vocab_size}; it was made with another tokenizer"
+            )
+        return tokens.astype(np.int64)
+
+    def check_index(self, first: int, stop: int) -> None:
+        """Raise DataError where the index entries of documents first..stop are damaged (shards with checksums only)."""
         if self._checked_index is None:
             return
-        sequence = document if self.is_one_sequence_per_document else self._bounds[document]
-        pointer = self._layout.pointers_at + 8 * sequence
-        self._checked_index.check(0, HEADER_BYTES)
-        self._checked_index.check(pointer, min(pointer + 16, self._layout.bounds_at))
+        if not self.is_one_sequence_per_document:
+            first, stop = self._bounds[first], self._bounds[stop]
+        pointers = self._layout.pointers_at
+        self._checked_index.check(pointers + 8 * first, min(pointers + 8 * (stop + 1), self._layout.bounds_at))
 
     def check_all(self) -> None:
         """Raise DataError at the first damaged block of the whole shard; needs checksums."""

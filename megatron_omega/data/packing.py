@@ -2,8 +2,8 @@
 
 Every example starts at a multiple of `width` in both streams. Span corruption is dealt first, to pieces in random
 order, until the room kept for its sentinels is used; the other pieces become prefix examples. Then the prefixes are
-moved together (one shift of their log-odds) until encoder and decoder both fit. Text that fits neither stream is counted
-as lost, never dropped in silence. All of this is arithmetic on lengths: it sees no token.
+moved together (one shift of their log-odds) until encoder and decoder both fit. Text that fits neither stream is
+counted as lost, never dropped in silence. All of this is arithmetic on lengths; it sees no token.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ fewer tokens, so that the packed row is as full. Nothing is stored; opening take
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,13 +61,38 @@ def probe_lengths(shard: IndexedShard, documents: range) -> list[int]:
     return [shard.start(document + 1) - shard.start(document) for document in documents[::step][:_PROBES]]
 
 
+class WindowSource(Protocol):
+    """Windows of one corpus, in some order."""
+
+    shard: IndexedShard
+    documents: range
+    shape: WindowShape
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, ordinal: int, key: int) -> tuple[int, list[Span]]: ...
+
+
 class Windows:
     """The windows of consecutive documents of one shard, shuffled anew every epoch."""
 
-    def __init__(self, shard: IndexedShard, documents: range, shape: WindowShape, *, corpus: int, eos_id: int) -> None:
+    def __init__(
+        self,
+        shard: IndexedShard,
+        documents: range,
+        shape: WindowShape,
+        *,
+        vocab_size: int,
+        eos_id: int,
+        corpus: int = 0,
+    ) -> None:
         self.shard, self.documents, self.shape = shard, documents, shape
-        self._corpus, self._eos_id = corpus, eos_id
-        self._first_token = shard.start(documents.start) if len(shard) else 0
+        self._corpus, self._eos_id, self._vocab_size = corpus, eos_id, vocab_size
+        first_token = shard.start(documents.start) if len(shard) else 0
+        self._origin = first_token + documents.start * shape.overhead
         self._length = self._virtual(documents.stop) if len(documents) else 0
 
     def __len__(self) -> int:
@@ -78,45 +103,49 @@ class Windows:
     def num_tokens(self) -> int:
         return self._length - len(self.documents) * self.shape.overhead
 
-    def shuffled(self, ordinal: int, key: int) -> tuple[int, int]:
-        """Return (epoch, start of the window) of the `ordinal`-th sample; epochs roll over."""
+    def take(self, ordinal: int, key: int) -> tuple[int, list[Span]]:
+        """Return (epoch, spans) of the `ordinal`-th sample in the order that `key` chooses; epochs roll over."""
         epoch, place = divmod(ordinal, len(self))
         permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
-        return epoch, shift + permutation[place] * self.shape.tokens
+        return epoch, self.spans(shift + permutation[place] * self.shape.tokens)
 
     def spans(self, start: int) -> list[Span]:
         """Return the document spans of the window that begins at virtual position `start`."""
         stop = start + self.shape.tokens
-        document = bisect_right(self.documents, start, key=self._virtual) - 1 + self.documents.start
-        found: list[Span] = []
+        document = self.shard.find_weighted(start + self._origin, self.shape.overhead, self.documents)
+        first = document
         begin = self._virtual(document)
+        pieces: list[tuple[int, int, int, bool]] = []
         while document < self.documents.stop and begin < stop:
             following = self._virtual(document + 1)
             length = following - begin - self.shape.overhead
             if length < 0:
-                raise DataError(
-                    f"{self.shard.prefix}.idx is damaged near document {document}: its pointers do not ascend"
-                )
-            span = self._span(document, max(0, start - begin), min(length, stop - begin), length)
-            if span is not None:
-                found.append(span)
+                raise DataError(f"{self.shard.prefix}.idx is damaged near document {document}: pointers do not ascend")
+            piece = max(0, start - begin), min(length, stop - begin)
+            if piece[0] < piece[1]:
+                pieces.append((document, *piece, piece[1] == length))
             document, begin = document + 1, following
+        self.shard.check_index(first, document)
+        return self._read(pieces)
+
+    def _read(self, pieces: list[tuple[int, int, int, bool]]) -> list[Span]:
+        """Read (document, start, stop, is its end) pieces that stand side by side in the shard."""
+        if not pieces:
+            return []
+        start = self.shard.start(pieces[0][0]) + pieces[0][1]
+        block = self.shard.ids(start, start + sum(stop - begin for _, begin, stop, _ in pieces), self._vocab_size)
+        found: list[Span] = []
+        place = 0
+        for document, begin, stop, is_end in pieces:
+            length = stop - begin
+            tokens = block[place : place + length - (is_end and block[place + length - 1] == self._eos_id)]
+            place += length
+            if len(tokens):
+                found.append(Span(self._corpus, document, begin, tokens, is_end))
         return found
 
     def _virtual(self, document: int) -> int:
-        tokens = self.shard.start(document) - self._first_token
-        return tokens + (document - self.documents.start) * self.shape.overhead
-
-    def _span(self, document: int, start: int, stop: int, length: int) -> Span | None:
-        if start >= stop:
-            return None
-        self.shard.check_index(document)
-        first = self.shard.start(document)
-        tokens = self.shard.tokens(first + start, first + stop).astype(np.int64)
-        is_end = stop == length
-        if is_end and tokens[-1] == self._eos_id:
-            tokens = tokens[:-1]
-        return Span(self._corpus, document, start, tokens, is_end) if len(tokens) else None
+        return self.shard.start(document) + document * self.shape.overhead - self._origin
 
 
 @lru_cache(maxsize=64)

@@ -15,10 +15,11 @@ from megatron_omega.config.schema import ObjectiveConfig, RunConfig
 from megatron_omega.data.batch import Origin, Sample, pack_row
 from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
+from megatron_omega.data.megatron_order import MegatronWindows
 from megatron_omega.data.objectives import Example, causal_example, masked_example, prefix_example, span_example
 from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams, span_overhead
 from megatron_omega.data.permutation import derive_key
-from megatron_omega.data.samples import Span, Windows, WindowShape, probe_lengths, split_documents
+from megatron_omega.data.samples import Span, Windows, WindowShape, WindowSource, probe_lengths, split_documents
 from megatron_omega.data.sidecar import check_sidecar
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
 from megatron_omega.errors import DataError
@@ -36,6 +37,8 @@ class Recipe:
     special: SpecialIds
     text_ids: tuple[int, ...]
     vocab_size: int
+    is_plain_stream: bool = False
+    """Megatron's rows: tokens as they stand in the shard, documents neither parted nor opened by a begin token."""
 
 
 class SampleSource:
@@ -43,7 +46,7 @@ class SampleSource:
 
     part: Part
 
-    def __init__(self, part: Part, corpora: Sequence[Windows], blend: Blend, recipe: Recipe, seed: int) -> None:
+    def __init__(self, part: Part, corpora: Sequence[WindowSource], blend: Blend, recipe: Recipe, seed: int) -> None:
         self.part, self.corpora, self._blend, self._recipe, self._seed = part, tuple(corpora), blend, recipe, seed
         self._text_ids = np.asarray(recipe.text_ids, dtype=np.int64)
         self._keys = [derive_key(seed, part, corpus) for corpus in range(len(self.corpora))]
@@ -56,6 +59,8 @@ class SampleSource:
         if index < 0:
             raise IndexError(f"samples are numbered from 0, not {index}")
         epoch, spans = self.window(index)
+        if self._recipe.is_plain_stream:
+            return _plain_sample(index, epoch, spans, self._recipe)
         random = np.random.Generator(np.random.PCG64([self._seed, PARTS.index(self.part), epoch, index]))
         plan = self._plan(spans, random)
         examples = [
@@ -75,20 +80,7 @@ class SampleSource:
         windows = self.corpora[corpus]
         if not len(windows):
             raise DataError(_too_short(self.part, windows))
-        epoch, start = windows.shuffled(ordinal, self._keys[corpus])
-        spans = windows.spans(start)
-        for span in spans:
-            self._check_ids(span, windows.shard)
-        return epoch, spans
-
-    def _check_ids(self, span: Span, shard: IndexedShard) -> None:
-        if int(span.tokens.max()) >= self._recipe.vocab_size or int(span.tokens.min()) < 0:
-            wrong = np.flatnonzero((span.tokens >= self._recipe.vocab_size) | (span.tokens < 0))[0]
-            raise DataError(
-                f"{shard.prefix}.bin holds token id {span.tokens[wrong]} in document {span.document} at token "
-                f"{span.offset + wrong}, beyond the vocabulary of {self._recipe.vocab_size}; "
-                "it was made with another tokenizer"
-            )
+        return windows.take(ordinal, self._keys[corpus])
 
     def _plan(self, spans: Sequence[Span], random: np.random.Generator) -> Plan:
         pieces = [PieceLength(len(span.tokens), span.is_end) for span in spans]
@@ -162,27 +154,63 @@ def _open_shards(config: RunConfig, tokenizer: Tokenizer) -> list[IndexedShard]:
 def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
     encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
     budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
-    return Recipe(budget, config.objective, tokenizer.special, tokenizer.text_ids, config.model.vocab_size)
+    is_plain = config.data.order == "megatron" and encoder == 0
+    return Recipe(budget, config.objective, tokenizer.special, tokenizer.text_ids, config.model.vocab_size, is_plain)
 
 
 def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recipe: Recipe) -> SampleSource:
-    corpora: list[Windows] = []
-    for number, shard in enumerate(shards):
-        documents = split_documents(len(shard), config.data.split)[PARTS.index(part)]
-        shape = window_shape(recipe.budget, recipe.objective, probe_lengths(shard, documents))
-        corpora.append(Windows(shard, documents, shape, corpus=number, eos_id=recipe.special.eos))
+    number = PARTS.index(part)
+    parts = [split_documents(len(shard), config.data.split)[number] for shard in shards]
     changes = [(change.from_sample, change.weights) for change in config.data.reweight] if part == "train" else []
     blend = Blend([corpus.weight for corpus in config.data.corpora], changes)
+    if config.data.order == "megatron":
+        corpora: list[WindowSource] = _megatron_windows(part, config, shards, parts, recipe, blend)
+    else:
+        corpora = [
+            Windows(
+                shard,
+                documents,
+                window_shape(recipe, probe_lengths(shard, documents)),
+                vocab_size=recipe.vocab_size,
+                eos_id=recipe.special.eos,
+                corpus=corpus,
+            )
+            for corpus, (shard, documents) in enumerate(zip(shards, parts, strict=True))
+        ]
     return SampleSource(part, corpora, blend, recipe, config.training.seed)
 
 
-def window_shape(budget: Budget, objective: ObjectiveConfig, lengths: Sequence[int]) -> WindowShape:
+def _megatron_windows(
+    part: Part, config: RunConfig, shards: Sequence[IndexedShard], parts: list[range], recipe: Recipe, blend: Blend
+) -> list[WindowSource]:
+    """Return the windows in GPTDataset's order, for as many samples as the run draws of each corpus."""
+    if part == "train":
+        samples = config.training.train_steps * config.batch.global_batch_size
+    else:
+        samples = config.evaluation.num_batches * config.batch.global_batch_size
+    length = recipe.budget.decoder if recipe.is_plain_stream else window_shape(recipe, []).tokens - 1
+    return [
+        MegatronWindows(
+            shard,
+            documents,
+            seq_length=length,
+            num_samples=drawn,
+            seed=config.training.seed,
+            corpus=corpus,
+            vocab_size=recipe.vocab_size,
+            eos_id=None if recipe.is_plain_stream else recipe.special.eos,
+        )
+        for corpus, (shard, documents, drawn) in enumerate(zip(shards, parts, blend.counts(samples), strict=True))
+    ]
+
+
+def window_shape(recipe: Recipe, lengths: Sequence[int]) -> WindowShape:
     """Return the window that fills a row, for documents of such `lengths`.
 
     A document costs, beside its tokens, its specials and on average half a row of gap in each stream; a document
     shorter than a row costs a whole row in each. Sentinels of span corruption get a reserve.
     """
-    width = budget.width
+    budget, objective, width = recipe.budget, recipe.objective, recipe.budget.width
     if budget.encoder == 0:
         costs = [max(width // 2 + 1, width - length) for length in lengths]
         return WindowShape(max(1, budget.decoder - 1), round(float(np.mean(costs or [0]))))
@@ -194,7 +222,7 @@ def window_shape(budget: Budget, objective: ObjectiveConfig, lengths: Sequence[i
     return WindowShape(max(1, room - reserve), round(float(np.mean(costs or [0]))))
 
 
-def _too_short(part: Part, windows: Windows) -> str:
+def _too_short(part: Part, windows: WindowSource) -> str:
     return (
         f"the {part} part of {windows.shard.prefix} has {windows.num_tokens} tokens in {len(windows.documents)} "
         f"documents, fewer than one sample ({windows.shape.tokens}); give it more text or a larger share of data.split"
@@ -213,3 +241,16 @@ def _origins(spans: Sequence[Span], plan: Plan) -> tuple[Origin, ...]:
         )
         for segment, slot in enumerate(plan.slots, start=1)
     )
+
+
+def _plain_sample(index: int, epoch: int, spans: Sequence[Span], recipe: Recipe) -> Sample:
+    text = np.concatenate([span.tokens for span in spans])
+    example = Example("causal", text[:0], text[:-1], text[1:])
+    row = pack_row(
+        [(example, 0, 0)], encoder_seq_length=0, decoder_seq_length=recipe.budget.decoder, pad=recipe.special.pad
+    )
+    return Sample(index, epoch, row, _plain_origins(spans), 0)
+
+
+def _plain_origins(spans: Sequence[Span]) -> tuple[Origin, ...]:
+    return tuple(Origin(1, "causal", span.corpus, span.document, span.offset, len(span.tokens)) for span in spans)
