@@ -8,6 +8,7 @@ itself would spell it out and keep the scores. Every encoder token counts as mas
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def count_stage(config: RunConfig, first: int, last: int) -> Counts:
     names = [recipe.name for recipe in recipes]
     counts, counter = Counts(), _Counter()
     fused = patch.object(F, "scaled_dot_product_attention", _fused_attention)
-    with torch.device("meta"), _dtype(DTYPES[config.precision.dtype]), fused:
+    with torch.device("meta"), _dtype(DTYPES[config.precision.dtype]), fused, _without_garbage_collection():
         table = build_token_table(context) if {"embedding", "bridge", "output"} & {*names} else None
         modules = [
             (table if module.is_token_table else module.build(), module.apply)
@@ -212,6 +213,18 @@ def _inputs(config: RunConfig, first: str) -> State:
 def _describe_cut(counts: Counts, state: Sequence[Tensor]) -> None:
     counts.sent_forward = [tensor.numel() * tensor.element_size() for tensor in state]
     counts.sent_backward = [t.numel() * t.element_size() for t in state if t.is_floating_point()]
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Hold the collector still: a graph of many layers is many objects, none of them garbage, and it looks at each."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
