@@ -14,7 +14,15 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["deepspeed", "synthetic", "scenarios", "megatron_omega.build", "megatron_omega.checkpoint.store"]
+PRELOADED = [
+    "deepspeed",
+    "torch._dynamo",
+    "functorch.compile",
+    "synthetic",
+    "scenarios",
+    "megatron_omega.build",
+    "megatron_omega.checkpoint.store",
+]
 
 
 def rank_context() -> ForkServerContext:

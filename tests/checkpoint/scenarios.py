@@ -58,7 +58,7 @@ def config_of(case: Case) -> RunConfig:
             "sequence_parallel": case.sequence_parallel, "pipeline_schedule": case.schedule,
         },
         precision={"dtype": case.dtype},
-        batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else 2, "global_batch_size": 16 if case.schedule == "dualpipev" else 8},
+        batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else 2, "global_batch_size": 8},
     )  # fmt: skip
 
 
