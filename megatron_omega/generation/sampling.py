@@ -49,6 +49,6 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         found[sampling.top_k :] = 0
     found /= found.sum()
-    before = found.cumsum(dim=-1) - found
-    kept = torch.where(before < sampling.top_p, found, 0.0)
-    return torch.zeros_like(scaled).scatter(0, order, kept / kept.sum())
+    if sampling.top_p < 1:  # at 1 a rounded sum would cut off the least probable
+        found = torch.where(found.cumsum(dim=-1) - found < sampling.top_p, found, 0.0)
+    return torch.zeros_like(scaled).scatter(0, order, found / found.sum())
