@@ -2,7 +2,7 @@
 
     deepspeed pretrain_omega.py --config examples/omega-tiny/run.yaml --deepspeed_config ds_configs/zero1.json
 
---help lists every setting; --dry-run shows what would run.
+--help lists every setting; --dry-run shows what would run (on WORLD_SIZE ranks, else on one replica).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import resolve_run
-from megatron_omega.environment import complete_environment
+from megatron_omega.environment import announced_world_size, complete_environment
 from megatron_omega.errors import exit_cleanly
 
 
@@ -21,9 +21,9 @@ def main(argv: Sequence[str]) -> None:
     with exit_cleanly():
         arguments = parse_arguments(argv, program="pretrain_omega.py")
         if arguments.dry_run:
-            from megatron_omega.dry_run import describe
+            from megatron_omega.preview import describe
 
-            print(describe(resolve_run(arguments), as_json=arguments.json))
+            print(describe(resolve_run(arguments, announced_world_size()), as_json=arguments.json))
             return
         place = complete_environment()
         resolved = resolve_run(arguments, place.world_size)

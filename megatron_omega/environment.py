@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from megatron_omega.errors import ConfigError
@@ -40,6 +40,12 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     environ.setdefault("MASTER_ADDR", "127.0.0.1")
     environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
     return ProcessPlace(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
+
+
+def announced_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Return the number of processes that a launcher, or a user who asks what would run, has set; None: nobody did."""
+    text = environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) else None
 
 
 def _map_slurm(environ: MutableMapping[str, str]) -> None:
