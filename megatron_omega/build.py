@@ -27,7 +27,9 @@ from megatron_omega.model.kernels import PORTABLE, Kernels, apex_notice, select_
 from megatron_omega.model.omega import Omega
 from megatron_omega.model.pipeline import build_pipeline
 from megatron_omega.monitoring import monitoring_hooks
+from megatron_omega.monitoring.forecast import Forecast
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
+from megatron_omega.planner.forecast import forecast, machine_called
 from megatron_omega.training.batch_size import batch_size_at
 from megatron_omega.training.engine import (
     Engine,
@@ -37,7 +39,7 @@ from megatron_omega.training.engine import (
     start_distributed,
     stop_distributed,
 )
-from megatron_omega.training.hooks import Hooks
+from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.loop import Batches, OpenBatches, Trainer
 from megatron_omega.training.state import RunContext, TrainState
 from megatron_omega.training.throughput import peak_flops
@@ -125,10 +127,18 @@ def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernel
             _open_batches(config, sources.train, engine),
             _open_batches(config, sources.validation, engine) if len(sources.validation) else None,
         ),
-        Hooks(monitoring_hooks(config.logging, is_main=topology.rank == 0)),
+        Hooks([*monitoring_hooks(config.logging, is_main=topology.rank == 0), *_forecast_hooks(resolved, topology)]),
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
     )
+
+
+def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:
+    """Return what logs the planner's forecast, where the planner knows this machine."""
+    machine = machine_called(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    if topology.rank or machine is None or not machine.supports(resolved.config.precision.dtype):
+        return []
+    return [Forecast(forecast(resolved.config, topology.layout.world_size, resolved.deepspeed.zero_stage, machine))]
 
 
 def _context(config: RunConfig, topology: Topology) -> RunContext:

@@ -86,7 +86,8 @@ def main() -> bool:
         stages = len({comparison.stage for comparison in comparisons})
         verdict = "equal" if not differing else f"{len(differing)} DIFFER"
         print(
-            f"{candidate.label} ({candidate.world_size} ranks): {stages} distinct stages, {len(comparisons)} quantities: {verdict}"
+            f"{candidate.label} ({candidate.world_size} ranks): "
+            f"{stages} distinct stages, {len(comparisons)} quantities: {verdict}"
         )
         for comparison in comparisons if arguments.verbose else differing:
             sign = "=" if comparison.agrees else "≠"

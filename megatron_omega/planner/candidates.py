@@ -49,7 +49,9 @@ class Candidate:
         return f"{tensor}-{pipeline}-dp{self.data}-mb{self.micro_batch}-{self.recompute}-zero{self.zero_stage}"
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """Return `config` with this layout."""
+        """Return `config` with this layout; its explicit cuts stay where the pipeline is the configured one."""
+        given = config.parallel
+        same_pipeline = (given.pipeline_parallel_size, given.pipeline_schedule) == (self.pipeline, self.schedule)
         parallel = config.parallel.model_copy(
             update={
                 "tensor_parallel_size": self.tensor,
@@ -57,7 +59,7 @@ class Candidate:
                 "sequence_parallel": self.sequence_parallel,
                 "pipeline_schedule": self.schedule,
                 "recompute": self.recompute,
-                "stage_boundaries": None,
+                "stage_boundaries": given.stage_boundaries if same_pipeline else None,
             }
         )
         batch = config.batch.model_copy(update={"micro_batch_size": self.micro_batch})

@@ -205,6 +205,7 @@ class Planner:
         communication = m * sum(s.communication for s in busiest)
         exact = exact and c.pipeline > 1 and c.pipeline * m <= EXACT_INSTRUCTIONS
         span = estimate.timeline.makespan if exact else _makespan(estimate)
+        span = max(span, _shared_cores_seconds(estimate, per_rank))
         table, dp_seconds, optimizer = table_parameters(estimate.config), 0.0, 0.0
         for rank in range(c.pipeline):
             mine = [estimate.stages[s] for s in stages_of(c, rank)]
@@ -246,6 +247,15 @@ def transfer_seconds(estimate: Estimate) -> list[float]:
             known[ends] = hardware.collective_seconds("transfer", num_bytes, 2, c.tensor * c.data)
         seconds.append(known[ends])
     return seconds
+
+
+def _shared_cores_seconds(estimate: Estimate, per_rank: list[list[Seconds]]) -> float:
+    """Seconds that the cores need for the work of all ranks of a node, where there are fewer cores than ranks."""
+    facts, c = estimate.hardware.facts, estimate.candidate
+    if facts.cores is None:
+        return 0.0
+    work = estimate.micro_batches * sum(s.forward + s.backward for parts in per_rank for s in parts)
+    return work * c.tensor * c.data / (facts.cores * max(1, c.world_size // facts.per_node))
 
 
 def _makespan(estimate: Estimate) -> float:

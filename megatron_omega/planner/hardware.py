@@ -70,7 +70,9 @@ class AcceleratorFacts(Section):
     launch_seconds: PositiveFloat
     """Time the host needs to start one kernel."""
     is_cpu: bool = False
-    """Whether ranks run on CPU cores."""
+    """Whether ranks run on CPU cores, one each."""
+    cores: Positive | None = None
+    """Cores that all ranks of a node share; more ranks than cores take turns."""
     efficiency: Efficiency
     """What is reached of these rates."""
 

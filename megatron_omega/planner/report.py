@@ -119,8 +119,9 @@ def explain(estimate: Estimate, planner: Planner, assumptions: Assumptions) -> I
     previous = None
     for index, (stage, seconds) in enumerate(zip(estimate.stages, estimate.seconds, strict=True)):
         if stage.signature != previous or index == len(estimate.stages) - 1:
+            millions = stage.parameters(estimate.config, works) / 1e6
             yield (
-                f"  {index:>3} {stage.describe():<44} {stage.parameters(estimate.config, works) / 1e6:8.1f} M parameters "
+                f"  {index:>3} {stage.describe():<44} {millions:8.1f} M parameters "
                 f"{stage.total_flops(works) / 1e12:7.2f} TFLOPs  "
                 f"{1e3 * seconds.forward:7.2f} + {1e3 * seconds.backward:7.2f} ms"
             )
