@@ -163,7 +163,8 @@ class IndexedShard:
             document = self.find(wrong)
             raise DataError(
                 f"{self.prefix}.bin holds token id {self._tokens[wrong]} in document {document} at token "
-                f"{wrong - self.start(document)}, beyond the vocabulary of {vocab_size}; it was made with another tokenizer"
+                f"{wrong - self.start(document)}, beyond the vocabulary of {vocab_size}; "
+                "it was made with another tokenizer"
             )
         return tokens.astype(np.int64)
 
@@ -194,6 +195,18 @@ class IndexedShard:
             return lengths
         sums = np.concatenate([[0], np.cumsum(lengths)])
         return np.diff(sums[np.frombuffer(self._bounds, dtype="<i8")])
+
+    def lengths_of(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Return the tokens of sequences start..stop."""
+        return np.frombuffer(self._lengths[start:stop], dtype="<i4")
+
+    def pointers_of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the byte offsets of sequences start..stop."""
+        return np.frombuffer(self._pointers[start:stop], dtype="<i8")
+
+    def bounds_of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the first sequences of documents start..stop (the end counts as a document)."""
+        return np.frombuffer(self._bounds[start:stop], dtype="<i8")
 
     def _map_tokens(self) -> NDArray[np.integer]:
         path, layout = Path(self.prefix + ".bin"), self._layout

@@ -1,8 +1,8 @@
 """The sample order of megatron-core's GPTDataset, bit for bit: `data.order: megatron`.
 
 Documents of all epochs are shuffled by numpy's RandomState, laid end to end, cut every `seq_length` tokens, and the
-cuts are shuffled again; the last epoch is kept apart where less than 80% of it is needed. Unlike the flat order it takes
-time and memory that grow with the corpus (12 bytes a document, 4 or 8 a sample) and depends on the length of the run.
+cuts are shuffled again; the last epoch is kept apart where less than 80% of it is needed. Unlike the flat order it
+takes time and memory that grow with the corpus (12 bytes a document, 4 or 8 a sample) and the length of the run.
 """
 
 from __future__ import annotations
@@ -71,6 +71,21 @@ class MegatronWindows:
                 found += self._span(document, offset, kept, length)
             start, first = start + kept, first + 1
         return lap, found
+
+    def ordinals_of(self, document: int, key: int, stop: int) -> list[int]:
+        """Return, ascending, the samples before the `stop`-th that hold text of `document`."""
+        seq_length = self._arguments[0]
+        places = np.flatnonzero(self._order == document - self.documents.start)
+        ends = self._ends[places]
+        starts = ends - (self.shard.start(document + 1) - self.shard.start(document))
+        cuts = [
+            range((start - 1) // seq_length, (end - 1) // seq_length + 1)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        wanted = np.asarray([max(0, int(cut)) for several in cuts for cut in several], dtype=np.int64)
+        inside = np.flatnonzero(np.isin(self._cuts, wanted))
+        laps = range(-(-stop // max(1, len(self))))
+        return [ordinal for lap in laps for ordinal in (inside + lap * len(self)).tolist() if ordinal < stop]
 
     def _span(self, document: int, offset: int, kept: int, length: int) -> list[Span]:
         _, _, _, corpus, vocab_size, eos_id = self._arguments

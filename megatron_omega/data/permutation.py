@@ -64,6 +64,20 @@ class Permutation:
             if index < self.size:
                 return index
 
+    def index(self, value: int) -> int:
+        """Return which index goes to `value`."""
+        if not 0 <= value < self.size:
+            raise IndexError(f"{value} is outside a permutation of {self.size}")
+        rows, columns, keys = self._rows, self._columns, self._keys
+        while True:
+            left, right = divmod(value, columns)
+            for number in range(2 * _ROUNDS - 2, -1, -2):
+                right = (right - _mix((left + keys[number + 1]) & _MASK)) % columns
+                left = (left - _mix((right + keys[number]) & _MASK)) % rows
+            value = left * columns + right
+            if value < self.size:
+                return value
+
     def many(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return where every one of `indices` goes."""
         values = np.asarray(indices).astype(np.uint64)

@@ -75,6 +75,8 @@ class WindowSource(Protocol):
 
     def take(self, ordinal: int, key: int) -> tuple[int, list[Span]]: ...
 
+    def ordinals_of(self, document: int, key: int, stop: int) -> list[int]: ...
+
 
 class Windows:
     """The windows of consecutive documents of one shard, shuffled anew every epoch."""
@@ -108,6 +110,19 @@ class Windows:
         epoch, place = divmod(ordinal, len(self))
         permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
         return epoch, self.spans(shift + permutation[place] * self.shape.tokens)
+
+    def ordinals_of(self, document: int, key: int, stop: int) -> list[int]:
+        """Return, ascending, the samples before the `stop`-th that hold text of `document`."""
+        if document not in self.documents or not len(self):
+            return []
+        begin, end = self._virtual(document), self._virtual(document + 1) - self.shape.overhead
+        found: list[int] = []
+        for epoch in range(-(-stop // len(self))):
+            permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
+            windows = range((begin - shift) // self.shape.tokens, (end - 1 - shift) // self.shape.tokens + 1)
+            inside = [window for window in windows if 0 <= window < len(self)] if end > begin else []
+            found += [epoch * len(self) + permutation.index(window) for window in inside]
+        return sorted(ordinal for ordinal in found if ordinal < stop)
 
     def spans(self, start: int) -> list[Span]:
         """Return the document spans of the window that begins at virtual position `start`."""

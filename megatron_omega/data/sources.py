@@ -82,6 +82,13 @@ class SampleSource:
             raise DataError(_too_short(self.part, windows))
         return windows.take(ordinal, self._keys[corpus])
 
+    def samples_of(self, corpus: int, document: int, stop: int) -> list[int]:
+        """Return, ascending, the samples before `stop` whose window holds text of a document of a corpus."""
+        given = self._blend.counts(stop)[corpus]
+        ordinals = self.corpora[corpus].ordinals_of(document, self._keys[corpus], given)
+        found = [self._blend.sample_of(corpus, ordinal, stop) for ordinal in ordinals]
+        return [sample for sample in found if sample is not None]
+
     def _plan(self, spans: Sequence[Span], random: np.random.Generator) -> Plan:
         pieces = [PieceLength(len(span.tokens), span.is_end) for span in spans]
         if self._recipe.budget.encoder == 0:
