@@ -54,7 +54,8 @@ def check_shard(shard: IndexedShard, vocab_size: int | None) -> None:
         wrong = np.flatnonzero(shard.pointers_of(start, stop) != np.concatenate([[0], sums[:-1]]) + place)
         if len(wrong):
             raise DataError(
-                f"{shard.prefix}.idx is damaged at sequence {start + wrong[0]}: its pointer is not the sum of the lengths"
+                f"{shard.prefix}.idx is damaged at sequence {start + wrong[0]}: its pointer is not the sum of the "
+                "lengths before it"
             )
         place += int(sums[-1])
     limit = vocab_size or (sidecar.vocab_size if sidecar else None)

@@ -195,12 +195,11 @@ def _megatron_windows(
         samples = config.training.train_steps * config.batch.global_batch_size
     else:
         samples = config.evaluation.num_batches * config.batch.global_batch_size
-    length = recipe.budget.decoder if recipe.is_plain_stream else window_shape(recipe, []).tokens - 1
     return [
         MegatronWindows(
             shard,
             documents,
-            seq_length=length,
+            seq_length=_megatron_length(recipe, probe_lengths(shard, documents)),
             num_samples=drawn,
             seed=config.training.seed,
             corpus=corpus,
@@ -209,6 +208,15 @@ def _megatron_windows(
         )
         for corpus, (shard, documents, drawn) in enumerate(zip(shards, parts, blend.counts(samples), strict=True))
     ]
+
+
+def _megatron_length(recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Return the tokens of a sample in Megatron's order, which counts tokens only: room for the usual documents."""
+    if recipe.is_plain_stream:
+        return recipe.budget.decoder
+    shape = window_shape(recipe, lengths)
+    usual = float(np.mean(lengths or [1])) or 1.0
+    return max(1, round(shape.tokens * usual / (usual + shape.overhead)) - 1)
 
 
 def window_shape(recipe: Recipe, lengths: Sequence[int]) -> WindowShape:

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_omega.data.objectives import (
+    IGNORED_LABEL,
+    causal_example,
+    masked_example,
+    noise_mask,
+    prefix_example,
+    restore,
+    span_example,
+)
+from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def special(tokenizer: Tokenizer) -> SpecialIds:
+    return tokenizer.special
+
+
+def tokens_of(length: int) -> np.ndarray:
+    return np.arange(200, 200 + length)
+
+
+def random_of(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+@given(st.integers(2, 400), st.integers(0, 2**32), st.data())
+@settings(max_examples=80, deadline=None)
+def test_span_corruption_inverts(special: SpecialIds, length: int, seed: int, data: st.DataObject) -> None:
+    noise = data.draw(st.integers(1, length - 1))
+    spans = data.draw(st.integers(1, min(noise, length - noise, 99)))
+    tokens = tokens_of(length)
+    example = span_example("span", tokens, noise, spans, special, random_of(seed))
+    assert example.encoder_ids[0] == special.modes.span
+    assert len(example.encoder_ids) == 1 + length - noise + spans
+    assert len(example.labels) == noise + spans + 1
+    assert restore(example.encoder_ids[1:], example.labels, special).tolist() == tokens.tolist()
+    assert example.labels[-1] == special.sentinels[spans]
+
+
+@given(st.integers(2, 300), st.integers(0, 2**32), st.data())
+@settings(max_examples=60, deadline=None)
+def test_noise_has_the_number_of_tokens_and_of_separate_spans(length: int, seed: int, data: st.DataObject) -> None:
+    noise = data.draw(st.integers(1, length - 1))
+    spans = data.draw(st.integers(1, min(noise, length - noise)))
+    mask = noise_mask(length, noise, spans, random_of(seed))
+    assert len(mask) == length and mask.sum() == noise
+    assert np.count_nonzero(mask & ~np.concatenate([[False], mask[:-1]])) == spans
+
+
+def test_noise_falls_everywhere_alike() -> None:
+    random = random_of(0)
+    share = np.mean([noise_mask(40, 6, 2, random) for _ in range(4000)], axis=0)
+    assert abs(share[3:-3] - 0.15).max() < 0.04
+    assert min(share[0], share[-1]) > 0.03, "spans reach the borders"
+
+
+@given(st.integers(1, 50), st.booleans(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_prefix_and_continuation_are_the_text(
+    special: SpecialIds, length: int, is_end: bool, data: st.DataObject
+) -> None:
+    prefix = data.draw(st.integers(0, length - (not is_end)))
+    tokens = tokens_of(length)
+    example = prefix_example(tokens, prefix, special, is_end=is_end)
+    labels = example.labels.tolist()
+    assert example.encoder_ids.tolist() == [special.modes.prefix, *tokens[:prefix]]
+    assert labels == [*tokens[prefix:], *([special.eos] if is_end else [])]
+    assert example.decoder_ids.tolist() == [special.bos, *labels[:-1]]
+
+
+def test_causal_has_no_encoder(special: SpecialIds) -> None:
+    example = causal_example(tokens_of(3), special, is_end=True)
+    assert len(example.encoder_ids) == 0
+    assert example.decoder_ids.tolist() == [special.bos, 200, 201, 202]
+    assert example.labels.tolist() == [200, 201, 202, special.eos]
+
+
+def test_masks_are_80_10_10_and_only_where_asked(special: SpecialIds) -> None:
+    tokens, text_ids = tokens_of(20000), np.arange(30000, 60000)
+    example = masked_example(tokens, 20000, 0.15, special, text_ids, random_of(3), is_end=True)
+    labels = example.mlm_labels
+    assert labels is not None
+    asked = np.flatnonzero(labels != IGNORED_LABEL)
+    assert len(asked) == 3000 and asked[0] >= 1
+    original = np.concatenate([[special.modes.mask], tokens])
+    seen = example.encoder_ids
+    assert (labels[asked] == original[asked]).all()
+    untouched = np.setdiff1d(np.arange(len(original)), asked)
+    assert (seen[untouched] == original[untouched]).all()
+    shares = [
+        np.mean(seen[asked] == special.mask),
+        np.mean(seen[asked] >= 30000),
+        np.mean(seen[asked] == original[asked]),
+    ]
+    assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
+
+
+def test_a_masked_example_without_prefix_has_no_masks(special: SpecialIds) -> None:
+    example = masked_example(tokens_of(2), 0, 0.15, special, np.arange(300, 310), random_of(0), is_end=False)
+    assert example.mlm_labels is not None and (example.mlm_labels == IGNORED_LABEL).all()
