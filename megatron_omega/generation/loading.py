@@ -16,6 +16,7 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from megatron_omega.checkpoint.catalogue import list_checkpoints
+from megatron_omega.checkpoint.export import TOKENIZER_NAME, is_export, open_export
 from megatron_omega.checkpoint.manifest import FILE_NAME
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.schema import RunConfig
@@ -92,16 +93,17 @@ def load_text_model(
     """
 
     def load(weights: Weights) -> TextModel:
-        config = _config_of(weights)
-        opened = open_tokenizer(weights, config, tokenizer)
-        return TextModel(build_omega(weights, torch.device(device), dtype)[0], config, opened, weights.path)
+        opened = open_tokenizer(weights, tokenizer)
+        model, config = build_omega(weights, torch.device(device), dtype)
+        return TextModel(model, config, opened, weights.path)
 
     return _with_newest(Path(path), load)
 
 
-def open_tokenizer(weights: Weights, config: RunConfig, path: Path | str | None = None) -> Tokenizer:
+def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenizer:
     """Open the tokenizer at `path`, or the run's, and compare its fingerprint with that of the weights."""
-    tokenizer = Tokenizer.open(path if path is not None else config.data.tokenizer)
+    own = weights.path / TOKENIZER_NAME
+    tokenizer = Tokenizer.open(path or (own if own.exists() else _config_of(weights).data.tokenizer))
     wanted = weights.identity.get("tokenizer")
     if tokenizer.fingerprint != wanted:
         raise DataError(
@@ -130,13 +132,18 @@ def build_omega(weights: Weights, device: torch.device, dtype: torch.dtype) -> t
 
 def find_weights(path: Path) -> list[Path]:
     """Return the folders that `path` may mean, the best first. Raises CheckpointError where there is none."""
-    if (path / FILE_NAME).exists():
+    if (path / FILE_NAME).exists() or is_export(path):
         return [path]
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
         problem = "holds no checkpoint" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {problem}; give a step-... folder, a checkpoints folder or a run folder")
+        raise CheckpointError(f"{path} {problem}; give a step-... folder, a checkpoints folder, a run or an export")
     return found
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open a checkpoint or an export."""
+    return open_export(folder) if is_export(folder) else open_checkpoint(folder)
 
 
 def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
@@ -144,7 +151,7 @@ def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
     problems = []
     for folder in find_weights(path):
         try:
-            weights = open_checkpoint(folder)
+            weights = open_weights(folder)
             try:
                 return use(weights)
             finally:
