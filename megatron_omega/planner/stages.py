@@ -128,14 +128,16 @@ def _stage(config: RunConfig, first: int, costs: Sequence[accounting.LayerCost])
 
 
 def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tensor: int) -> Seconds:
-    """Time of one layer: its kernels one after the other, never faster than the host can launch them, then messages.
+    """Time of one layer: its kernels one after the other, then its messages.
 
-    A product is computed once forward, twice backward; attention recomputes its scores backward (2.5 times).
+    A GPU is never faster than its host can launch; a CPU does one after the other. A product is computed once forward
+    and twice backward; attention computes its scores again there (2.5 times).
     """
 
-    def kernels(work_products: float, attention: float, traffic: float, launches: float) -> float:
-        seconds = work_products + hardware.attention_seconds(attention, dtype) + hardware.traffic_seconds(traffic)
-        return max(seconds, launches * hardware.facts.launch_seconds)
+    def kernels(products: float, attention: float, traffic: float, launches: float) -> float:
+        seconds = products + hardware.attention_seconds(attention, dtype) + hardware.traffic_seconds(traffic)
+        launching = launches * hardware.facts.launch_seconds
+        return seconds + launching if hardware.facts.is_cpu else max(seconds, launching)
 
     def messages(counted: Messages) -> float:
         return sum(
@@ -145,12 +147,18 @@ def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tens
 
     products = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.products)
     again = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.recomputed)
-    masks = work.attention_bytes
-    forward = kernels(products, work.attention_flops, work.traffic + masks, work.launches)
+    masks, share = work.attention_bytes, work.expected
+    products_backward = 0.0 if work.forms_gradients else 2 * products
+    forward = kernels(
+        (3 * products if work.forms_gradients else products) * share,
+        work.attention_flops,
+        work.traffic * share + masks,
+        work.launches,
+    )
     backward = kernels(
-        2 * products + again,
+        products_backward + again,
         2.5 * work.attention_flops + work.recomputed_attention_flops,
-        work.traffic * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic + 2 * masks,
+        work.traffic * share * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic + 2 * masks,
         work.launches * BACKWARD_LAUNCHES + work.recomputed_launches,
     )
     sent_forward, sent_backward = messages(work.forward_messages), messages(work.backward_messages)

@@ -74,6 +74,10 @@ class Work:
     backward_messages: Messages = field(default_factory=Counter)
     kept: int = 0
     """Bytes kept for the backward pass; segments, memory and stage inputs apart."""
+    forms_gradients: bool = False
+    """Whether the forward pass does the backward pass's products too."""
+    expected: float = 1.0
+    """Share of products and traffic that a real run does; a dry run does all."""
     working: int = 0
     """Bytes that exist while the layer runs backward, beside what it kept: recomputed activations and gradients."""
 
@@ -314,8 +318,21 @@ def _output(config: RunConfig, shape: Shape) -> Work:
         launches=30 * len(chunks),
         forward_messages=forward,
         kept=activations.output(config, shape),
+        forms_gradients=True,
+        expected=_expected_labels(config),
         working=3 * logits + rows * shape.hidden * FP32 * (2 if config.model.has_mlm_head else 1),
     )
+
+
+def _expected_labels(config: RunConfig) -> float:
+    """Return the share of tokens whose logits a real run computes: of the encoder's, only masked ones have a label."""
+    if not config.model.has_mlm_head:
+        return 1.0
+    objective, data = config.objective, config.data
+    weights = objective.prefix_lm + objective.span_corruption + objective.masked_prefix
+    masked = objective.mask_rate * objective.masked_prefix / weights if weights else 0.0
+    tokens = data.decoder_seq_length + masked * data.encoder_seq_length
+    return tokens / (data.decoder_seq_length + data.encoder_seq_length)
 
 
 def pipeline_messages(config: RunConfig, kind_before: str, kind_after: str) -> tuple[list[int], list[int]]:
