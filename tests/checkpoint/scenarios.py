@@ -35,6 +35,9 @@ class Case:
     schedule: str = "1f1b"
     options: tuple[tuple[str, Any], ...] = ()
     """More fields of zero_optimization."""
+    micro_batch: int = 2
+    global_batch: int = 8
+    learning_rate: float = 1e-2
 
     @property
     def size(self) -> int:
@@ -58,7 +61,7 @@ def config_of(case: Case) -> RunConfig:
             "sequence_parallel": case.sequence_parallel, "pipeline_schedule": case.schedule,
         },
         precision={"dtype": case.dtype},
-        batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else 2, "global_batch_size": 8},
+        batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else case.micro_batch, "global_batch_size": case.global_batch},
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ class Run:
         found = []
         for _ in range(steps):
             batches = replica_batches(self.config, self.engine, self.consumed)
-            result = self.engine.train_step(batches, learning_rate=1e-2)
+            result = self.engine.train_step(batches, learning_rate=self.case.learning_rate)
             self.consumed += self.config.batch.global_batch_size
             found.append((result.loss, result.grad_norm))
         return found
