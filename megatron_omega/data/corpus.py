@@ -7,6 +7,7 @@ documents whoever reads it. Nothing here knows of tokens or shards.
 from __future__ import annotations
 
 import glob
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,9 @@ def open_binary(path: str, compression: Compression) -> IO[bytes]:
     if compression == "zst":
         import zstandard
 
-        return cast(IO[bytes], zstandard.open(path, "rb"))
+        source = Path(path).open("rb")  # noqa: SIM115 (the reader closes it)
+        reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True, closefd=True)
+        return io.BufferedReader(cast(io.RawIOBase, reader), _BLOCK)
     return Path(path).open("rb", buffering=_BLOCK)
 
 

@@ -14,10 +14,41 @@ from megatron_omega.config.schema import Corpus, DataConfig, ModelConfig, Object
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = (
-    "the model reads a document and writes another one while rows of tokens stand beside columns of heads "
-    "Größe naïve façade привет мир 日本語 テスト café </s> <pad> <extra_id_0> 3.14159 x_i += 1;"
-).split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "document",
+    "and",
+    "writes",
+    "another",
+    "one",
+    "while",
+    "rows",
+    "of",
+    "tokens",
+    "stand",
+    "beside",
+    "columns",
+    "of",
+    "heads",
+    "Größe",
+    "naïve",
+    "façade",
+    "привет",
+    "мир",
+    "日本語",
+    "テスト",
+    "café",
+    "</s>",
+    "<pad>",
+    "<extra_id_0>",
+    "3.14159",
+    "x_i",
+    "+=",
+    "1;",
+]
 
 
 def make_texts(number: int, seed: int = 0, most_words: int = 120) -> list[str]:

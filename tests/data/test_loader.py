@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_workers_change_nothing(make_config: MakeConfig, workers: int) -> None:
     assert len(found) == len(wanted)
     for batch, indices in zip(found, wanted, strict=True):
         assert_equal(batch, build_batch(source, indices))
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_hang(make_config: MakeConfig) -> None:
@@ -79,7 +80,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(make_config: MakeConfig) 
                 next(loader)
 
 
-def test_an_error_in_a_worker_arrives_as_it_is(make_config: MakeConfig, tmp_path: object) -> None:
+def test_an_error_in_a_worker_arrives_as_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
     write_shard(f"{tmp_path}/wild", [[200] * 90 + [777]] * 90, token_dtype(600))
     source = open_sources(make_config(corpora=(Corpus(prefix=f"{tmp_path}/wild"),))).train
     with Loader(source, iter([[0]]), 1, 1) as loader, pytest.raises(DataError, match="token id 777"):

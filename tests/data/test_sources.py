@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_omega.config.schema import Corpus, ModelConfig, RunConfig, Reweight
+from megatron_omega.config.schema import Corpus, ModelConfig, Reweight, RunConfig
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.objectives import IGNORED_LABEL, restore
