@@ -30,8 +30,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "te
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from launch import run_ranks
-from synthetic import small_config
+from launch import run_ranks  # pyright: ignore[reportMissingImports]
+from synthetic import small_config  # pyright: ignore[reportMissingImports]
 
 from megatron_omega.accounting import parameter_count
 from megatron_omega.build import build_engine
@@ -50,13 +50,15 @@ MIB = 2**20
 def sized_config(million_parameters: int) -> RunConfig:
     """Return an Omega of true width whose depth gives about that many parameters."""
     fields: dict[str, Any] = {
-        "hidden_size": 960, "ffn_hidden_size": 16384, "num_attention_heads": 48, "vocab_size": 32768, "local_window": 128, "axial_width": 32,
+        "hidden_size": 960, "ffn_hidden_size": 16384, "num_attention_heads": 48, "vocab_size": 32768,
+        "local_window": 128, "axial_width": 32,
     }  # fmt: skip
     if million_parameters < 150:  # less than one layer of each kind: the same shapes, scaled down
         fields |= {"hidden_size": 240, "ffn_hidden_size": 4096, "num_attention_heads": 12}
     depth = 1
     while True:
-        config = small_config(model=fields | {"encoder_layers": depth, "decoder_layers": depth}, batch={"micro_batch_size": 1, "global_batch_size": 4})  # fmt: skip
+        fields |= {"encoder_layers": depth, "decoder_layers": depth}
+        config = small_config(model=fields, batch={"micro_batch_size": 1, "global_batch_size": 4})
         if parameter_count(config.model) >= million_parameters * 10**6:
             return config
         depth += 1
@@ -183,7 +185,7 @@ class Bench:
         state = {str(index): tensor for index, tensor in enumerate(self.tensors)}
 
         def save() -> None:
-            dcp.save(state, checkpoint_id=folder, no_dist=True)
+            dcp.state_dict_saver.save(state, checkpoint_id=folder, no_dist=True)
             os.sync()
 
         return seconds(save)
@@ -191,11 +193,11 @@ class Bench:
     def dcp_read(self) -> float:
         drop_cache(self.directory / "dcp")
         state = {str(index): tensor for index, tensor in enumerate(self.tensors)}
-        return seconds(lambda: dcp.load(state, checkpoint_id=self.directory / "dcp", no_dist=True))
+        return seconds(lambda: dcp.state_dict_loader.load(state, checkpoint_id=self.directory / "dcp", no_dist=True))
 
     def checksum_share(self) -> float:
         """CPU time of the checksums over the CPU time of a whole save."""
-        data = memoryview(self.buffer.numpy()).cast("B")
+        data = self.buffer.view(torch.uint8).numpy().data
         begin = time.process_time()
         for offset in range(0, len(data), BLOCK_BYTES):
             checksum(data[offset : offset + BLOCK_BYTES])
@@ -243,7 +245,8 @@ def show_cost(found: dict[str, float]) -> None:
         print(f"{name}: {size / found[f'{name}_seconds']:,.0f} MiB/s; dd {size / found[f'dd_{name}_seconds']:,.0f}, "
               f"ratio {ratio:.2f} (wanted: 0.8); DeepSpeed {size / found[f'deepspeed_{name}_seconds']:,.0f}, "
               f"torch's distributed checkpoint {size / found[f'dcp_{name}_seconds']:,.0f}")  # fmt: skip
-    print(f"stall of a background save: {1e3 * found['stall_seconds']:.0f} ms; plain copy {1e3 * found['copy_seconds']:.0f} ms, "
+    print(f"stall of a background save: {1e3 * found['stall_seconds']:.0f} ms; "
+          f"plain copy {1e3 * found['copy_seconds']:.0f} ms, "
           f"ratio {found['stall_seconds'] / found['copy_seconds']:.2f} (wanted: 2)")  # fmt: skip
     print(f"checksums: {found['checksum_share']:.1%} of the CPU time of a save (wanted: 5%)")
 
@@ -292,8 +295,8 @@ def main() -> None:
         size = options.million_parameters or 100
         for ranks, load in ((4, False), (2, True)):
             for rank, found in enumerate(run_ranks(ranks, watch_memory, size, Path(folder), load, timeout=3600)):
-                print(f"{'load' if load else 'save'}, rank {rank} of {ranks}: share {found['share_mib']:,.0f} MiB, peak "
-                      f"{found['peak_mib']:,.0f} MiB above an empty process, {found['over']:+.1%} (wanted: +10%), "
+                print(f"{'load' if load else 'save'}, rank {rank} of {ranks}: share {found['share_mib']:,.0f} MiB, "
+                      f"peak {found['peak_mib']:,.0f} MiB above an empty process, {found['over']:+.1%} (wanted: +10%), "
                       f"{found['seconds']:.1f} s")  # fmt: skip
 
 

@@ -163,6 +163,21 @@ def overlaps(source: Region, destination: Region) -> bool:
     return bool(block) or any(overlap.span(row) for row in ragged)
 
 
+def offset_inside(source: Region, destination: Region) -> int | None:
+    """Return where `source` begins in `destination` if it lies there whole and in one run, else None."""
+    overlap = _overlap(source, destination)
+    if overlap is None:
+        return None
+    mine, theirs = overlap.source, overlap.destination
+    if mine.touched_rows == theirs.touched_rows == range(1):
+        offset = (mine.left + mine.first) - (theirs.left + theirs.first)
+    elif (mine.left, mine.right) == (theirs.left, theirs.right):
+        offset = mine.first - theirs.first
+    else:
+        return None
+    return offset if 0 <= offset <= destination.count - source.count else None
+
+
 def copy_overlap(source: Tensor, source_region: Region, destination: Tensor, destination_region: Region) -> int:
     """Copy what both 1-D tensors hold of one global tensor; return the number of elements copied."""
     overlap = _overlap(source_region, destination_region)

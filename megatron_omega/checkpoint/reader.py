@@ -24,7 +24,7 @@ from megatron_omega.checkpoint.manifest import (
     read_manifest,
     tensor_key,
 )
-from megatron_omega.checkpoint.mapping import Region, box_of, copy_overlap, overlaps, whole
+from megatron_omega.checkpoint.mapping import Region, box_of, copy_overlap, offset_inside, overlaps, whole
 from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile, checksum
 from megatron_omega.errors import CheckpointError
 
@@ -84,20 +84,33 @@ class CheckpointReader:
         for fragment in entry.fragments:
             for index, block in enumerate(self._blocks(entry.region(fragment))):
                 if overlaps(block, region):
-                    data = self._read_block(name, kind, fragment, index, block.count)
-                    copied += copy_overlap(data, block, destination, region)
+                    copied += self._read_part(destination, region, name, kind, fragment, index, block)
         assert copied == region.count == destination.numel(), f"{copied} of {region.count} elements of {name} found"
+
+    def _read_part(
+        self, destination: Tensor, region: Region, name: str, kind: Kind, fragment: Fragment, index: int, block: Region
+    ) -> int:
+        """Read one block into `destination`: straight into it where the block is a run of it in memory."""
+        offset = offset_inside(block, region) if destination.device.type == "cpu" else None
+        if offset is not None:
+            self._read_block(destination[offset : offset + block.count], name, kind, fragment, index)
+            return block.count
+        data = self._scratch(block.count)
+        self._read_block(data, name, kind, fragment, index)
+        return copy_overlap(data, block, destination, region)
+
+    def _scratch(self, count: int) -> Tensor:
+        if self._buffer.numel() < count:
+            self._buffer = torch.empty(count, dtype=torch.float32)
+        return self._buffer[:count]
 
     def _blocks(self, region: Region) -> Iterator[Region]:
         step = self.manifest.block_bytes // ELEMENT_BYTES
         for offset in range(0, region.count, step):
             yield region.part(offset, min(step, region.count - offset))
 
-    def _read_block(self, name: str, kind: Kind, fragment: Fragment, index: int, count: int) -> Tensor:
-        """Read block `index` of a tensor into the buffer, which the next call overwrites."""
-        if self._buffer.numel() < count:
-            self._buffer = torch.empty(count, dtype=torch.float32)
-        data = self._buffer[:count]
+    def _read_block(self, data: Tensor, name: str, kind: Kind, fragment: Fragment, index: int) -> None:
+        """Fill `data` with block `index` of a tensor and compare it with its checksum."""
         view = data.view(torch.uint8).numpy().data
         entry = self.manifest.file(fragment, kind)
         key = tensor_key(name, kind)
@@ -111,7 +124,6 @@ class CheckpointReader:
                 raise DamagedFile(f"has changed bytes (checksum of block {index})")
         except DamagedFile as error:
             raise CheckpointError(f"{self.path / entry.name} {error}; tensor {key}") from error
-        return data
 
     def _open(self, entry: FileEntry) -> TensorFile:
         if entry.name in self._files:
@@ -147,7 +159,7 @@ class CheckpointReader:
     def _damage(self, name: str, kind: Kind, fragment: Fragment) -> str | None:
         try:
             for index, block in enumerate(self._blocks(self.manifest.parameters[name].region(fragment))):
-                self._read_block(name, kind, fragment, index, block.count)
+                self._read_block(self._scratch(block.count), name, kind, fragment, index)
         except CheckpointError as error:
             return str(error)
         return None

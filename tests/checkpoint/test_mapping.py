@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import cut, elements
 
-from megatron_omega.checkpoint.mapping import Holding, Region, copy_overlap, find_gap, overlaps, share_writing, whole
+from megatron_omega.checkpoint.mapping import (
+    Holding,
+    Region,
+    copy_overlap,
+    find_gap,
+    offset_inside,
+    overlaps,
+    share_writing,
+    whole,
+)
 
 
 @st.composite
@@ -45,6 +54,10 @@ def test_every_partition_is_filled_from_every_other(case: tuple[tuple[int, ...],
         copied = 0
         for source in sources:
             moved = copy_overlap(elements(full, source), source, found, destination)
+            offset = offset_inside(source, destination)
+            if offset is not None:
+                assert moved == source.count
+                assert torch.equal(found[offset : offset + source.count], elements(full, source))
             assert moved == 0 or overlaps(source, destination)
             copied += moved
         assert copied == destination.count

@@ -79,8 +79,8 @@ def test_small_blocks_are_read_alone(saved: Saved, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         CheckpointReader,
         "_read_block",
-        lambda self, name, kind, fragment, index, count: (
-            read.append(index) or real(self, name, kind, fragment, index, count)
+        lambda self, data, name, kind, fragment, index: (
+            read.append(index) or real(self, data, name, kind, fragment, index)
         ),
     )
     with open_checkpoint(path) as reader:
