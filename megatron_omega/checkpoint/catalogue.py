@@ -99,7 +99,11 @@ def choose(rows: Iterable[Row], config: CheckpointConfig) -> Verdict:
 
 
 class Keeper:
-    """Applies the retention rules to one folder. Damaged checkpoints are neither counted nor touched."""
+    """Applies the retention rules to one folder.
+
+    Neither counted nor touched are damaged checkpoints, and those of later steps than the one just saved: a resume has
+    passed over them because their bytes are wrong, or they are another run's.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = directory
@@ -110,9 +114,9 @@ class Keeper:
         """Look at the checkpoint of `step` again: it has been replaced."""
         self._rows.pop(step_folder(step), None)
 
-    def tidy(self) -> None:
-        """Delete and strip what the rules say. Raises OSError where the file system refuses."""
-        verdict = choose(self._survey(), self._config)
+    def tidy(self, newest_step: int) -> None:
+        """Delete and strip what the rules say after a save. Raises OSError where the file system refuses."""
+        verdict = choose((row for row in self._survey() if row.step <= newest_step), self._config)
         for step in sorted(verdict.strip):
             strip_optimizer(self._directory / step_folder(step))
             self.forget(step)

@@ -207,7 +207,7 @@ class CheckpointStore:
     def _tidy(self, step: int) -> None:
         self._keeper.forget(step)
         try:
-            self._keeper.tidy()
+            self._keeper.tidy(step)
         except OSError as error:
             logger.warning("old checkpoints in %s could not be removed: %s", self.directory, error)
 

@@ -62,8 +62,8 @@ def test_the_rules_hold(rows: list[Row], config: CheckpointConfig) -> None:
     assert len(kept) <= allowed
 
 
-def keep(directory: Path, **rules: object) -> list[str]:
-    Keeper(directory, CheckpointConfig.model_validate({"keep_best": False} | rules)).tidy()
+def keep(directory: Path, *, after: int = 99, **rules: object) -> list[str]:
+    Keeper(directory, CheckpointConfig.model_validate({"keep_best": False} | rules)).tidy(after)
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -83,6 +83,13 @@ def test_the_only_whole_checkpoint_is_kept(tmp_path: Path) -> None:
         (tmp_path / f"step-000000{step}" / "weights-00000.safetensors").unlink()
     assert keep(tmp_path, keep_last=1) == ["step-00000010", "step-00000020", "step-00000030"]
     check_structure(tmp_path / "step-00000010")
+
+
+def test_later_checkpoints_that_a_resume_passed_over_do_not_count(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, tensor=1, data=1)
+    for step in (10, 20, 30):  # 30 has wrong bytes, which nobody notices without reading them
+        saved.write(step)
+    assert keep(tmp_path, after=20, keep_last=1) == ["step-00000020", "step-00000030"]
 
 
 def test_an_interrupted_deletion_leaves_nothing_that_looks_whole(
