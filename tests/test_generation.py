@@ -26,6 +26,7 @@ from megatron_omega.parallel.sharding import declared_parameters
 POSITIONS = ("rotary", "sinusoidal", "learned")
 DECODER_ONLY = {"encoder_layers": 0}
 T5_LIKE = {"encoder_branches": ["full"], "decoder_branches": ["causal"], "mlm_head": False}
+QUICK = settings(max_examples=50, deadline=None)
 LENGTH = 75  # more than the window, the first room of the cache, and no multiple of the row width
 
 
@@ -75,6 +76,7 @@ LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=40).map(torch
 SAMPLINGS = st.builds(Sampling, st.floats(0.05, 3), st.integers(0, 45), st.floats(0.01, 1))
 
 
+@QUICK
 @given(LOGITS, SAMPLINGS)
 def test_sampling_keeps_the_most_probable_and_their_proportions(logits: torch.Tensor, sampling: Sampling) -> None:
     found = probabilities(logits, sampling)
@@ -89,6 +91,7 @@ def test_sampling_keeps_the_most_probable_and_their_proportions(logits: torch.Te
     torch.testing.assert_close(found[kept], plain[kept] / plain[kept].sum(), rtol=1e-4, atol=1e-7)
 
 
+@QUICK
 @given(LOGITS, st.floats(0.05, 0.99))
 def test_top_p_keeps_the_smallest_set_that_is_enough(logits: torch.Tensor, top_p: float) -> None:
     plain = logits.double().softmax(dim=0)
@@ -97,11 +100,13 @@ def test_top_p_keeps_the_smallest_set_that_is_enough(logits: torch.Tensor, top_p
     assert plain[kept].sum() - plain[kept].min() < top_p + 1e-9
 
 
+@QUICK
 @given(LOGITS, st.integers(1, 40))
 def test_top_k_keeps_exactly_k(logits: torch.Tensor, top_k: int) -> None:
     assert (probabilities(logits, Sampling(1, top_k, 1)) > 0).sum() == min(top_k, len(logits))
 
 
+@QUICK
 @given(LOGITS, st.integers(0, 2**31))
 def test_only_kept_tokens_are_drawn_and_a_seed_repeats_itself(logits: torch.Tensor, seed: int) -> None:
     sampling = Sampling(1, 3, 0.9)
@@ -192,6 +197,7 @@ def test_streamed_parts_make_the_whole_text(ids: list[int]) -> None:
     assert "".join(stream_text(tiny_tokenizer(), ids)) == tiny_tokenizer().decode(ids)
 
 
+@QUICK
 @given(st.text(max_size=20))
 def test_no_character_is_streamed_in_halves(text: str) -> None:
     tokenizer = tiny_tokenizer()

@@ -49,13 +49,14 @@ def choose_checkpoint(path: Path) -> Path:
     """Return the newest checkpoint that is whole."""
     if is_export(path):
         raise CheckpointError(f"{path} is an export already; give a checkpoint")
-    problems = []
+    problems: list[str] = []
     for folder in find_weights(path):
+        if problems:
+            logger.warning("going back to %s: %s", folder.name, problems[-1])
         try:
             check_structure(folder)
             return folder
         except CheckpointError as error:
-            logger.warning("%s is passed over: %s", folder, error)
             problems.append(str(error))
     raise CheckpointError(*problems)
 

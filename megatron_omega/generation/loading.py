@@ -148,8 +148,10 @@ def open_weights(folder: Path) -> Weights:
 
 def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
     """Use the newest checkpoint that is whole, and say which ones are not."""
-    problems = []
+    problems: list[str] = []
     for folder in find_weights(path):
+        if problems:
+            logger.warning("going back to %s: %s", folder.name, problems[-1])
         try:
             weights = open_weights(folder)
             try:
@@ -158,7 +160,6 @@ def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
                 weights.close()
         except CheckpointError as error:
             problems.append(str(error))
-            logger.warning("%s is passed over: %s", folder, error)
     raise CheckpointError(*problems)
 
 
