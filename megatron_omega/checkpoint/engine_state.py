@@ -122,12 +122,29 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+def adam_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> float:
+    """Return how often `flat` has been updated. Some implementations (apex) count in the group, not for each tensor."""
+    if isinstance(optimizer, torch.optim.Adam):
+        return float(optimizer.state[flat]["step"]) if optimizer.state.get(flat) else 0.0
+    return float(optimizer.param_groups[0].get("step", 0))
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, flat: Tensor, step: float) -> None:
+    """Set how often `flat` has been updated."""
+    if isinstance(optimizer, torch.optim.Adam):
+        optimizer.state[flat]["step"].fill_(step)
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = int(step)
+
+
 def prefill_adam(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     """Return the Adam state of `flat`, created as the first step would where there is none yet."""
     state = optimizer.state[flat]
     if "exp_avg" not in state:
-        on_device = any(optimizer.param_groups[0].get(flag) for flag in ("fused", "capturable"))
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+        if isinstance(optimizer, torch.optim.Adam):
+            on_device = any(optimizer.param_groups[0].get(flag) for flag in ("fused", "capturable"))
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
         state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
     return state
@@ -170,11 +187,11 @@ def read_counters(engine: Engine) -> EngineState:
 
 
 def restore_counters(engine: Engine, saved: EngineState) -> None:
-    """Set the counters; micro-steps follow from the accumulation of this run."""
+    """Set the counters."""
     engine.global_steps = saved.global_steps
     engine.global_samples = saved.global_samples
     engine.skipped_steps = saved.skipped_steps
-    engine.micro_steps = saved.global_steps * engine.gradient_accumulation_steps()
+    engine.micro_steps = 0  # a step ends where this is a multiple of the accumulation: of any, as a ramp-up changes it
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         for key, value in saved.loss_scaler.items():

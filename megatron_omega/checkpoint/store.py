@@ -19,6 +19,7 @@ from megatron_omega import __version__
 from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
 from megatron_omega.checkpoint.engine_state import (
     Engine,
+    adam_step,
     base_optimizer,
     check_masters,
     engine_holdings,
@@ -26,6 +27,7 @@ from megatron_omega.checkpoint.engine_state import (
     read_counters,
     refresh_working_weights,
     restore_counters,
+    set_adam_step,
 )
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
 from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
@@ -78,7 +80,7 @@ class _Binding:
                 )
                 tensors[kind] = self._buffer(kind)[position : position + duty.count].copy_(view) if copy else view
             region = mine.holding.region.part(duty.offset, duty.count)
-            step = float(state["step"]) if "step" in state else 0.0
+            step = adam_step(optimizer, mine.flat)
             pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors))
             position += duty.count
         return pieces
@@ -351,4 +353,4 @@ def _fill(binding: _Binding, reader: CheckpointReader, kinds: Sequence[Kind]) ->
             target = mine.part(mine.flat if kind == "weight" else state[kind])
             reader.read_into(target, mine.info.name, kind, mine.holding.region)
         if state:
-            state["step"].fill_(entry.step)
+            set_adam_step(optimizer, mine.flat, entry.step)

@@ -168,6 +168,7 @@ class Engine:
         """Change the number of micro-batches of a step."""
         if self.deepspeed.train_batch_size() != global_batch_size:
             self.deepspeed.set_train_batch_size(global_batch_size)
+            self.deepspeed.micro_steps = 0  # a step ends where this is a multiple of the accumulation, the new one too
 
     def train_step(self, batches: Iterator[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective."""
