@@ -19,6 +19,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that stage 3 keeps alive at most."""
 GPU_RUNTIME = int(2.0 * GIB)
 """CUDA context, kernels, communicators."""
+CPU_RUNTIME = int(0.2 * GIB)
+"""What a CPU process loads with its first engine and first step, and what its allocator does not give back."""
 ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
 
@@ -49,23 +51,24 @@ def states(parameters: int, *, dtype: str, zero_stage: int, data_parallel_size: 
     """Return weights, gradients, optimizer state and buckets for `parameters` local parameters."""
     dp, element = data_parallel_size, FP32 if dtype == "fp32" else 2
     share = -(-parameters // dp)
-    several = dp > 1
+    flattened = min(parameters, ALL_REDUCE_BUCKET)  # also by a single replica, which sends nothing
     if zero_stage == 0:
-        bucket = min(parameters, ALL_REDUCE_BUCKET) * element * several
+        bucket = flattened * element
         return Memory(element * parameters, element * parameters, 2 * FP32 * parameters, buffers=bucket)
     if zero_stage == 1 and dtype == "bf16":
-        bucket = min(parameters, ALL_REDUCE_BUCKET) * FP32 * several
+        bucket = flattened * FP32
         return Memory(element * parameters, (element + FP32) * parameters, 3 * FP32 * share, buffers=bucket)
-    bucket = 2 * min(parameters, REDUCE_BUCKET) * element * several
     optimizer = 3 * FP32 * share
     if zero_stage == 1:
-        return Memory(element * parameters, element * parameters + FP32 * share, optimizer, buffers=bucket)
+        gradients = element * parameters + FP32 * share
+        return Memory(element * parameters, gradients, optimizer, buffers=flattened * element)
+    bucket = 2 * min(parameters, REDUCE_BUCKET) * element
     if zero_stage == 2:
         return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket)
-    live = min(parameters, LIVE_PARAMETERS) * element * several
+    live = min(parameters, LIVE_PARAMETERS) * element if dp > 1 else 0
     return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live)
 
 
 def runtime(activations: int, *, is_cpu: bool) -> int:
-    """Return what the run time takes; a CPU process's baseline is not counted."""
-    return 0 if is_cpu else GPU_RUNTIME + int(ALLOCATOR_SLACK * activations)
+    """Return what the run time takes; the baseline of a CPU process (interpreter, torch, DeepSpeed) is not counted."""
+    return CPU_RUNTIME if is_cpu else GPU_RUNTIME + int(ALLOCATOR_SLACK * activations)
