@@ -12,11 +12,13 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omega.data.tokenizer import SpecialIds
+from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
 IGNORED_LABEL: Final = -100
 Kind = Literal["prefix", "span", "extreme", "mask", "causal"]
 Ids = NDArray[np.int64]
+_COUNT: Final = np.arange(NUM_SENTINELS)
+_ALTERNATING: Final = np.arange(2 * NUM_SENTINELS + 1) % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def causal_example(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Example
 def prefix_example(tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool) -> Example:
     """Read the first `prefix` tokens, continue with the rest."""
     labels = _with_end(tokens[prefix:], special, is_end=is_end)
-    encoder = np.concatenate([[special.modes.prefix], tokens[:prefix]])
+    encoder = _after(special.modes.prefix, tokens[:prefix])
     return Example("prefix", encoder, _shifted(labels, special), labels)
 
 
@@ -60,7 +62,7 @@ def masked_example(
 
     Of the chosen tokens 80% become the mask, 10% a random text token, 10% stay (BERT, 1810.04805).
     """
-    encoder = np.concatenate([[special.modes.mask], tokens[:prefix]])
+    encoder = _after(special.modes.mask, tokens[:prefix])
     chosen = 1 + random.permutation(prefix)[: max(1, round(rate * prefix))] if prefix else np.empty(0, np.int64)
     mlm_labels = np.full(len(encoder), IGNORED_LABEL, dtype=np.int64)
     mlm_labels[chosen] = encoder[chosen]
@@ -84,37 +86,42 @@ def span_example(
 
     The answer is sentinel 0, its span, sentinel 1, ..., and closes with the sentinel after the last.
     """
-    is_noise = noise_mask(len(tokens), noise, spans, random)
-    sentinels = np.asarray(special.sentinels[: spans + 1], dtype=np.int64)
+    kept, runs = noise_runs(len(tokens), noise, spans, random)
     mode = special.modes.span if kind == "span" else special.modes.extreme
-    encoder, labels = corrupt(tokens, is_noise, sentinels)
-    return Example(kind, np.concatenate([[mode], encoder]), _shifted(labels, special), labels)
+    sentinels = np.asarray(special.sentinels[: spans + 1], dtype=np.int64)
+    is_noise = np.repeat(_ALTERNATING[: 2 * spans + 1], _interleaved(kept, runs))
+    encoder = _with_sentinels(tokens[~is_noise], np.cumsum(kept[:-1]), sentinels[:-1])
+    labels = _with_sentinels(tokens[is_noise], np.cumsum(runs) - runs, sentinels)
+    return Example(kind, _after(mode, encoder), _after(special.bos, labels[:-1]), labels)
 
 
-def noise_mask(length: int, noise: int, spans: int, random: np.random.Generator) -> NDArray[np.bool_]:
-    """Mark `noise` of `length` tokens, in `spans` separate spans, uniformly among all such choices of lengths."""
+def noise_runs(length: int, noise: int, spans: int, random: np.random.Generator) -> tuple[Ids, Ids]:
+    """Draw the lengths of the kept runs [spans + 1] (the outer may be 0) and of the noise runs [spans], uniformly."""
     kept = _composition(length - noise + 2, spans + 1, random)
     kept[0] -= 1
     kept[-1] -= 1
-    runs = np.empty(2 * spans + 1, dtype=np.int64)
-    runs[0::2] = kept
-    runs[1::2] = _composition(noise, spans, random)
-    return np.repeat(np.arange(2 * spans + 1) % 2 == 1, runs)
+    return kept, _composition(noise, spans, random)
 
 
-def corrupt(tokens: Ids, is_noise: NDArray[np.bool_], sentinels: Ids) -> tuple[Ids, Ids]:
-    """Return (tokens with each marked span replaced by its sentinel, the sentinels followed by their spans)."""
-    starts = is_noise.copy()
-    starts[1:] &= ~is_noise[:-1]
-    number = np.cumsum(starts)
-    encoder = np.where(starts, sentinels[number - 1], tokens)[~is_noise | starts]
-    marked = np.flatnonzero(is_noise)
-    answer = np.empty(len(marked) + len(sentinels), dtype=np.int64)
-    place = np.arange(len(marked)) + number[marked]
-    answer[place] = tokens[marked]
-    answer[place[starts[marked]] - 1] = sentinels[:-1]
-    answer[-1] = sentinels[-1]
-    return encoder, answer
+def _interleaved(kept: Ids, runs: Ids) -> Ids:
+    both = np.empty(len(kept) + len(runs), dtype=np.int64)
+    both[0::2] = kept
+    both[1::2] = runs
+    return both
+
+
+def _with_sentinels(tokens: Ids, places: Ids, sentinels: Ids) -> Ids:
+    """Insert a sentinel before tokens `places[k]`, and one at the end where there is a sentinel more."""
+    at = places + _COUNT[: len(places)]
+    out = np.empty(len(tokens) + len(sentinels), dtype=np.int64)
+    is_token = np.ones(len(out), dtype=np.bool_)
+    is_token[at] = False
+    out[at] = sentinels[: len(at)]
+    if len(sentinels) > len(at):
+        is_token[-1] = False
+        out[-1] = sentinels[-1]
+    out[is_token] = tokens
+    return out
 
 
 def restore(encoder: Ids, answer: Ids, special: SpecialIds) -> Ids:
@@ -134,8 +141,11 @@ def restore(encoder: Ids, answer: Ids, special: SpecialIds) -> Ids:
 
 def _composition(total: int, parts: int, random: np.random.Generator) -> Ids:
     """Write `total` as a sum of `parts` positive integers, uniformly."""
-    cuts = np.sort(random.choice(total - 1, size=parts - 1, replace=False, shuffle=False)) + 1
-    return np.diff(np.concatenate([[0], cuts, [total]]))
+    bounds = np.empty(parts + 1, dtype=np.int64)
+    cuts = random.permutation(total - 1)[: parts - 1]
+    cuts.sort()
+    bounds[0], bounds[1:-1], bounds[-1] = 0, cuts + 1, total
+    return bounds[1:] - bounds[:-1]
 
 
 def _with_end(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Ids:
@@ -143,4 +153,11 @@ def _with_end(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Ids:
 
 
 def _shifted(labels: Ids, special: SpecialIds) -> Ids:
-    return np.concatenate([[special.bos], labels[:-1]])
+    return _after(special.bos, labels[:-1])
+
+
+def _after(first: int, rest: Ids) -> Ids:
+    out = np.empty(len(rest) + 1, dtype=np.int64)
+    out[0] = first
+    out[1:] = rest
+    return out
