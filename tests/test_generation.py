@@ -83,11 +83,11 @@ def test_sampling_keeps_the_most_probable_and_their_proportions(logits: torch.Te
     plain = (logits / sampling.temperature).softmax(dim=0)
     kept = found > 0
     assert found.sum().item() == pytest.approx(1, abs=1e-5)
-    assert kept[logits.argmax()]
+    assert plain[kept].max() >= plain.max() - 1e-6  # logits that differ by less than rounding are equals
     if sampling.top_k:
         assert kept.sum() <= sampling.top_k
     if not kept.all():
-        assert plain[kept].min() >= plain[~kept].max()
+        assert plain[kept].min() >= plain[~kept].max() - 1e-6
     torch.testing.assert_close(found[kept], plain[kept] / plain[kept].sum(), rtol=1e-4, atol=1e-7)
 
 
