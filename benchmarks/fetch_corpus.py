@@ -24,10 +24,10 @@ from pathlib import Path
 PACKAGES = (
     "linux-doc-6.1 anarchism debian-handbook libreoffice-help-en-us libreoffice-help-de libreoffice-help-fr "
     "libreoffice-help-es gnome-user-docs dict-gcide dict-foldoc dict-jargon wordnet-base python3.11-doc "
-    "postgresql-doc-15 harden-doc bible-kjv-text perl-doc git-doc vim-doc manpages manpages-dev manpages-de manpages-fr "
-    "manpages-ru freebsd-manpages fortunes fortunes-de fortunes-ru fortunes-it fortunes-zh debian-policy developers-reference "
-    "debian-reference-en debian-faq erlang-doc python-django-doc openjdk-17-doc gimp-help-en r-doc-html llvm-14-doc "
-    "cppreference-doc-en-html"
+    "postgresql-doc-15 harden-doc bible-kjv-text perl-doc git-doc vim-doc manpages manpages-dev manpages-de "
+    "manpages-fr manpages-ru freebsd-manpages fortunes fortunes-de fortunes-ru fortunes-it fortunes-zh debian- "
+    "policy developers-reference debian-reference-en debian-faq erlang-doc python-django-doc openjdk-17-doc gimp- "
+    "help-en r-doc-html llvm-14-doc cppreference-doc-en-html "
 )
 MARKUP = {".html", ".htm", ".xhtml", ".page", ".xml"}
 TEXT = {".txt", ".rst", ".pod", ".md", ".dict"}
