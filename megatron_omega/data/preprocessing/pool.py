@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -13,6 +15,7 @@ from typing import Any
 from megatron_omega.data.preprocessing.parts import PartMaker, PartReport, Task
 from megatron_omega.errors import DataError, OmegaError
 
+_PR_SET_PDEATHSIG = 1
 _AGAIN = "the same command goes on from there"
 
 
@@ -89,6 +92,7 @@ class _Pool:
 def _serve(maker: PartMaker, connection: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent()
     for other in others:
         other.close()  # a worker must see the end of its own connection when the parent is gone
     try:
@@ -96,6 +100,12 @@ def _serve(maker: PartMaker, connection: Connection, others: list[Connection]) -
             connection.send(_attempt(maker, connection.recv()))
     except (EOFError, ConnectionError):
         return
+
+
+def _die_with_parent() -> None:
+    """End at once when the parent is killed, so that the lock it held is free for the next start (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _attempt(maker: PartMaker, task: Task) -> PartReport | OmegaError:
