@@ -6,7 +6,6 @@ pipeline on a virtual clock (or its closed form, for ranking), then gradients, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +14,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner import memory, schedule
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
-from megatron_omega.planner.hardware import Hardware
+from megatron_omega.planner.hardware import CollectiveKind, Hardware
 from megatron_omega.planner.memory import Memory
 from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
@@ -275,22 +274,28 @@ def _makespan(estimate: Estimate) -> float:
     return m * (slowest + exchange) + (c.pipeline - 1) * (forward + 2 * backward + exchange) - forward
 
 
+def data_bytes(config: RunConfig, candidate: Candidate, parameters: int) -> tuple[int, int]:
+    """Return the bytes of gradients reduced and of weights gathered between replicas, each time it is done."""
+    element = Shape.of(config).element
+    in_fp32 = candidate.zero_stage <= 1 and config.precision.dtype == "bf16"
+    return (FP32 if in_fp32 else element) * parameters, element * parameters
+
+
 def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
     """Seconds of data-parallel communication that the backward pass does not hide."""
     c, m = estimate.candidate, estimate.micro_batches
-    element = Shape.of(estimate.config).element
+    gradients, weights = data_bytes(estimate.config, c, parameters)
 
-    def collective(kind: str) -> Callable[[int], float]:
-        return lambda num_bytes: estimate.hardware.collective_seconds(kind, num_bytes, c.data, c.tensor)  # pyright: ignore[reportArgumentType]
+    def seconds(kind: CollectiveKind, num_bytes: int) -> float:
+        return estimate.hardware.collective_seconds(kind, num_bytes, c.data, c.tensor)
 
-    reduce, gather, scatter = collective("all_reduce"), collective("all_gather"), collective("reduce_scatter")
+    gather = seconds("all_gather", weights)
     if c.zero_stage <= 1:
-        gradients = FP32 if estimate.config.precision.dtype == "bf16" else element
-        return reduce(gradients * parameters) + (gather(element * parameters) if c.zero_stage else 0.0)
-    scattered = m * scatter(element * parameters)
+        return seconds("all_reduce", gradients) + (gather if c.zero_stage else 0.0)
+    scattered = m * seconds("reduce_scatter", gradients)
     if c.zero_stage == 2:
-        return max(scattered - busy / 2, scattered / m * 0.1) + gather(element * parameters)
-    return max(scattered + 2 * m * gather(element * parameters) - busy, 0.0) + gather(element * parameters) * 0.1
+        return max(scattered - busy / 2, scattered / m * 0.1) + gather
+    return max(scattered + 2 * m * gather - busy, 0.0) + gather * 0.1
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:

@@ -65,7 +65,7 @@ def states(parameters: int, *, dtype: str, zero_stage: int, data_parallel_size: 
     bucket = 2 * min(parameters, REDUCE_BUCKET) * element
     if zero_stage == 2:
         return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket)
-    live = min(parameters, LIVE_PARAMETERS) * element if dp > 1 else 0
+    live = min(parameters, LIVE_PARAMETERS) * element  # a single replica copies them too
     return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live)
 
 

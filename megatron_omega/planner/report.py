@@ -8,13 +8,14 @@ from typing import Any
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.planner.estimate import Estimate, Planner, stages_of
+from megatron_omega.planner.activations import FP32
+from megatron_omega.planner.estimate import Estimate, Planner, data_bytes, stages_of
 from megatron_omega.planner.hardware import GIB, Hardware
 from megatron_omega.planner.memory import Memory
 from megatron_omega.planner.operations import Assumptions, Operations, operations
 from megatron_omega.planner.ranking import Ranking
 from megatron_omega.planner.schedule import Timeline
-from megatron_omega.planner.work import pipeline_messages
+from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
     "weights": "W",
@@ -128,7 +129,7 @@ def explain(estimate: Estimate, planner: Planner, assumptions: Assumptions) -> I
         previous = stage.signature
     yield ""
     yield "messages of each rank in a step"
-    yield from (f"  {line}" for line in _message_lines(estimate, planner))
+    yield from (f"  {line}" for line in (*_message_lines(estimate, planner), *_data_message_lines(estimate, planner)))
     yield ""
     yield from memory_bars(estimate)
     yield ""
@@ -154,6 +155,25 @@ def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
             f"pipeline  {ends[0]} to {ends[1]}: {len(forward)} tensors, {sum(forward) / 2**20:.3f} MiB forward, "
             f"{sum(backward) / 2**20:.3f} MiB back, {estimate.micro_batches} times"
         )
+
+
+def _data_message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
+    """Yield what replicas exchange once a step (stages 2 and 3: at every micro-batch, piece by piece)."""
+    c, works = estimate.candidate, planner.works(estimate.candidate)
+    rank = c.pipeline // 2
+    stages = [estimate.stages[index] for index in stages_of(c, rank)]
+    parameters = sum(stage.parameters(estimate.config, works) for stage in stages)
+    has_table = any(stage.has_table for stage in stages)
+    table = table_parameters(estimate.config)
+    gradients, weights = data_bytes(estimate.config, c, parameters + table * has_table)
+    if c.data > 1:
+        kind = "all_reduce" if c.zero_stage < 2 else "reduce_scatter"
+        yield f"data      {kind:<15} {gradients / 2**20:9.1f} MiB of gradients (rank {rank})"
+        if c.zero_stage:
+            yield f"data      all_gather      {weights / 2**20:9.1f} MiB of weights"
+    if c.pipeline > 1 and has_table and c.schedule == "1f1b":
+        mebibytes = table * FP32 / 2**20
+        yield f"tied      all_reduce      {mebibytes:9.1f} MiB: the token table's gradient, between its stages"
 
 
 def operation_lines(run: Operations, assumptions: Assumptions) -> Iterator[str]:
