@@ -1,0 +1,100 @@
+"""The plan's messages against those of the real engine: every one that layers, losses and stages send in a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import pytest
+import torch
+from synthetic import small_config, start_engine
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_omega.local_launch import run_ranks
+from megatron_omega.planner.candidates import of_config
+from megatron_omega.planner.estimate import Planner, data_bytes
+from megatron_omega.planner.hardware import find_hardware
+from megatron_omega.planner.work import pipeline_messages, table_parameters
+from megatron_omega.training.engine import MicroBatch
+
+pytestmark = pytest.mark.distributed
+NAMES = {"all_reduce": "allreduce_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+RANKS = 2
+BOOKKEEPING_BYTES = 64
+"""The engine also reduces norms, losses and token counts: a few numbers each."""
+
+
+class _Sent(TorchDispatchMode):
+    """Counts what goes to the process group, as (operation, bytes of the full tensor)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = str(func._overloadpacket).partition(".")
+        if namespace == "c10d" and name in {*NAMES.values(), "send"}:
+            tensor = args[1] if name == NAMES["reduce_scatter"] else args[0]
+            while isinstance(tensor, list | tuple):
+                tensor = tensor[0]
+            self.messages[name, tensor.numel() * tensor.element_size()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _batches(encoder: int, decoder: int) -> Iterator[MicroBatch]:
+    """One micro-batch for ever, with every encoder token masked, as the plan counts them."""
+    ids = {length: torch.ones(2, length, dtype=torch.int64) for length in (encoder, decoder)}
+    inputs = (ids[encoder], ids[encoder], ids[decoder], ids[decoder])
+    return repeat(MicroBatch(inputs, (ids[decoder], ids[encoder])))
+
+
+def _differences(parallel: dict[str, Any]) -> tuple[dict[Any, int], dict[Any, int], int]:
+    """Train two steps; return what the second sent beyond the plan, what it did not send, and how much was planned."""
+    config = small_config(parallel=parallel)
+    engine = start_engine(config)
+    batches = _batches(config.data.encoder_seq_length, config.data.decoder_seq_length)
+    engine.train_step(batches, learning_rate=1e-3)
+    with _Sent() as sent:
+        engine.train_step(batches, learning_rate=1e-3)
+    planned = _planned(config, engine.topology.pipeline.rank)
+    found = Counter({message: n for message, n in sent.messages.items() if message[1] > BOOKKEEPING_BYTES})
+    return dict(found - planned), dict(planned - found), planned.total()
+
+
+def _planned(config: Any, rank: int) -> Counter[tuple[str, int]]:
+    planner, candidate = Planner(config, find_hardware("cpu")), of_config(config, RANKS, 1)
+    estimate, works = planner.estimate(candidate), planner.works(candidate)
+    stage, times = estimate.stages[rank], estimate.micro_batches
+    planned: Counter[tuple[str, int]] = Counter()
+    for message, count in stage.messages(config, works).items():
+        planned[NAMES[message.kind], message.num_bytes] += count * times
+    if rank + 1 < len(estimate.stages):
+        for size in pipeline_messages(config, stage.kinds[-1], estimate.stages[rank + 1].kinds[0])[0]:
+            planned["send", size] += times
+    if rank:
+        for size in pipeline_messages(config, estimate.stages[rank - 1].kinds[-1], stage.kinds[0])[1]:
+            planned["send", size] += times
+    table = table_parameters(config)
+    parameters = stage.parameters(config, works) + table
+    planned["allreduce_", data_bytes(config, candidate, parameters)[0]] += 1  # by one replica too, to itself
+    if candidate.pipeline > 1:
+        planned["allreduce_", 4 * table] += 1  # the tied table's gradient
+    return planned
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2, "recompute": "none"},
+        {"tensor_parallel_size": 2, "sequence_parallel": True, "recompute": "full"},
+        {"pipeline_parallel_size": 2, "recompute": "none"},
+        {"pipeline_parallel_size": 2, "recompute": "none", "stage_boundaries": (5,)},
+    ],
+    ids=["tensor", "sequence", "bridge", "inside the decoder"],
+)
+def test_the_engine_sends_what_the_plan_says(parallel: dict[str, Any]) -> None:
+    for beyond, missing, planned in run_ranks(_differences, RANKS, parallel, timeout_seconds=150):
+        assert planned > 3
+        assert missing == {} and beyond == {}
