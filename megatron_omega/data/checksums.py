@@ -6,8 +6,6 @@ is trained on, and the message says where it is.
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +17,11 @@ from megatron_omega.errors import DataError
 BLOCK_BYTES = 1 << 16
 
 
-def block_sums(data: memoryview | mmap.mmap) -> Iterator[int]:
-    """Yield the checksum of every block of `data`."""
-    view = memoryview(data)
-    for start in range(0, len(view), BLOCK_BYTES):
-        yield xxhash.xxh3_64_intdigest(view[start : start + BLOCK_BYTES])
-
-
 def file_sums(path: Path) -> NDArray[np.uint64]:
-    """Return the checksums of all blocks of a file, without holding it in memory."""
-    if not path.stat().st_size:
-        return np.empty(0, np.uint64)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        mapped.madvise(mmap.MADV_SEQUENTIAL)
-        with memoryview(mapped) as view:
-            return np.fromiter(block_sums(view), dtype=np.uint64)
+    """Return the checksums of all blocks of a file, holding one block at a time."""
+    with path.open("rb", buffering=16 * BLOCK_BYTES) as file:
+        blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
+        return np.fromiter((xxhash.xxh3_64_intdigest(block) for block in blocks), dtype=np.uint64)
 
 
 def num_blocks(size: int) -> int:
