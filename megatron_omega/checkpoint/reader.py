@@ -6,6 +6,7 @@ Only the blocks that hold wanted elements are read; each is compared with its ch
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +33,14 @@ _OPEN_FILES = 64
 
 
 class CheckpointReader:
-    """An open checkpoint."""
+    """An open checkpoint. Several threads may read from it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._files: OrderedDict[str, TensorFile] = OrderedDict()
-        self._buffer = torch.empty(0, dtype=torch.float32)
+        self._lock = threading.Lock()
+        self._scratch_of = threading.local()
 
     @property
     def config(self) -> dict[str, JsonValue]:
@@ -100,9 +102,10 @@ class CheckpointReader:
         return copy_overlap(data, block, destination, region)
 
     def _scratch(self, count: int) -> Tensor:
-        if self._buffer.numel() < count:
-            self._buffer = torch.empty(count, dtype=torch.float32)
-        return self._buffer[:count]
+        buffer = getattr(self._scratch_of, "buffer", None)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._scratch_of.buffer = torch.empty(count, dtype=torch.float32)
+        return buffer[:count]
 
     def _blocks(self, region: Region) -> Iterator[Region]:
         step = self.manifest.block_bytes // ELEMENT_BYTES
@@ -126,14 +129,14 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path / entry.name} {error}; tensor {key}") from error
 
     def _open(self, entry: FileEntry) -> TensorFile:
-        if entry.name in self._files:
+        with self._lock:
+            if entry.name not in self._files:
+                path = self.path / entry.name
+                self._files[entry.name] = TensorFile(path, size_bytes=entry.size_bytes, header_checksum=entry.header)
+                if len(self._files) > _OPEN_FILES:  # closed by the garbage collector: another thread may be reading it
+                    self._files.popitem(last=False)
             self._files.move_to_end(entry.name)
             return self._files[entry.name]
-        if len(self._files) >= _OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        file = TensorFile(self.path / entry.name, size_bytes=entry.size_bytes, header_checksum=entry.header)
-        self._files[entry.name] = file
-        return file
 
     def check_files(self) -> None:
         """Compare size and header of every file with the manifest. Raises CheckpointError with every finding."""

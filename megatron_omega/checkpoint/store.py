@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,8 @@ from megatron_omega.config.schema import CheckpointConfig
 from megatron_omega.errors import CheckpointError
 from megatron_omega.log import get_logger
 from megatron_omega.parallel.topology import Topology
+
+_READING_THREADS = 4
 
 logger = get_logger(__name__)
 
@@ -346,11 +349,15 @@ def _require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str
 
 def _fill(binding: _Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
     optimizer = base_optimizer(binding.engine)
-    for mine in binding.holdings:
-        entry = reader.manifest.parameters[mine.info.name]
-        state = prefill_adam(optimizer, mine.flat) if len(kinds) > 1 else {}
-        for kind in kinds:
-            target = mine.part(mine.flat if kind == "weight" else state[kind])
-            reader.read_into(target, mine.info.name, kind, mine.holding.region)
-        if state:
-            set_adam_step(optimizer, mine.flat, entry.step)
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        reads = []
+        for kind in kinds:  # in the order of the files, so that the disk reads ahead
+            for mine in binding.holdings:
+                flat = mine.flat if kind == "weight" else prefill_adam(optimizer, mine.flat)[kind]
+                region = mine.holding.region
+                reads.append(pool.submit(reader.read_into, mine.part(flat), mine.info.name, kind, region))
+        for read in reads:
+            read.result()
+    if len(kinds) > 1:
+        for mine in binding.holdings:
+            set_adam_step(optimizer, mine.flat, reader.manifest.parameters[mine.info.name].step)

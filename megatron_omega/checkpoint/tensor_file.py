@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +108,25 @@ class TensorFile:
     def __init__(self, path: Path, *, size_bytes: int, header_checksum: str) -> None:
         """Open `path`. Raises DamagedFile where it is no plain file, or its size or header is not the expected one."""
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DamagedFile(f"cannot be opened ({error.strerror})") from error
+        self._descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
         try:
             self._check_size(size_bytes)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self.places = self._read_header(size_bytes, header_checksum)
         except BaseException:
             self.close()
             raise
 
     def _check_size(self, size_bytes: int) -> None:
-        found = os.fstat(self._descriptor).st_size
-        if found != size_bytes:
-            raise DamagedFile(f"has {found:,} bytes instead of {size_bytes:,}")
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedFile("is not a plain file")
+        if found.st_size != size_bytes:
+            raise DamagedFile(f"has {found.st_size:,} bytes instead of {size_bytes:,}")
 
     def _read_header(self, size_bytes: int, expected: str) -> dict[str, Place]:
         prefix = self._read_exactly(0, min(8, size_bytes))
@@ -150,9 +157,6 @@ class TensorFile:
         data = bytearray(count)
         self.read_into(memoryview(data), offset)
         return bytes(data)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
     def __enter__(self) -> TensorFile:
         return self

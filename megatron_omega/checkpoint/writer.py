@@ -87,8 +87,14 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, peers: Peers, *, token
         _raise_failure([peers.agree(outcome)], staging, peers)
     except RuntimeError as error:
         _discard(staging)
-        raise CheckpointError(f"step {snapshot.head['step']} was not saved: another rank is gone ({error})") from error
+        raise CheckpointError(
+            f"step {snapshot.head['step']} was not saved: another rank is gone ({_first_sentence(error)})"
+        ) from error
     return directory / name
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).split(". ")[0]
 
 
 def _attempt(action: Callable[[], JsonValue]) -> JsonValue:
