@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,47 @@ def test_a_killed_rank_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 def resumes_at(directory: Path, consumed: int) -> None:
     assert resume(Case(), directory).consumed == consumed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half."""
+    size = run_ranks(2, checkpoint_bytes, tmp_path / "measured")[0] * 3 // 2
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def checkpoint_bytes(directory: Path) -> int:
+    run = start(Case(data=2))
+    run.train(1)
+    assert save(run, directory, 1) is None
+    return sum(file.stat().st_size for file in directory.glob("*/*"))
+
+
+def fill_the_disk(directory: Path) -> None:
+    run = start(Case(data=2))
+    run.train(1)
+    store = run.store(directory, keep_last=1)
+    store.save(run.engine.deepspeed, run.state, step=1)
+    assert store.wait() is None
+    before = whole_state(run)
+    for step in (2, 3):
+        run.train(1)
+        store.save(run.engine.deepspeed, run.state, step=step, asynchronous=step == 2)
+        run.train(1)
+        assert "No space left on device" in str(store.wait())
+        dist.barrier()
+        assert [path.name for path in directory.iterdir()] == ["step-00000001"]
+    again = resume(Case(data=2), directory)
+    assert same_state(before, whole_state(again)) == []
+
+
+def test_training_outlives_a_full_disk(small_disk: Path) -> None:
+    run_ranks(2, fill_the_disk, small_disk)
