@@ -108,9 +108,6 @@ def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, A
 
 def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernels: Kernels) -> Trainer:
     config = resolved.config
-    engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
-    for choice in (*kernels.choices, engine.optimizer_choice):
-        log.info(choice)
     store = CheckpointStore(
         _run_directory(config) / "checkpoints",
         config=config.checkpoint,
@@ -118,6 +115,10 @@ def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernel
         identity=model_identity(config, sources.tokenizer.fingerprint),
         run_config=config.model_dump(mode="json"),
     )
+    _refuse_foreign_checkpoint(config, store)
+    engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
+    for choice in (*kernels.choices, engine.optimizer_choice):
+        log.info(choice)
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     return Trainer(
         config,
@@ -131,6 +132,13 @@ def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernel
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
     )
+
+
+def _refuse_foreign_checkpoint(config: RunConfig, store: CheckpointStore) -> None:
+    """Raise CheckpointError where the run would go on from another model's checkpoint, before anything is allocated."""
+    resumes = config.checkpoint.resume and store.find_latest() is not None
+    if not resumes and config.checkpoint.load is not None:
+        store.resolve(config.checkpoint.load)
 
 
 def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:
