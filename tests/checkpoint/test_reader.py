@@ -89,7 +89,7 @@ def test_small_blocks_are_read_alone(saved: Saved, tmp_path: Path, monkeypatch: 
     assert read == [1, 2]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, place: float, bit: int) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True)
@@ -106,7 +106,7 @@ def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, place: f
         read_all(copy)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=st.integers(0, 8), place=st.floats(0, 1, exclude_max=True))
 def test_every_truncation_is_refused(checkpoint: Path, tmp_path: Path, index: int, place: float) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True)
