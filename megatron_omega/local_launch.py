@@ -18,7 +18,12 @@ from typing import Any
 
 from megatron_omega.errors import OmegaError
 
-_PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build"]  # the first two: DeepSpeed's late imports
+_PRELOAD = [
+    "torch._dynamo",  # what DeepSpeed and the hooks import late
+    "torch._inductor.compile_fx",
+    "matplotlib.backends.backend_agg",
+    "megatron_omega.build",
+]
 
 
 class RankFailed(RuntimeError):
