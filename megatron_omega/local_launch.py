@@ -68,7 +68,9 @@ def run_ranks(
         _end(processes)
 
 
-def _run_rank(writer: Connection, place: dict[str, int], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _run_rank(
+    writer: Connection, place: dict[str, int], function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     try:
         import torch

@@ -23,8 +23,8 @@ COMPARED = ("loss", "lm_loss", "mlm_loss", "grad_norm")
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 2.0**-6
 """bf16 keeps 8 significant bits: one rounding errs by up to 2^-9 of a value. Layouts round partial sums at different
-places; a gradient is the product of a rounded activation and a rounded gradient, summed over tensor-parallel parts that
-are rounded again: a handful of independent roundings, bounded here by eight of them. Losses, fp32 means, stay far below."""
+places; a gradient is a product of a rounded activation and a rounded gradient, summed over parts that
+are rounded again: a handful of roundings, bounded here by eight of them. Losses, fp32 means, stay far below."""
 
 _PARTS = {
     "tp": re.compile(r"tp(\d+)(sp)?"),
@@ -73,7 +73,9 @@ def parse_layout(label: str) -> LayoutUnderTest:
         part = next((name for name, pattern in _PARTS.items() if pattern.fullmatch(word)), None)
         match = _PARTS[part].fullmatch(word) if part else None
         if part is None or match is None:
-            raise ConfigError(f"layout {label!r}: {word!r} is not known; write it like tp2sp-pp2v-dp2-zero1-cut2.4-full")
+            raise ConfigError(
+                f"layout {label!r}: {word!r} is not known; write it like tp2sp-pp2v-dp2-zero1-cut2.4-full"
+            )
         found[part] = match
     sizes = {axis: int(found[axis][1]) if axis in found else 1 for axis in ("tp", "pp", "dp")}
     settings = {
@@ -144,8 +146,8 @@ def measure(
 def compare(
     label: str, reference: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], tolerance: float
 ) -> Verdict:
-    """Return the largest relative difference of each figure over all steps; infinite where a step or figure is missing."""
-    differences = dict.fromkeys(COMPARED, 0.0 if len(reference) == len(rows) else math.inf)
+    """Return the largest relative difference of each figure over all steps; infinite where one is missing."""
+    differences: dict[str, float] = dict.fromkeys(COMPARED, 0.0 if len(reference) == len(rows) else math.inf)
     for expected, found in zip(reference, rows, strict=False):
         for name in COMPARED:
             differences[name] = max(differences[name], _relative(expected[name], found[name]))

@@ -1,14 +1,14 @@
 """The attention patterns: who attends whom, and the kernel that computes it.
 
 `visible` is the definition of every pattern, token by token; `attend` computes it for a whole stream. Local and axial
-attention never build an n x n mask: they attend inside chunks, rows and columns. All tensors are [b, h, s, head_dim].
+attention never build an n x n mask: they attend inside chunks, rows and columns. All tensors: [b, h, s, head_dim].
 
     branch   definition (i attends j, always inside one document)          computed as
     -------  ------------------------------------------------------------  ------------------------------------------
     full     every j                                                       one dense attention
     causal   j <= i                                                        one dense attention
-    local    |i - j| < W;  decoder 0 <= i - j < W                           chunks of W on themselves and their neighbours
-    axial    same row (even heads) or column (odd heads) of width w;       rows, and columns, as batches
+    local    |i - j| < W;  decoder 0 <= i - j < W                           chunks of W on themselves and neighbours
+    axial    same row (even heads) or column (odd heads) of width w;       rows and columns as batches
              decoder also j <= i
     dynamic  full, with a temperature on q and a gate on the output        one dense attention
 
@@ -120,7 +120,7 @@ def _flash(
 
 def _local(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:
     """Chunks of `window` queries attend their own chunk, the one before and, in the encoder, the one after."""
-    batch, heads, length, head_dim = query.shape
+    batch, _, length, _ = query.shape
     size = pattern.window
     after = 0 if pattern.causal else size
     fill = -length % size

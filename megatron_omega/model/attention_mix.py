@@ -8,6 +8,7 @@ all-reduce for all of them. Parallel heterogeneous branches: arXiv 1911.09483, 2
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,8 @@ class SelfAttention(nn.Module):
         self.model = model
         self.kernels = context.kernels
         self.pattern = Pattern(causal, model.local_window, model.axial_width, first_head)
-        build = {"parallel": context.parallel, "seed": context.seed}
-        scaled = build | {"lr_scale": model.width_multiplier}
+        build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
+        scaled: dict[str, Any] = build | {"lr_scale": model.width_multiplier}
         self.qkv = ColumnParallelLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
         self.out = RowParallelLinear(f"{name}.out", (model.hidden_size, count, heads, head_dim), axis=2, **scaled)
         self.gains = declare_parameter(
@@ -152,8 +153,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         model = context.model
         heads, head_dim, d = model.num_attention_heads, model.resolved_head_dim, model.hidden_size
-        build = {"parallel": context.parallel, "seed": context.seed}
-        scaled = build | {"lr_scale": model.width_multiplier}
+        build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
+        scaled: dict[str, Any] = build | {"lr_scale": model.width_multiplier}
         self.model = model
         self.kernels = context.kernels
         self.q = ColumnParallelLinear(f"{name}.q", (heads, head_dim, d), axis=0, **scaled)

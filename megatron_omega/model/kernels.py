@@ -45,7 +45,7 @@ def select_kernels(device_type: str) -> Kernels:
 
 
 def apex_notice() -> str | None:
-    """Say what is wrong with an installed package named apex that is not NVIDIA's; None where there is nothing to say."""
+    """Say what is wrong with an installed package named apex that is not NVIDIA's; None where all is well."""
     try:
         version = importlib.metadata.version("apex")
     except importlib.metadata.PackageNotFoundError:
@@ -66,35 +66,30 @@ def _import(module: str) -> object | None:
 
 
 def _norm() -> tuple[Norm, str]:
-    apex = _import("apex.normalization")
-    if hasattr(apex, "fused_rms_norm_affine"):
-        fused = apex.fused_rms_norm_affine  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    fused = getattr(_import("apex.normalization"), "fused_rms_norm_affine", None)
+    if fused is None:
+        return rms_norm, "norms: torch"
 
-        def apex_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-            if weight.dim() > 1:  # per-head gains broadcast: apex takes one weight for the last axis
-                return rms_norm(hidden, weight, epsilon)
-            return fused(hidden, weight, weight.shape, eps=epsilon)
+    def apex_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        if weight.dim() > 1:  # per-head gains broadcast: apex takes one weight for the last axis
+            return rms_norm(hidden, weight, epsilon)
+        return fused(hidden, weight, weight.shape, eps=epsilon)
 
-        return apex_norm, "norms: apex fused RMSNorm"
-    return rms_norm, "norms: torch"
+    return apex_norm, "norms: apex fused RMSNorm"
 
 
 def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:
-    liger = _import("liger_kernel.ops.swiglu")
-    if hasattr(liger, "LigerSiLUMulFunction"):
-        function = liger.LigerSiLUMulFunction  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        return (lambda gate_up: function.apply(*gate_up.chunk(2, dim=-1))), "SwiGLU: Liger"
-    return swiglu, "SwiGLU: torch"
+    function = getattr(_import("liger_kernel.ops.swiglu"), "LigerSiLUMulFunction", None)
+    if function is None:
+        return swiglu, "SwiGLU: torch"
+    return (lambda gate_up: function.apply(*gate_up.chunk(2, dim=-1))), "SwiGLU: Liger"
 
 
 def _flash_attention() -> tuple[FlashAttention | None, str]:
-    flash = _import("flash_attn")
-    if hasattr(flash, "flash_attn_varlen_func"):
-        return (
-            flash.flash_attn_varlen_func,
-            "attention: flash-attn for full and causal branches, torch SDPA for the rest",
-        )  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    return None, "attention: torch SDPA"
+    function = getattr(_import("flash_attn"), "flash_attn_varlen_func", None)
+    if function is None:
+        return None, "attention: torch SDPA"
+    return function, "attention: flash-attn for full, causal and dynamic branches, torch SDPA for the rest"
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -71,7 +71,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """y += a SelfMix(norm(y)); y += a Cross(norm(y), memory); y += a FFN(norm(y)). No cross-attention in a decoder-only model."""
+    """y += a SelfMix(norm(y)); y += a Cross(norm(y), memory); y += a FFN(norm(y)). Decoder-only models lack Cross."""
 
     def __init__(self, name: str, context: ModelContext, *, max_positions: int | None = None) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class DecoderLayer(nn.Module):
 
 
 class EncoderNorm(nn.Module):
-    """The encoder's final norm; its output, the memory, enters the tensor-parallel region here, for all decoder layers."""
+    """The encoder's final norm; its output, the memory, enters the tensor-parallel region here, once for all layers."""
 
     def __init__(self, name: str, context: ModelContext) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ LOSS_PARTS = ("lm_loss", "mlm_loss")
 
 
 class PretrainingLoss:
-    """Call with a forward pass's outputs and labels; afterwards `parts` holds the two losses apart, without gradient."""
+    """Call with a forward pass's outputs and labels; afterwards `parts` holds both losses apart, without gradient."""
 
     def __init__(self, context: ModelContext) -> None:
         self.mlm_weight = context.objective.mlm_weight

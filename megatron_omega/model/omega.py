@@ -9,7 +9,7 @@ one tied token table is an inference: the reading under which the parts add up t
 first, so that the same list runs here in order and in `model.pipeline` across stages:
 
     encoder   (hidden [b,s_e,d], encoder segments [b,s_e], decoder ids [b,s_d], decoder segments [b,s_d])
-    decoder   (memory [b,s_e,d], hidden [b,s_d,d], encoder segments, decoder segments);  without encoder (hidden, segments)
+    decoder   (memory [b,s_e,d], hidden [b,s_d,d], encoder segments, decoder segments); decoder-only (hidden, segments)
     output    (decoder hidden,) or (decoder hidden, encoder hidden, MLM bias), ready for the tied table
 """
 

@@ -90,7 +90,8 @@ class _OmegaPipeline(PipelineModule):
         return {name: self._loss.parts.get(name, torch.zeros(())) for name in LOSS_PARTS}
 
     def _partition_layers(self, method: Sequence[int]) -> None:
-        assert len(method) == self.num_stages + 1, f"{self.num_stages} stages need {self.num_stages + 1} cuts"
+        stages = cast(int, self.num_stages)
+        assert len(method) == stages + 1, f"{stages} stages need {stages + 1} cuts"
         self.parts = list(method)
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 

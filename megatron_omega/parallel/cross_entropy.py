@@ -91,7 +91,7 @@ def _logits(hidden: Tensor, table: Tensor, bias: Tensor | None, loss: Vocabulary
 
 
 def _loss_and_logit_gradient(logits: Tensor, labels: Tensor, loss: VocabularyLoss) -> Tensor:
-    """Return [loss, cross-entropy] summed over the chunk, and turn `logits` into the gradient of that loss, in place."""
+    """Return [loss, cross-entropy] summed over the chunk; turn `logits` into the gradient of that loss, in place."""
     parallel = loss.parallel
     start, stop = parallel.shard(loss.padded_vocab_size)
     maximum = parallel.all_reduce(logits.amax(dim=1), dist.ReduceOp.MAX)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch.distributed as dist
 
@@ -134,7 +134,7 @@ def create_topology(layout: Layout) -> Topology:
 def _create_group(groups: list[tuple[int, ...]], rank: int) -> Group:
     mine: Group | None = None
     for ranks in groups:
-        handle = dist.new_group(list(ranks)) if dist.is_initialized() else None
+        handle = cast(dist.ProcessGroup, dist.new_group(list(ranks))) if dist.is_initialized() else None
         if rank in ranks:
             mine = Group(handle, ranks, ranks.index(rank))
     assert mine is not None, f"rank {rank} is in none of {groups}"

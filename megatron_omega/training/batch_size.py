@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from megatron_omega.config.schema import BatchConfig
 
 

@@ -1,7 +1,8 @@
 """The distributed engine: DeepSpeed behind two calls, `train_step` and `evaluate`. Knows tensors, not data or model.
 
-A micro-batch holds flat tuples of integer tensors, as the model takes them. Its labels are (LM, MLM); the engine adds the two factors that divide each loss by its token count over the whole global batch, so that losses and
-gradients do not depend on micro-batching or layout.
+A micro-batch holds flat tuples of integer tensors, as the model takes them. Its labels are (LM, MLM); the engine adds
+two factors that divide each loss by its token count over the whole global batch, so that losses and gradients do not
+depend on micro-batching or layout.
 """
 
 from __future__ import annotations
@@ -72,13 +73,17 @@ class EvaluationResult:
     """Tokens that the LM loss was averaged over."""
 
 
+def _accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
+    return get_accelerator()
+
+
 def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
     """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
 
     DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    accelerator = get_accelerator()
+    accelerator = _accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
@@ -93,7 +98,7 @@ def stop_distributed() -> None:
 
 def check_precision(dtype: str) -> None:
     """Raise `ConfigError` where the accelerator cannot run `dtype`."""
-    accelerator = get_accelerator()
+    accelerator = _accelerator()
     if dtype == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(
             f"precision.dtype=fp16 cannot run on {accelerator.device_name()}: DeepSpeed has no fp16 there; "
@@ -118,7 +123,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, values: Mapping[str, Any], optimizer: OptimizerConfig, topology: Topology
     ) -> None:
-        device_type = get_accelerator().device_name()
+        device_type = _accelerator().device_name()
         stage = values["zero_optimization"]["stage"]
         clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
         adam, self.optimizer_choice = build_optimizer(
@@ -126,13 +131,13 @@ class Engine:
         )
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)
-        self.deepspeed, *_ = deepspeed.initialize(
+        self.deepspeed: Any = deepspeed.initialize(
             model=model,
             optimizer=adam,
             config=dict(values),
             mpu=None if is_pipeline else ModelParallelUnit(topology),
             dist_init_required=False,
-        )
+        )[0]
         self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
         if is_pipeline:
             _agree_on_norm_groups(self.deepspeed.optimizer, topology)
@@ -142,7 +147,7 @@ class Engine:
         return isinstance(self.deepspeed, PipelineEngine)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         return self.deepspeed.module
 
     @property
@@ -289,11 +294,11 @@ class Engine:
 def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
     """Let stages with fewer parameter groups take part in the norm of every group.
 
-    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would leave the others waiting.
+    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would let the others wait.
     """
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
-    count = torch.tensor(len(optimizer.bit16_groups), device=get_accelerator().current_device_name())
+    count = torch.tensor(len(optimizer.bit16_groups), device=_accelerator().current_device_name())
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=topology.model.handle)
     missing = int(count) - len(optimizer.bit16_groups)
     if missing == 0:

@@ -89,7 +89,8 @@ class ClippedAdamW(torch.optim.AdamW):
         if self.skipped:
             return
         if 0 < self._max_norm < self.global_norm:
-            torch._foreach_mul_([gradient for _, gradient in gradients], self._max_norm / (self.global_norm + 1e-6))
+            for _, gradient in gradients:
+                gradient.mul_(self._max_norm / (self.global_norm + 1e-6))
         super().step()
 
     def _norm(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> float:

@@ -57,8 +57,9 @@ def test_branches_equal_their_dense_definition(
     parts = [
         torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)
     ]
+    query, key, value = parts
     gradient = torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator)
-    found = attend(branch, pattern, *parts, Stream(segments, PORTABLE))
+    found = attend(branch, pattern, query, key, value, Stream(segments, PORTABLE))
     expected = dense_reference(branch, pattern, parts, segments)
     assert torch.allclose(found, expected, atol=1e-12)
     for left, right in zip(
@@ -101,10 +102,10 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(("branch", "causal"), CASES)
 def test_local_and_axial_never_build_an_n_by_n_mask(branch: Branch, *, causal: bool) -> None:
     length, heads, size = 1024, 2, 4
-    parts = [torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3))
     segments = packed_segments([600, 400], 16, length)
     with LargestTensor() as largest:
-        attend(branch, Pattern(causal, 32, 16), *parts, Stream(segments, PORTABLE)).sum().backward()
+        attend(branch, Pattern(causal, 32, 16), query, key, value, Stream(segments, PORTABLE)).sum().backward()
     is_dense = branch in ("full", "causal")
     assert (largest.elements >= length * length) == is_dense
 
@@ -116,6 +117,6 @@ def test_positions_count_inside_documents() -> None:
 
 def test_padding_never_gives_a_not_a_number() -> None:
     segments = torch.zeros(1, 40, dtype=torch.long)
-    parts = [torch.randn(1, 2, 40, 4) for _ in range(3)]
+    query, key, value = (torch.randn(1, 2, 40, 4) for _ in range(3))
     for branch, causal in CASES:
-        assert attend(branch, Pattern(causal, 16, 8), *parts, Stream(segments, PORTABLE)).isfinite().all()
+        assert attend(branch, Pattern(causal, 16, 8), query, key, value, Stream(segments, PORTABLE)).isfinite().all()

@@ -64,7 +64,9 @@ def test_every_parameter_has_one_name_and_the_count_is_the_closed_form(fields: d
     assert len({info.name for info in infos}) == len(infos)
     count = sum(parameter.numel() for parameter in omega.parameters())
     assert count == accounting.parameter_count(context(**fields).model)
-    assert [recipe.name for recipe in omega_layers(context(**fields))] == accounting.layer_names(context(**fields).model)
+    assert [recipe.name for recipe in omega_layers(context(**fields))] == accounting.layer_names(
+        context(**fields).model
+    )
 
 
 @pytest.mark.parametrize("branch", ["causal", "local", "axial"])
@@ -151,9 +153,7 @@ def test_loss_is_lm_plus_weighted_mlm_plus_z() -> None:
 
 
 def test_dynamic_branch_starts_as_plain_attention() -> None:
-    dynamic, full = (
-        SelfAttention("same", (branch,), context(), causal=False) for branch in ("dynamic", "full")
-    )
+    dynamic, full = (SelfAttention("same", (branch,), context(), causal=False) for branch in ("dynamic", "full"))
     hidden, segments = torch.randn(2, LENGTH, 48), torch.ones(2, LENGTH, dtype=torch.long)
     stream = Stream(segments, PORTABLE)
     assert torch.equal(dynamic(hidden, stream), full(hidden, stream))

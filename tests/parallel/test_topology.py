@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -40,7 +41,7 @@ def test_tensor_parallel_ranks_are_adjacent() -> None:
 def test_shards_cover_everything_once_and_evenly(total: int, size: int) -> None:
     shards = [TensorParallel(None, rank, size).shard(total) for rank in range(size)]
     assert shards[0][0] == 0 and shards[-1][1] == total
-    assert all(left[1] == right[0] for left, right in zip(shards, shards[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(shards))
     lengths = {stop - start for start, stop in shards}
     assert max(lengths) - min(lengths) <= 1
 

@@ -74,7 +74,7 @@ def _count_backward_passes(cuts: list[tuple[int, ...]], schedule: str) -> list[d
         passes: Counter[str] = Counter()
         for info, parameter in declared_parameters(engine.module):
             if info.name.endswith("feed_forward.down.weight"):
-                parameter.register_hook(lambda gradient, name=info.name: passes.update([name]))
+                parameter.register_hook(lambda gradient, name=info.name, passes=passes: passes.update([name]))
         engine.train_step(replica_batches(config, engine), learning_rate=1e-3)
         found.append(dict(passes))
     return found
@@ -87,7 +87,9 @@ def _count_backward_passes(cuts: list[tuple[int, ...]], schedule: str) -> list[d
 def test_no_layer_runs_its_backward_twice(schedule: str, cuts: list[tuple[int, ...]]) -> None:
     ranks = run_ranks(_count_backward_passes, 2, cuts, schedule, timeout_seconds=180)
     micro_batches = 16 // 2
-    names = [f"{stack}.layers.{index}.feed_forward.down.weight" for stack in ("encoder", "decoder") for index in range(2)]
+    names = [
+        f"{stack}.layers.{index}.feed_forward.down.weight" for stack in ("encoder", "decoder") for index in range(2)
+    ]
     for position, cut in enumerate(cuts):
         merged = Counter[str]()
         for rank in ranks:
@@ -101,7 +103,9 @@ def _step_with_a_bad_gradient(stage: int, pipeline: int) -> dict[str, Any]:
     engine = start_engine(config, stage)
     before = _weights(engine)
     parameter = next(
-        parameter for info, parameter in declared_parameters(engine.module) if info.name.endswith("attention_norm.weight")
+        parameter
+        for info, parameter in declared_parameters(engine.module)
+        if info.name.endswith("attention_norm.weight")
     )
     spoiled = parameter.register_hook(lambda gradient: gradient * math.nan if dist.get_rank() == 1 else gradient)
     first = engine.train_step(replica_batches(config, engine), learning_rate=1e-2)

@@ -66,9 +66,7 @@ def train_without_an_all_reduce(arguments: Arguments) -> None:
     train_rank(arguments)
 
 
-def test_a_missing_all_reduce_fails(
-    reference: list[dict[str, Any]], tiny_corpus: TinyCorpus, tmp_path: Path
-) -> None:
+def test_a_missing_all_reduce_fails(reference: list[dict[str, Any]], tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     rows = train(tiny_corpus, "tp2", tmp_path, train=train_without_an_all_reduce)
     verdict = compare("tp2", reference, rows, FP32_TOLERANCE)
     assert not verdict.passed

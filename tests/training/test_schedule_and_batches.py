@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_schedules_warm_up_peak_and_never_rise_again(decay: str) -> None:
     schedule = ScheduleConfig(decay=decay, warmup_steps=10, min_learning_rate_fraction=0.1)  # pyright: ignore[reportArgumentType]
     rates = [learning_rate_fraction(schedule, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates[9:]))
     assert max(rates) == pytest.approx(1.0)
 
 
