@@ -30,6 +30,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@# DeepSpeed's build asks the installed torch what to build for, so torch comes first; its C++ operators are not needed.
 	$(PIP_INSTALL) '$(TORCH)' setuptools wheel numpy packaging
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --editable '.[wandb,hf,dev]'
+	@# The judge of the corpus format, without its dependencies; where it cannot be had, its tests are skipped.
+	-$(PIP_INSTALL) --no-deps megatron-core==0.16.1
 	@touch $@
 
 demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write

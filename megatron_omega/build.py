@@ -50,7 +50,7 @@ log = get_logger(__name__)
 def train(resolved: ResolvedRun, place: ProcessPlace) -> TrainState:
     """Train the run that was asked for, as process `place`; return where it stands at the end.
 
-    The corpus and the accelerator are checked before any process group exists.
+    Corpus, accelerator and run folder are checked before any process group exists.
     """
     config = resolved.config
     configure_logging(rank=place.rank)
@@ -59,6 +59,8 @@ def train(resolved: ResolvedRun, place: ProcessPlace) -> TrainState:
         log.warning(notice)
     check_precision(config.precision.dtype)
     sources = open_sources(config)
+    if place.rank == 0:
+        _prepare_run_directory(config)
     _seed_everything(config)
     device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
     try:
@@ -151,18 +153,21 @@ def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:
 
 def _context(config: RunConfig, topology: Topology) -> RunContext:
     directory = _run_directory(config)
-    if topology.rank == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(dump_config(config))
-        except OSError as error:
-            raise ConfigError(
-                f"logging.run_directory={directory} cannot be written: {error.strerror}; choose another folder"
-            ) from None
     count = accounting.parameter_count(config.model)
     log.info("%s, %s parameters, run folder %s", topology.layout, f"{count:,}", directory)
     details = {"layout": str(topology.layout), "parameters": count, "stage_boundaries": list(stage_boundaries(config))}
     return RunContext(config, directory, TrainState(), is_main=topology.rank == 0, details=details)
+
+
+def _prepare_run_directory(config: RunConfig) -> None:
+    directory = _run_directory(config)
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(
+            f"logging.run_directory={directory} cannot be written: {error.strerror}; choose another folder"
+        ) from None
 
 
 def _run_directory(config: RunConfig) -> Path:

@@ -1,61 +1,17 @@
-"""Fixtures shared by all tests: a real little corpus with its tokenizer, and a run of omega-tiny on it."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import yaml
+from tiny import TinyCorpus, make_tiny_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@dataclass(frozen=True)
-class TinyCorpus:
-    """A corpus of real text, made by the project's own tools."""
-
-    text: Path
-    tokenizer: Path
-    prefix: Path
-    run_yaml: Path
-    """omega-tiny with short streams on this corpus."""
-
-
-def run_python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository with this interpreter."""
-    command = [sys.executable, *(str(word) for word in words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    text, tokenizer, prefix = folder / "text.jsonl", folder / "tokenizer.model", folder / "text"
-    commands = [
-        ["examples/omega-tiny/gather_corpus.py", "--output", text, "--megabytes", "1"],
-        ["tools/train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", "1000"],
-        ["tools/preprocess_data.py", "--input", text, "--output-prefix", prefix, "--json-keys", "text",
-         "--tokenizer-model", tokenizer, "--append-eod", "--workers", "1"],
-    ]  # fmt: skip
-    for command in commands:
-        done = run_python(*command)
-        assert done.returncode == 0, done.stderr
-    run = yaml.safe_load((ROOT / "examples/omega-tiny/run.yaml").read_text())
-    run["model"] |= {"vocab_size": 1000}
-    run["data"] |= {
-        "tokenizer": str(tokenizer), "corpora": [{"prefix": f"{prefix}_text_document"}],
-        "encoder_seq_length": 64, "decoder_seq_length": 64,
-    }  # fmt: skip
-    run["batch"] = {"micro_batch_size": 1, "global_batch_size": 8}
-    run["parallel"] = {"recompute": "none"}
-    run_yaml = folder / "run.yaml"
-    run_yaml.write_text(yaml.safe_dump(run))
-    return TinyCorpus(text, tokenizer, Path(f"{prefix}_text_document"), run_yaml)
+    """A corpus made once for all tests."""
+    return make_tiny_corpus(tmp_path_factory.mktemp("corpus"))

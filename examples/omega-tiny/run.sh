@@ -33,6 +33,7 @@ deepspeed --num_gpus "${NUM_RANKS:-8}" --no_local_rank pretrain_omega.py \
     --config "$example/run.yaml" --deepspeed_config ds_configs/zero1.json "$@"
 
 say "what it learned"
+python "$example/report.py" --run "$run"
 python tools/generate.py --checkpoint "$run/checkpoints" --prompt "This function returns" --max-new-tokens 48 --seed 1
 python tools/fill_mask.py --checkpoint "$run/checkpoints" --text "The [MASK] of the file is returned as a string."
 

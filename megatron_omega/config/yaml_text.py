@@ -43,6 +43,16 @@ _PlainLoader.add_implicit_resolver(
 )
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes every string that this loader, or a YAML 1.1 reader, would take for something else."""
+
+
+_PlainDumper.yaml_implicit_resolvers = {
+    first: _PlainLoader.yaml_implicit_resolvers.get(first, []) + yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+    for first in {*_PlainLoader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+}
+
+
 def parse(text: str, source: str) -> Any:
     """Return the plain data in `text`.
 
@@ -63,4 +73,4 @@ def _where(error: yaml.YAMLError) -> str:
 
 def dump(data: Any) -> str:
     """Return `data` as YAML, keys in their own order."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_omega.config import arguments, yaml_text
@@ -118,6 +118,7 @@ def test_numbers_are_numbers(text: str, value: object) -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@example(1.0, "0E0", [], False)
 @given(
     st.floats(min_value=1e-12, max_value=1e12),
     st.text(max_size=12),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCorpus
+from tiny import TinyCorpus
 
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.parallel import mappings

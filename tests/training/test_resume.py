@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCorpus
+from tiny import TinyCorpus
 
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.arguments import Arguments, Override

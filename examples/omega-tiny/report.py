@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Say what a run learned: validation losses before and after, beside a uniform guess and the unigram entropy.
+
+python examples/omega-tiny/report.py --run runs/omega-tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from megatron_omega.config.load import load_config
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.objectives import IGNORED_LABEL
+from megatron_omega.data.sources import open_sources
+from megatron_omega.errors import DataError, exit_cleanly
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Return every validation of the run, oldest first."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"{run}/events.jsonl cannot be read: {error.strerror}; give the folder of a run") from None
+    found = [event for event in map(json.loads, lines) if event["event"] == "evaluate"]
+    if not found:
+        raise DataError(f"{run} has no validation yet; set evaluation.interval_steps")
+    return found
+
+
+def validation_labels(config: RunConfig) -> Iterator[np.ndarray]:
+    """Yield the tokens that one validation asks the decoder for."""
+    source = open_sources(config).validation
+    for index in range(config.evaluation.num_batches * config.batch.global_batch_size):
+        labels = source[index].row.lm_labels
+        yield labels[labels != IGNORED_LABEL]
+
+
+def unigram_entropy(config: RunConfig) -> float:
+    """Return the entropy, in nats, of the pieces of the validation text: the loss of knowing only their frequencies."""
+    counts = np.bincount(np.concatenate(list(validation_labels(config))))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def main() -> int:
+    """Print the figures; return 1 where the model learned less than the frequencies of words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run with validations")
+    options = parser.parse_args()
+    with exit_cleanly():
+        config = load_config(options.run / "config.yaml")
+        found = validations(options.run)
+        first, last = found[0], found[-1]
+        uniform, unigram = math.log(config.model.vocab_size), unigram_entropy(config)
+    print(f"validation, nats per token     before    after {last['step']} steps")
+    print(f"  language modelling        {first['lm_loss']:9.3f}{last['lm_loss']:9.3f}")
+    print(f"  masked tokens             {first['mlm_loss']:9.3f}{last['mlm_loss']:9.3f}")
+    print(f"a uniform guess, ln {config.model.vocab_size:,}:  {uniform:9.3f}   ({uniform - last['lm_loss']:.2f} above)")
+    print(f"unigram entropy of the text:{unigram:9.3f}   ({unigram - last['lm_loss']:+.2f} above)")
+    return 0 if last["lm_loss"] < min(uniform - 1.5, unigram) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
