@@ -19,7 +19,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.sources import SampleSource, Sources, open_sources
-from megatron_omega.environment import ProcessPlace
+from megatron_omega.environment import ProcessPlace, require_repeatable_libraries
 from megatron_omega.errors import ConfigError
 from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.context import ModelContext
@@ -211,4 +211,5 @@ def _seed_everything(config: RunConfig) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if config.training.deterministic:
+        require_repeatable_libraries()
         torch.use_deterministic_algorithms(mode=True)

@@ -42,6 +42,11 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     return ProcessPlace(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
 
 
+def require_repeatable_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Ask cuBLAS for results that do not depend on timing; read when CUDA starts."""
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def announced_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
     """Return the number of processes that a launcher, or a user who asks what would run, has set; None: nobody did."""
     text = environ.get("WORLD_SIZE", "")

@@ -44,6 +44,7 @@ CONFIGURATION = {
     ),
     "window": (["--model.local_window", "8"], 1, ["local_window=8", "axial_width=16"]),
     "batch": (["--batch.global_batch_size", "7", "--batch.micro_batch_size", "2"], 2, ["global_batch_size=7"]),
+    "fp16 on a CPU": (["--precision.dtype", "fp16", "--training.train_steps", "20"], 1, ["fp16", "fp32 or bf16"]),
     "typo": (["--model.hiden_size", "64"], 1, ["model.hiden_size", "did you mean model.hidden_size"]),
 }  # fmt: skip
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_omega.parallel.layers import rms_norm, swiglu
+from megatron_omega.parallel.layers import Norm, rms_norm, swiglu
 
-Norm = Callable[[Tensor, Tensor, float], Tensor]
 FlashAttention = Callable[..., Tensor]
 
 

@@ -28,8 +28,10 @@ from megatron_omega.parallel.sharding import declare_parameter
 
 
 def build_norm(name: str, context: ModelContext) -> RMSNorm:
-    model = context.model
-    return RMSNorm(name, model.hidden_size, epsilon=model.norm_epsilon, parallel=context.parallel, seed=context.seed)
+    return RMSNorm(
+        name, context.model.hidden_size, epsilon=context.model.norm_epsilon, parallel=context.parallel,
+        seed=context.seed, norm=context.kernels.norm,
+    )  # fmt: skip
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

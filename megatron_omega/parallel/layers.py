@@ -10,6 +10,7 @@ knowledge of how the features of a layer are laid out; they are flattened to a m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from megatron_omega.parallel.mappings import TensorParallel
 from megatron_omega.parallel.sharding import declare_parameter
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""From (hidden, weight, epsilon) to the normalised hidden states."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -78,15 +82,27 @@ class TokenTable(nn.Module):
         return self.parallel.leave(rows.masked_fill(foreign.unsqueeze(-1), 0.0)) * self.scale
 
 
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last axis of `hidden`; `weight` broadcasts against it."""
+    if weight.dim() == 1 and hidden.dtype == weight.dtype:
+        return F.rms_norm(hidden, weight.shape, weight, epsilon)
+    normal = F.rms_norm(hidden.float(), hidden.shape[-1:], None, epsilon)
+    return (normal * weight.float()).to(hidden.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the features (arXiv 1910.07467), computed in fp32.
 
     Under sequence parallelism each rank normalises its own tokens, so the weight's gradient is summed over the ranks.
+    `norm` is the implementation.
     """
 
-    def __init__(self, name: str, size: int, *, epsilon: float, parallel: TensorParallel, seed: int) -> None:
+    def __init__(
+        self, name: str, size: int, *, epsilon: float, parallel: TensorParallel, seed: int, norm: Norm = rms_norm
+    ) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.norm = norm
         self.parallel = parallel
         self.weight = declare_parameter(
             f"{name}.weight", (size,), fill=1.0, parallel=parallel, seed=seed, weight_decay=False
@@ -95,15 +111,7 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
         weight = self.parallel.copy(self.weight) if self.parallel.sequence_parallel else self.weight
-        return rms_norm(hidden, weight, self.epsilon)
-
-
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Normalise the last axis of `hidden`; `weight` broadcasts against it."""
-    if weight.dim() == 1 and hidden.dtype == weight.dtype:
-        return F.rms_norm(hidden, weight.shape, weight, epsilon)
-    normal = F.rms_norm(hidden.float(), hidden.shape[-1:], None, epsilon)
-    return (normal * weight.float()).to(hidden.dtype)
+        return self.norm(hidden, weight, self.epsilon)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
