@@ -15,10 +15,10 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed clean
+.PHONY: help setup demo test lint format unit distributed reshape-matrix clean
 
 help: ## Say what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: $(STAMP) ## Make .venv with everything pinned (a second call does nothing)
 
@@ -49,6 +49,9 @@ unit: setup ## Run the tests that need one process each
 
 distributed: setup ## Run the tests that start several ranks
 	$(BIN)/python -m pytest -q -m distributed
+
+reshape-matrix: setup ## Save under every layout, resume under every other, and print the matrix
+	$(BIN)/python tests/checkpoint/reshape_matrix.py
 
 format: setup ## Format the sources
 	$(BIN)/ruff check --fix .
