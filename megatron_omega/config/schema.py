@@ -291,6 +291,31 @@ class CheckpointConfig(Section):
     """With load: take the weights, start optimizer, schedule and data afresh."""
 
 
+class ResilienceConfig(Section):
+    """Stopping, failing, and what to do about bad steps."""
+
+    max_minutes: PositiveFloat | None = None
+    """Minutes after which the run saves and ends with exit code 75, to be started again (--max-minutes)."""
+    monitor: bool = True
+    """Watch every rank from a process beside it: ends all ranks when one fails, and names a rank that hangs."""
+    start_timeout_seconds: PositiveFloat = 600.0
+    """How long ranks may take to arrive at the start."""
+    hang_timeout_seconds: PositiveFloat | None = None
+    """How long a step may make no progress; follows from the measured step times where it is not given."""
+    spike_z_score: NonNegativeFloat = 8.0
+    """Robust z-score of the loss above which a step is skipped; 0 skips only what is not finite."""
+    spike_window: Annotated[int, Field(ge=8)] = 64
+    """Accepted steps that the z-score is measured against; none is judged before a quarter of them is there."""
+    spike_limit: Positive = 3
+    """Bad steps in a row after which the run goes back to its last checkpoint and leaves their samples out."""
+    max_rollbacks: NonNegative = 3
+    """How often a run goes back before it gives up."""
+    integrity_interval_steps: NonNegative = 100
+    """Steps between comparisons of weights that must be equal on several ranks; 0: never."""
+    straggler_window: NonNegative = 20
+    """Steps over which a rank must be the slowest of its peers to be named; 0 does not measure."""
+
+
 class LoggingConfig(Section):
     """What a run leaves behind."""
 
@@ -335,5 +360,7 @@ class RunConfig(Section):
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    resilience: ResilienceConfig = ResilienceConfig()
+    """Stopping, failing, bad steps."""
     logging: LoggingConfig = LoggingConfig()
     """Logs and run folder."""
