@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ from megatron_omega.data.batch import Batch
 from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.sources import SampleSource, Sources, open_sources
 from megatron_omega.environment import ProcessPlace, require_repeatable_libraries
-from megatron_omega.errors import ConfigError
+from megatron_omega.errors import ConfigError, Preempted
 from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE, Kernels, apex_notice, select_kernels
 from megatron_omega.model.omega import Omega
 from megatron_omega.model.pipeline import build_pipeline
 from megatron_omega.monitoring import monitoring_hooks
+from megatron_omega.monitoring.files import SUCCESS, mark_success
 from megatron_omega.monitoring.forecast import Forecast
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.resilience.preflight import device_findings, disk_findings, fingerprint, gather_findings
+from megatron_omega.resilience.sentinel import Sentinel
+from megatron_omega.resilience.stopping import StopRequests
+from megatron_omega.resilience.watch import Watch
 from megatron_omega.training.batch_size import batch_size_at
 from megatron_omega.training.engine import (
     Engine,
@@ -38,6 +44,7 @@ from megatron_omega.training.engine import (
     construction,
     start_distributed,
     stop_distributed,
+    visible_devices,
 )
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.loop import Batches, OpenBatches, Trainer
@@ -47,27 +54,55 @@ from megatron_omega.training.throughput import peak_flops
 log = get_logger(__name__)
 
 
-def train(resolved: ResolvedRun, place: ProcessPlace) -> TrainState:
+def train(resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = ()) -> TrainState:
     """Train the run that was asked for, as process `place`; return where it stands at the end.
 
-    Corpus, accelerator and run folder are checked before any process group exists.
+    What can be checked is checked before any process group exists, on all ranks together. `hooks` are called after
+    the run's own.
+
+    Raises:
+        OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
     config = resolved.config
     configure_logging(rank=place.rank)
     logging.captureWarnings(capture=True)
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
-    check_precision(config.precision.dtype)
-    sources = open_sources(config)
-    if place.rank == 0:
-        _prepare_run_directory(config)
-    _seed_everything(config)
-    device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
-    try:
+    with Sentinel(config, place) as sentinel:
+        sources = _preflight(resolved, place, sentinel)
+        _seed_everything(config)
+        device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size))
-        return _trainer(resolved, sources, topology, select_kernels(device_type)).run(_context(config, topology))
-    finally:
+        trainer = _trainer(resolved, sources, topology, select_kernels(device_type), sentinel, hooks)
+        try:
+            state = trainer.run(_context(config, topology))
+        except Preempted:
+            stop_distributed()
+            raise
         stop_distributed()
+        if topology.rank == 0:
+            mark_success(_run_directory(config), state.step)
+    return state
+
+
+def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -> Sources:
+    """Check what must hold on this rank, hear of the others' findings, and return the corpus."""
+    config, is_main = resolved.config, place.rank == 0
+    opened: list[Sources] = []
+    device_type, device_count = visible_devices()
+    findings, code = gather_findings(
+        {
+            "precision": lambda: check_precision(config.precision.dtype),
+            "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
+            "corpus": lambda: opened.append(open_sources(config)),
+            "run folder": lambda: _prepare_run_directory(config) if is_main else None,
+            "disk": lambda: disk_findings(config) if is_main else None,
+        }
+    )
+    sentinel.arrive(findings, code, fingerprint(resolved))
+    if is_main:
+        (_run_directory(config) / SUCCESS).unlink(missing_ok=True)
+    return opened[0]
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -108,7 +143,14 @@ def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, A
     return {"model": config.model.model_dump(mode="json"), "tokenizer": tokenizer_fingerprint}
 
 
-def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernels: Kernels) -> Trainer:
+def _trainer(
+    resolved: ResolvedRun,
+    sources: Sources,
+    topology: Topology,
+    kernels: Kernels,
+    sentinel: Sentinel,
+    hooks: Sequence[Hook],
+) -> Trainer:
     config = resolved.config
     store = CheckpointStore(
         _run_directory(config) / "checkpoints",
@@ -130,9 +172,24 @@ def _trainer(resolved: ResolvedRun, sources: Sources, topology: Topology, kernel
             _open_batches(config, sources.train, engine),
             _open_batches(config, sources.validation, engine) if len(sources.validation) else None,
         ),
-        Hooks([*monitoring_hooks(config.logging, is_main=topology.rank == 0), *_forecast_hooks(resolved, topology)]),
+        Hooks(
+            [
+                Watch(sentinel, config),
+                *monitoring_hooks(config.logging, is_main=topology.rank == 0),
+                *_forecast_hooks(resolved, topology),
+                *hooks,
+            ]
+        ),
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
+        stop_requested=StopRequests(
+            _run_directory(config),
+            is_main=topology.rank == 0,
+            max_minutes=config.resilience.max_minutes,
+            stop_signal=lambda: sentinel.stop_signal,
+            started=sentinel.started,
+            timeout=timedelta(seconds=config.parallel.timeout_seconds),
+        ).agreed,
     )
 
 

@@ -42,6 +42,11 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     return ProcessPlace(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
 
 
+def meeting_host(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the host of rank 0, under a name that every rank can reach."""
+    return environ.get("MASTER_ADDR", "127.0.0.1")
+
+
 def require_repeatable_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
     """Ask cuBLAS for results that do not depend on timing; read when CUDA starts."""
     environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -60,6 +60,12 @@ class HangError(OmegaError):
     exit_code = 76
 
 
+def _announced(error: OmegaError) -> str:
+    if isinstance(error, Preempted):
+        return str(error)
+    return f"error: {error}" if len(error.findings) == 1 else f"errors:\n{error}"
+
+
 @contextmanager
 def exit_cleanly() -> Iterator[None]:
     """End the process with one clear message and the right exit code where an `OmegaError` was raised.
@@ -70,7 +76,7 @@ def exit_cleanly() -> Iterator[None]:
         yield
     except OmegaError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}" if len(error.findings) == 1 else f"errors:\n{error}", file=sys.stderr)
+            print(_announced(error), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: not an error of ours

@@ -160,6 +160,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         nargs="?", const="true", default=argparse.SUPPRESS, metavar="BOOL",
         help="short for --checkpoint.load_weights_only",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-minutes", "--max_minutes", dest="resilience.max_minutes", action=_Collect, default=argparse.SUPPRESS,
+        metavar="MINUTES", help="short for --resilience.max_minutes",
+    )  # fmt: skip
     # Launchers add these to the command line; ranks are read from the environment instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

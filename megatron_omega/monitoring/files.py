@@ -17,6 +17,16 @@ from megatron_omega.training.state import EvaluationReport, RunContext, StepRepo
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+SUCCESS = "SUCCESS"
+"""Marker of a run that reached its last step. Written last; what counts as success, more than any exit code."""
+
+
+def mark_success(run_directory: Path, step: int) -> None:
+    """Say that the run is complete: everything else is on disk by now."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    unfinished = run_directory / f".{SUCCESS}"
+    unfinished.write_bytes(_encode({"step": step, "time": now}))
+    unfinished.replace(run_directory / SUCCESS)
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:

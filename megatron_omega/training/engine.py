@@ -71,6 +71,20 @@ class EvaluationResult:
     """Not a number where there was no masked token."""
     num_tokens: int
     """Tokens that the LM loss was averaged over."""
+    num_masked_tokens: int = 0
+    """Tokens that the MLM loss was averaged over."""
+
+
+def pooled(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Return the losses over the tokens of all `results` together."""
+
+    def mean(losses: Sequence[float], counts: Sequence[int]) -> float:
+        total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
+        return total / sum(counts) if sum(counts) else math.nan
+
+    tokens, masked = [r.num_tokens for r in results], [r.num_masked_tokens for r in results]
+    lm, mlm = mean([r.lm_loss for r in results], tokens), mean([r.mlm_loss for r in results], masked)
+    return EvaluationResult(lm, mlm, sum(tokens), sum(masked))
 
 
 def _accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
@@ -88,6 +102,11 @@ def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
     return accelerator.device_name()
+
+
+def visible_devices() -> tuple[str, int]:
+    """Return the type of the accelerator and how many of them this process sees."""
+    return _accelerator().device_name(), _accelerator().device_count()
 
 
 def stop_distributed() -> None:
@@ -203,8 +222,8 @@ class Engine:
             )
         sums = self._total(sums, self.topology.data.handle).tolist()
         means = [total / count if count else math.nan for total, count in zip(sums, counts[:2], strict=True)]
-        means = self._from_loss_stage(torch.tensor([*means, counts[0]], dtype=torch.float64)).tolist()
-        return EvaluationResult(means[0], means[1], int(means[2]))
+        means = self._from_loss_stage(torch.tensor([*means, *counts[:2]], dtype=torch.float64)).tolist()
+        return EvaluationResult(means[0], means[1], int(means[2]), int(means[3]))
 
     def _take(self, batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         return [next(batches) for _ in range(count)] if self.reads_data else []

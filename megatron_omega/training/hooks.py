@@ -21,6 +21,9 @@ class Hook:
     def on_start(self, context: RunContext) -> None:
         """Run once, before the first step and after a checkpoint was loaded."""
 
+    def on_phase(self, phase: str, step: int) -> None:
+        """Run when the loop begins something else: loading, a step, validating, saving."""
+
     def on_step_begin(self, step: int) -> None:
         """Run before the batches of step `step` (the first is 1) are drawn."""
 
@@ -52,6 +55,10 @@ class Hooks(Hook):
     def on_start(self, context: RunContext) -> None:
         for hook in self._hooks:
             hook.on_start(context)
+
+    def on_phase(self, phase: str, step: int) -> None:
+        for hook in self._hooks:
+            hook.on_phase(phase, step)
 
     def on_step_begin(self, step: int) -> None:
         for hook in self._hooks:

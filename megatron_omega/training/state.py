@@ -27,6 +27,8 @@ class TrainState:
     """Steps that changed nothing, because a gradient was not finite."""
     best_validation_loss: float | None = None
     """Lowest validation loss so far."""
+    validated_step: int = -1
+    """Step of the last validation; -1 before the first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for a manifest."""
