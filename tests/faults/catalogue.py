@@ -1,0 +1,183 @@
+"""The faults: how each is done to a run, and what has to come of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+
+from faults.laboratory import SAVE_EVERY, STEPS, Laboratory, Outcome, after_step, demand, last_words
+from faults.ranks import Run
+
+Fault = Callable[[Laboratory], Outcome]
+DETECTION_SECONDS = 10.0
+
+
+def kill(kind: str) -> Fault:
+    """SIGKILL a rank of the first, a middle or the last stage at a random step."""
+
+    def fault(lab: Laboratory) -> Outcome:
+        layout = "4x1x2" if kind == "middle" else None
+        run = lab.run(layout=layout)
+        rank = {"first": 0, "middle": 3, "last": run.world_size - 1}[kind]
+        attempt = run.start()
+        now = after_step(attempt, lab.random.randrange(2, STEPS - 2), jitter=lab.random.random() * 0.5)
+        attempt.send(rank, signal.SIGKILL)
+        ending = attempt.wait(since=now)
+        problems = demand(
+            ending, code=137, pattern=rf"error: rank {rank} \(pp .*\) on .* is gone", within=DETECTION_SECONDS
+        )
+        return lab.compare(run, layout=layout, detected=ending.seconds, problems=problems, said=last_words(ending.log))
+
+    return fault
+
+
+def stop(lab: Laboratory) -> Outcome:
+    """SIGSTOP a random rank."""
+    run = lab.run()
+    rank = lab.random.randrange(run.world_size)
+    attempt = run.start()
+    now = after_step(attempt, lab.random.randrange(4, STEPS - 2), jitter=lab.random.random() * 0.5)
+    attempt.send(rank, signal.SIGSTOP)
+    ending = attempt.wait(since=now)
+    problems = demand(ending, code=76, pattern=rf"hang: rank {rank} \(.*it is stopped.*\n  at .+:\d+ in \w+")
+    return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log))
+
+
+def ask(number: int) -> Fault:
+    """Send a signal twice, the second during the save: all ranks save and end with 75, and continue."""
+
+    def fault(lab: Laboratory) -> Outcome:
+        run = lab.run()
+        attempt = run.start()
+        now = after_step(attempt, lab.random.randrange(2, STEPS - 3))
+        rank = lab.random.randrange(run.world_size)
+        attempt.send(rank, number)
+        attempt.wait_until(lambda: "stopping:" in attempt.log_path.read_text())
+        attempt.send(rank, number)
+        ending = attempt.wait(since=now)
+        name = signal.Signals(number).name
+        problems = demand(ending, code=75, pattern=f"stopped after step \\d+: {name}")
+        return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 2))
+
+    return fault
+
+
+def exception(kind: str) -> Fault:
+    """Raise in the loader, a hook or the forward pass of one rank."""
+
+    def fault(lab: Laboratory) -> Outcome:
+        rank = lab.random.choice([0, 2] if kind == "loader" else [0, 3, 5])
+        run = lab.run(faults=[{"kind": kind, "rank": rank, "step": lab.random.randrange(3, STEPS - 1)}])
+        attempt = run.start()
+        fired = run.directory.glob
+        attempt.wait_until(lambda: any(fired("fired-*")))
+        ending = attempt.wait()
+        problems = demand(
+            ending, code=1, pattern=rf"error: rank {rank} \(.*ValueError: injected", within=DETECTION_SECONDS,
+            tracebacks=1,
+        )  # fmt: skip
+        return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 1))
+
+    return fault
+
+
+def absent(lab: Laboratory) -> Outcome:
+    """Leave out one rank at the start."""
+    run = lab.run("--resilience.start_timeout_seconds", "20")
+    missing = lab.random.randrange(1, run.world_size)
+    ending = run.start(leave_out=[missing]).wait()
+    problems = demand(ending, code=76, pattern=rf"error: rank {missing} of 8 did not arrive within 20 s")
+    return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 1))
+
+
+def port_in_use(lab: Laboratory) -> Outcome:
+    """Somebody else listens on the meeting port."""
+    run = lab.run()
+    with socket.create_server(("127.0.0.1", 0)) as squatter:
+        port = squatter.getsockname()[1]
+        ending = run.start(port=port).wait()
+    problems = demand(ending, code=2, pattern=rf"error: .*{port}.* is (in use|taken)")
+    return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 1))
+
+
+def read_only(lab: Laboratory) -> Outcome:
+    """The run folder cannot be written: a small file system mounted read-only (needs root), else a file in its place."""
+    place = lab.folder / "read-only"
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(place)], check=False, capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        place.rmdir()
+        place.write_text("")
+    run = lab.run(directory=place / "run")
+    try:
+        ending = run.start().wait()
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(place)], check=True)
+    problems = demand(ending, code=2, pattern=r"error: logging.run_directory=.* cannot be written")
+    place.rmdir() if mounted else place.unlink()
+    return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 1))
+
+
+def not_a_number(lab: Laboratory) -> Outcome:
+    """A gradient of one rank is not a number: all ranks skip that step."""
+    run = lab.run(faults=[{"kind": "nan", "rank": 2, "step": 6}])
+    ending = run.finish()
+    skipped = [event["step"] for kind in ("skipped_step", "bad_step") for event in run.events(kind)]
+    problems = [] if set(skipped) == {6} else [f"skipped steps {skipped}, not 6"]
+    return Outcome(None, run.is_complete, None, tuple(problems), last_words(ending.log, 1))
+
+
+def clock(lab: Laboratory) -> Outcome:
+    """The clock of every rank goes back by an hour."""
+    run = lab.run(faults=[{"kind": "clock", "step": 3}])
+    run.finish(most_starts=1)
+    return lab.compare(run)
+
+
+def loader_worker(lab: Laboratory) -> Outcome:
+    """A loader's worker process is killed."""
+    overrides = ("--data.num_workers", "1")
+    run = lab.run(*overrides, faults=[{"kind": "loader_worker", "rank": 0, "step": 5}])
+    ending = run.finish(most_starts=1)
+    problems = [] if "was killed" in ending.log or "ended by signal 9" in ending.log else ["nobody mentions the worker"]
+    return lab.compare(run, problems=problems)
+
+
+def tracker(lab: Laboratory) -> Outcome:
+    """Weights & Biases cannot be reached."""
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}
+    run = lab.run("--logging.wandb", "online", environment=environment)
+    ending = run.finish(most_starts=1)
+    problems = [] if "Weights & Biases (logging.wandb) failed" in ending.log else ["no warning about the tracker"]
+    return lab.compare(run, problems=problems, said=last_words(ending.log, 1))
+
+
+FAULTS: dict[str, Fault] = {
+    "SIGKILL of a rank of the first stage": kill("first"),
+    "SIGKILL of a rank of a middle stage": kill("middle"),
+    "SIGKILL of a rank of the last stage": kill("last"),
+    "SIGSTOP of a rank": stop,
+    "SIGTERM, twice": ask(signal.SIGTERM),
+    "SIGUSR1, twice": ask(signal.SIGUSR1),
+    "exception in the loader": exception("loader"),
+    "exception in a hook": exception("hook"),
+    "exception in the forward pass": exception("forward"),
+    "a rank that never arrives": absent,
+    "port in use": port_in_use,
+    "run folder read-only": read_only,
+    "not-a-number in one rank's gradient": not_a_number,
+    "clock set back by an hour": clock,
+    "loader worker killed": loader_worker,
+    "wandb unreachable": tracker,
+}
+QUICK = ("SIGKILL of a rank of the last stage", "SIGSTOP of a rank", "SIGTERM, twice", "exception in the forward pass")
+__all__ = ["FAULTS", "QUICK", "SAVE_EVERY", "Fault", "Run"]

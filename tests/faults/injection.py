@@ -1,0 +1,128 @@
+"""What is done to a rank from inside. Each fault fires once for a run folder: a run started again meets it no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_omega.data import loader
+from megatron_omega.data.batch import Batch
+from megatron_omega.model.feed_forward import FeedForward
+from megatron_omega.training.engine import Engine
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import RunContext
+
+INJECTED = "injected on purpose"
+
+
+def injectors(faults: Sequence[Mapping[str, Any]], rank: int) -> list[Hook]:
+    """Return a hook for each fault of this rank: {kind, rank, step, ...}; `rank` None means all."""
+    for fault in faults:
+        if fault["kind"] == "poison":
+            poison_samples(*fault["samples"])
+    return [Injector(fault) for fault in faults if fault.get("rank", rank) == rank and fault["kind"] != "poison"]
+
+
+class Injector(Hook):
+    """Does one fault at the beginning of a step."""
+
+    def __init__(self, fault: Mapping[str, Any]) -> None:
+        self._fault = fault
+        self._act: Callable[[], None] = getattr(self, f"_{fault['kind']}")
+        self._marker = Path()
+        self._has_fired = False
+        self._engine: Engine | None = None
+        train_step = Engine.train_step
+
+        def remembered(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            self._engine = engine
+            return train_step(engine, *arguments, **options)
+
+        Engine.train_step = remembered  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_start(self, context: RunContext) -> None:
+        name = f"fired-{self._fault['kind']}-{self._fault['step']}-{self._fault.get('rank', 'all')}"
+        self._marker = context.run_directory / name
+
+    def on_step_begin(self, step: int) -> None:
+        is_lasting = self._fault["kind"] in ("late", "clock")
+        if self._has_fired or step < self._fault["step"] or (self._marker.exists() and not is_lasting):
+            return
+        self._marker.write_text(f"{time.monotonic()}\n")
+        self._has_fired = self._fault["kind"] != "late"
+        self._act()
+
+    # ---- the faults
+
+    def _hook(self) -> None:
+        raise ValueError(f"{INJECTED}: a hook failed")
+
+    def _forward(self) -> None:
+        def fails(layer: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
+            raise ValueError(f"{INJECTED}: a layer failed")
+
+        FeedForward.forward = fails  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _loader(self) -> None:
+        def fails(*_: Any) -> Batch:
+            raise ValueError(f"{INJECTED}: the loader failed")
+
+        loader.build_batch = fails
+
+    def _kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _loader_worker(self) -> None:
+        for child in psutil.Process().children():
+            if "megatron_omega.data.loader_worker" in child.cmdline():
+                child.kill()
+
+    def _late(self) -> None:
+        time.sleep(self._fault["seconds"])
+
+    def _clock(self) -> None:
+        now = time.time
+        time.time = lambda: now() - 3600.0
+
+    def _nan(self) -> None:
+        engine = self._engine
+        assert engine is not None, "a gradient can be spoilt from the second step on"
+        parameter = next(iter(engine.module.parameters()))
+        handle = parameter.register_hook(lambda gradient: self._spoilt(gradient, handle))
+
+    def _spoilt(self, gradient: torch.Tensor, handle: Any) -> torch.Tensor:
+        handle.remove()
+        return gradient * float("nan")
+
+    def _flip(self) -> None:
+        engine = self._engine
+        assert engine is not None, "a bit can be flipped from the second step on"
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.numel() > 1000]
+        flat = parameters[-1].data.view(-1).view(torch.int32)
+        flat[17] ^= 1 << 20
+
+
+def poison_samples(first: int, last: int) -> None:
+    """Replace the labels of the samples [first, last): the model is asked for noise."""
+    build = loader.build_batch
+
+    def poisoned(source: Any, indices: Sequence[int]) -> Batch:
+        batch = build(source, indices)
+        if not any(first <= index < last for index in indices):
+            return batch
+        labels = batch.lm_labels.copy()
+        labels[labels >= 0] = 7 + 13 * (indices[0] % 17)
+        return replace(batch, lm_labels=labels)
+
+    loader.build_batch = poisoned
