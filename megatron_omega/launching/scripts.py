@@ -1,0 +1,129 @@
+"""Write the scripts and host files that start a run on a cluster. The run is checked against the cluster first."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from megatron_omega.config.arguments import parse_arguments
+from megatron_omega.config.load import ResolvedRun, load_config, resolve_run
+from megatron_omega.errors import ConfigError
+from megatron_omega.launching import templates
+
+PROGRAM = "pretrain_omega.py"
+PASSED_ON = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HOME", "TORCH_EXTENSIONS_DIR")
+"""Variables that ssh does not carry to the other hosts, and ranks read. No secrets: the file is plain text."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run and the machines it is for."""
+
+    arguments: tuple[str, ...]
+    """Command line of the run: --config, --deepspeed_config, --section.field value."""
+    nodes: int
+    ranks_per_node: int
+    command: str
+    """What wrote the script, for its reader."""
+    device: str = "cuda"
+    time: str = "24:00:00"
+    cpus_per_rank: int = 8
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, such as --partition=gpu."""
+    program: str = PROGRAM
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def resolve(self) -> ResolvedRun:
+        """Check the run on these machines. Raises ConfigError with every finding."""
+        findings = [
+            f"--{name} {value}: needed is at least 1"
+            for name, value in (("nodes", self.nodes), ("ranks-per-node", self.ranks_per_node))
+            if value < 1
+        ]
+        if findings:
+            raise ConfigError(*findings)
+        return resolve_run(parse_arguments(self.arguments), self.ranks)
+
+
+def run_directory(arguments: Sequence[str]) -> Path:
+    """Return the run folder of a command line of `pretrain_omega.py`. Raises ConfigError."""
+    parsed = parse_arguments(arguments)
+    return Path(load_config(parsed.config, parsed.overrides).logging.run_directory)
+
+
+def slurm_script(launch: Launch, path: Path) -> str:
+    """Return the batch script of a run, to be written to `path`. Raises ConfigError where the run does not fit."""
+    directory = launch.resolve().config.logging.run_directory
+    resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
+    resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
+    return Template(templates.PRETRAIN).substitute(
+        name=Path(directory).name,
+        nodes=launch.nodes,
+        ranks_per_node=launch.ranks_per_node,
+        resources="\n".join(f"#SBATCH {option}" for option in resources),
+        time=launch.time,
+        path=path,
+        command=launch.command,
+        threads=launch.cpus_per_rank,
+        device=launch.device,
+        arguments=shlex.join(launch.arguments),
+        program=launch.program,
+    )
+
+
+def hostfile(hosts: Sequence[str], ranks_per_node: int) -> str:
+    """Return DeepSpeed's list of hosts.
+
+    >>> hostfile(["n1", "n2"], 8)
+    'n1 slots=8\\nn2 slots=8\\n'
+    """
+    return "".join(f"{host} slots={ranks_per_node}\n" for host in hosts)
+
+
+def deepspeed_environment(environ: Mapping[str, str], python: Path) -> str:
+    """Return the text of DeepSpeed's environment file: what ranks on other hosts need and ssh does not carry."""
+    path = f"PATH={python.parent}:{environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}\n"
+    return path + "".join(f"{name}={environ[name]}\n" for name in PASSED_ON if environ.get(name))
+
+
+@dataclass(frozen=True)
+class HostFiles:
+    """Where the files for starting by ssh stand."""
+
+    script: Path
+    hostfile: Path
+    environment: Path
+
+    @staticmethod
+    def beside(script: Path) -> HostFiles:
+        return HostFiles(script, script.with_name("hostfile"), script.with_name("deepspeed_env"))
+
+
+def hosts_script(launch: Launch, files: HostFiles, port: int) -> str:
+    """Return the script that starts a run on the hosts of a file by ssh, and again after failures."""
+    directory = launch.resolve().config.logging.run_directory
+    return Template(templates.HOSTS).substitute(
+        path=files.script,
+        command=launch.command,
+        run_directory=directory,
+        arguments=shlex.join(launch.arguments),
+        hostfile=shlex.quote(str(files.hostfile)),
+        environment=shlex.quote(str(files.environment)),
+        port=port,
+        program=launch.program,
+    )
+
+
+def without_ssh(launch: Launch, hosts: Sequence[str], files: HostFiles, port: int) -> list[str]:
+    """Return the command for each host where there is no ssh between them."""
+    return [
+        f"deepspeed --hostfile {shlex.quote(str(files.hostfile))} --no_ssh --node_rank {rank} --master_addr {hosts[0]} "
+        f"--master_port {port} --no_local_rank {launch.program} {shlex.join(launch.arguments)}"
+        for rank in range(len(hosts))
+    ]

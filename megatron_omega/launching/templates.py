@@ -1,0 +1,63 @@
+"""The text of every script that is written for a cluster. `$name` is filled in; `$$` is the shell's own dollar."""
+
+PRETRAIN = """\
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$ranks_per_node
+$resources
+#SBATCH --time=$time
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
+# Start from the root of the checkout: sbatch $path [--section.field value ...]
+# Written by: $command
+# Three minutes before the time limit the ranks are told to save. What every exit code leads to: docs/launching.md
+set -u
+source .venv/bin/activate
+export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
+run=($arguments "$$@")
+
+codes=$$(python tools/launch.py begin "$${run[@]}") || exit $$?
+export codes
+# A task for each rank, which finds its place in SLURM_*. Signals are for the ranks, which handle them; what else is in
+# the step (this shell, data workers) ignores them. A stop is no bad exit: Slurm would end those not through saving.
+srun --kill-on-bad-exit=1 --wait=60 bash -c '
+    trap "" USR1 TERM
+    python -u $program "$$@"
+    code=$$?
+    [ $$code -eq 0 ] || echo $$code > "$$codes/$$SLURM_PROCID"
+    [ $$code -eq 75 ] && exit 0
+    exit $$code' rank "$${run[@]}"
+again=$$(python tools/launch.py end --code $$? "$${run[@]}")
+code=$$?
+if [ -n "$$again" ] && [ -z "$${OMEGA_CHAIN:-}" ]; then # in a chain the next job goes on
+    scontrol requeue "$$SLURM_JOB_ID"
+    sleep 300 # the requeue ends this script
+fi
+exit $$code
+"""
+
+HOSTS = """\
+#!/usr/bin/env bash
+# Start from the root of the checkout, on a host that reaches the others by ssh without a password:
+#   bash $path [--section.field value ...]
+# Written by: $command
+# Checkout and .venv have to be at the same path on every host. Ctrl-C ends the ranks without saving; to save and stop:
+#   touch $run_directory/stop
+# What every exit code leads to: docs/launching.md
+set -u
+source .venv/bin/activate
+run=($arguments "$$@")
+export OMEGA_JOB=hosts-$$$$ DS_ENV_FILE=$environment
+
+while true; do
+    python tools/launch.py begin "$${run[@]}" > /dev/null || exit $$?
+    deepspeed --hostfile $hostfile --master_port $port --no_local_rank \\
+        $program "$${run[@]}"
+    again=$$(python tools/launch.py end --code $$? --stop-is-final "$${run[@]}")
+    code=$$?
+    [ -n "$$again" ] || exit $$code
+done
+"""
