@@ -1,12 +1,15 @@
 """What the launcher left in the environment: the only place that reads and completes rank variables.
 
-`deepspeed` and `torchrun` set RANK and its kin. Under plain `srun` only SLURM_* are there; they are mapped.
+`deepspeed` and `torchrun` set RANK and its kin. Under plain `srun`, and under `deepspeed --launcher slurm`, which calls
+srun and drops its own --master_addr and --master_port, only SLURM_* are there; they are mapped.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -58,6 +61,64 @@ def announced_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(text) if text.isdecimal() and int(text) else None
 
 
+def network_findings(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return what keeps this process from meeting the others: an address that does not resolve, a port that is taken.
+
+    Reads the variables `complete_environment` left. The port is asked for on rank 0 only, whose host is MASTER_ADDR's;
+    where torchrun's agent holds it open for its ranks, not at all.
+    """
+    address, text = environ["MASTER_ADDR"], environ["MASTER_PORT"]
+    port = int(text) if text.isdecimal() else 0
+    if not 0 < port < 2**16:
+        return [f"MASTER_PORT={text} is not a port; set it to a number from 1024 to 65535"]
+    findings = []
+    if reason := _why_unresolved(address, port):
+        findings.append(
+            f"MASTER_ADDR={address} does not resolve on host {socket.gethostname()} ({reason}); every host has to know "
+            "where rank 0 is: set MASTER_ADDR to its IP address, or make the name known (DNS, /etc/hosts)"
+        )
+    is_held_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if environ["RANK"] == "0" and not is_held_by_agent and (reason := _why_port_unusable(port)):
+        findings.append(
+            f"MASTER_PORT={port} on host {socket.gethostname()} cannot be opened ({reason}); rank 0 needs it for all "
+            "ranks to meet: end what holds it, or choose another (MASTER_PORT, deepspeed --master_port, "
+            "torchrun --master-port)"
+        )
+    return findings
+
+
+def _why_unresolved(address: str, port: int) -> str | None:
+    try:
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _why_port_unusable(port: int) -> str | None:
+    """Open the port on every interface, as torch's store will, and close it."""
+    for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((everywhere, port))
+                probe.listen(1)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return error.strerror
+            # A host without IPv6 (or without IPv4) is none that the port is taken on.
+    return None
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["WORLD_SIZE"] = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
@@ -70,10 +131,10 @@ def _map_slurm(environ: MutableMapping[str, str]) -> None:
 def first_host(nodelist: str) -> str:
     """Return the first host of a Slurm node list.
 
-    >>> first_host("gpu[003-010,012],login1"), first_host("n1,n2"), first_host("rack2-n[7]")
-    ('gpu003', 'n1', 'rack2-n7')
+    >>> first_host("gpu[003-010,012],login1"), first_host("n1,n2"), first_host("rack[2,4]-n[7-9]-ib")
+    ('gpu003', 'n1', 'rack2-n7-ib')
     """
-    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
-    if match is None:
+    first = re.match(r"(?:[^\[\],]+|\[\d[\d,-]*\])+", nodelist)
+    if first is None:
         raise ConfigError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])

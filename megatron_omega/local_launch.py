@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from megatron_omega.environment import free_port
 from megatron_omega.errors import OmegaError
 
 _PRELOAD = [
@@ -28,13 +28,6 @@ _PRELOAD = [
 
 class RankFailed(RuntimeError):
     """A rank ended with an error that is not the user's."""
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(
