@@ -20,7 +20,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.sources import SampleSource, Sources, open_sources
-from megatron_omega.environment import ProcessPlace, require_repeatable_libraries
+from megatron_omega.environment import ProcessPlace, network_findings, require_repeatable_libraries
 from megatron_omega.errors import ConfigError, Preempted
 from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.context import ModelContext
@@ -92,6 +92,7 @@ def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -
     device_type, device_count = visible_devices()
     findings, code = gather_findings(
         {
+            "network": network_findings,
             "precision": lambda: check_precision(config.precision.dtype),
             "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
             "corpus": lambda: opened.append(open_sources(config)),

@@ -151,7 +151,7 @@ class Hub:
             seat.dump = Standing(seat.member, seat.phase, seat.step, seat.age, seat.state, frames)
             self._keep_stack(seat.member.rank, message["text"])
         elif kind == "failed":
-            self._fail(Failure(seat.member, seat.phase, *(message[k] for k in ("message", "error", "trace", "code"))))
+            self._fail(Failure(seat.member, *(message[k] for k in ("phase", "message", "error", "trace", "code"))))
         elif kind == "lost":
             self._fail(Failure(seat.member, message["phase"], code=verdicts.LOST_EXIT_CODE))
         elif kind == "done":

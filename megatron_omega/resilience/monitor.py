@@ -96,7 +96,8 @@ class Monitor:
             self._is_done = True
             self._tell_hub("done")
         elif kind == "failed":
-            self._tell_hub("failed", **{name: message[name] for name in ("message", "error", "trace", "code")})
+            told = {name: message[name] for name in ("message", "error", "trace", "code")}
+            self._tell_hub("failed", phase=self._standing()["phase"], **told)
 
     def _tell_hub(self, kind: str, **fields: object) -> None:
         if self._hub is not None:

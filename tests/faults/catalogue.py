@@ -99,7 +99,7 @@ def port_in_use(lab: Laboratory) -> Outcome:
     with socket.create_server(("127.0.0.1", 0)) as squatter:
         port = squatter.getsockname()[1]
         ending = run.start(port=port).wait()
-    problems = demand(ending, code=2, pattern=rf"error: .*{port}.* is (in use|taken)")
+    problems = demand(ending, code=2, pattern=rf"error: MASTER_PORT={port} .* cannot be opened")
     return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log, 1))
 
 
