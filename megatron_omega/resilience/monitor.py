@@ -20,13 +20,14 @@ from pathlib import Path
 
 from megatron_omega.errors import HangError
 from megatron_omega.resilience.beacon import Beacon
-from megatron_omega.resilience.hub import SILENCE_SECONDS, TICK_SECONDS, Hub
+from megatron_omega.resilience.hub import SILENCE_SECONDS, Hub
 from megatron_omega.resilience.stacks import main_thread
 from megatron_omega.resilience.verdict import LOST_EXIT_CODE
 from megatron_omega.resilience.wire import Line, Message
 
 ADDRESS_FILE = ".monitor.json"
-BEAT_SECONDS = 0.5
+BEAT_SECONDS = 1.0
+_MEET_SECONDS = 0.2
 _STACK_SECONDS = 2.0
 _END_SECONDS = 1.5
 _CONNECT_SECONDS = 2.0
@@ -57,7 +58,7 @@ class Monitor:
         started = last = time.monotonic()
         while self._listen_to_rank(selector):
             now = time.monotonic()
-            if now - last > BEAT_SECONDS * 6:
+            if now - last > BEAT_SECONDS * 4:
                 self._hub_heard = now  # this process slept: do not take that for the hub's silence
             last = now
             if self._hub is None and self._hello is not None:
@@ -72,8 +73,8 @@ class Monitor:
     # ---- the rank
 
     def _listen_to_rank(self, selector: selectors.BaseSelector) -> bool:
-        """Hear the rank for a tick; return whether it is still to be watched."""
-        ready = {key.fileobj for key, _ in selector.select(TICK_SECONDS)}
+        """Hear the rank until something comes or a beat is due; return whether it is still to be watched."""
+        ready = {key.fileobj for key, _ in selector.select(BEAT_SECONDS if self._hub else _MEET_SECONDS)}
         if self._rank.connection in ready:
             messages = self._rank.receive()
             for message in messages or ():
