@@ -15,7 +15,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed reshape-matrix clean
+.PHONY: help setup demo test lint format unit distributed reshape-matrix faults chaos clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -52,6 +52,12 @@ distributed: setup ## Run the tests that start several ranks
 
 reshape-matrix: setup ## Save under every layout, resume under every other, and print the matrix
 	$(BIN)/python tests/checkpoint/reshape_matrix.py
+
+faults: setup ## Do every fault to real training and print what became of each (about 20 minutes)
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults
+
+chaos: setup ## Do 25 random faults to one run, which has to end as if nothing had happened (about 25 minutes)
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.chaos
 
 format: setup ## Format the sources
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from megatron_omega.data.batch import Batch
 from megatron_omega.model.feed_forward import FeedForward
 from megatron_omega.training.engine import Engine
 from megatron_omega.training.hooks import Hook
-from megatron_omega.training.state import RunContext
+from megatron_omega.training.state import RunContext, StepReport
 
 INJECTED = "injected on purpose"
 
@@ -28,7 +29,35 @@ def injectors(faults: Sequence[Mapping[str, Any]], rank: int) -> list[Hook]:
     for fault in faults:
         if fault["kind"] == "poison":
             poison_samples(*fault["samples"])
-    return [Injector(fault) for fault in faults if fault.get("rank", rank) == rank and fault["kind"] != "poison"]
+    mine = [fault for fault in faults if fault.get("rank", rank) == rank and fault["kind"] not in ("poison", "ledger")]
+    ledgers = [Ledger(rank) for fault in faults if fault["kind"] == "ledger"]
+    return [*ledgers, *map(Injector, mine)]
+
+
+class Ledger(Hook):
+    """Writes down which samples each step drew."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._path = Path()
+        self._drawn: list[int] = []
+        build = loader.build_batch
+
+        def noted(source: Any, indices: Sequence[int]) -> Batch:
+            self._drawn += indices
+            return build(source, indices)
+
+        loader.build_batch = noted
+
+    def on_start(self, context: RunContext) -> None:
+        self._path = context.run_directory / f"ledger-{self._rank}.jsonl"
+
+    def on_step_begin(self, step: int) -> None:
+        self._drawn = []
+
+    def on_step_end(self, report: StepReport) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": report.step, "indices": self._drawn}) + "\n")
 
 
 class Injector(Hook):
@@ -57,7 +86,8 @@ class Injector(Hook):
         if self._has_fired or step < self._fault["step"] or (self._marker.exists() and not is_lasting):
             return
         self._marker.write_text(f"{time.monotonic()}\n")
-        self._has_fired = self._fault["kind"] != "late"
+        is_late = self._fault["kind"] == "late" and step < self._fault["step"] + self._fault.get("count", 10**9)
+        self._has_fired = not is_late
         self._act()
 
     # ---- the faults
