@@ -8,7 +8,7 @@ depend on micro-batching or layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +33,8 @@ from megatron_omega.parallel.topology import Topology
 from megatron_omega.training.optimizer import ClippedAdamW, build_optimizer, set_learning_rate
 
 Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Accept = Callable[[float], bool]
+"""From the loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
 LOSS_PARTS = ("lm_loss", "mlm_loss")
 
 
@@ -194,14 +196,21 @@ class Engine:
             self.deepspeed.set_train_batch_size(global_batch_size)
             self.deepspeed.micro_steps = 0  # a step ends where this is a multiple of the accumulation, the new one too
 
-    def train_step(self, batches: Iterator[MicroBatch], *, learning_rate: float) -> StepResult:
-        """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective."""
+    def train_step(
+        self, batches: Iterator[MicroBatch], *, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
+        """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective.
+
+        Where `accept` refuses the loss, the step is skipped by the engine as one whose gradient is not finite.
+        """
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         taken = self._take(batches, self.num_micro_batches)
         lm_tokens, mlm_tokens, num_tokens = self._global_counts(taken)
         weighted = self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens]))
         skipped_before = self.deepspeed.skipped_steps
-        loss, parts = self._train_pipeline(weighted) if self.is_pipeline else self._train_plain(weighted)
+        loss, parts = (
+            self._train_pipeline(weighted, accept) if self.is_pipeline else self._train_plain(weighted, accept)
+        )
         skipped = self.deepspeed.skipped_steps > skipped_before
         norm = self.deepspeed.get_global_grad_norm()
         if self._own_clipping is not None:
@@ -249,22 +258,45 @@ class Engine:
         dist.all_reduce(values, group=group)
         return values.cpu()
 
-    def _train_plain(self, batches: Iterable[Weighted]) -> tuple[float, tuple[float, float]]:
+    def _train_plain(self, batches: Sequence[Weighted], accept: Accept | None) -> tuple[float, tuple[float, float]]:
         totals = torch.zeros(3, dtype=torch.float32, device=self.device)
-        count = 0
-        for inputs, labels in batches:
+        for number, (inputs, labels) in enumerate(batches, start=1):
             loss = self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
+            if accept is not None and number == len(batches):
+                loss = self._judged(loss, totals[0], accept)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
-            totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
-            count += 1
-        means = self._total(totals / (count * self.topology.data.size), self.topology.data.handle).tolist()
+        means = self._total(totals / (len(batches) * self.topology.data.size), self.topology.data.handle).tolist()
         return means[0], (means[1], means[2])
 
-    def _train_pipeline(self, batches: Sequence[Weighted]) -> tuple[float, tuple[float, float]]:
-        loss = self.deepspeed.train_batch(iter(batches)).item()
+    def _train_pipeline(self, batches: Sequence[Weighted], accept: Accept | None) -> tuple[float, tuple[float, float]]:
+        loss_function = self.module.loss_fn
+        losses: list[Tensor] = []
+
+        def judging(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+            loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
+            losses.append(loss.detach().float())
+            if accept is None or len(losses) < len(batches):
+                return loss
+            return self._judged(loss, torch.stack(losses).sum(), accept)
+
+        self.module.loss_fn = judging
+        try:
+            loss = self.deepspeed.train_batch(iter(batches)).item()
+        finally:
+            self.module.loss_fn = loss_function
         parts = cast(Mapping[str, Tensor], self.deepspeed.get_additional_losses())
         return loss, (parts["lm_loss"].item(), parts["mlm_loss"].item())
+
+    def _judged(self, loss: Tensor, total: Tensor, accept: Accept) -> Tensor:
+        """Return the last micro-batch's `loss`; one whose gradient is not a number where the step is refused.
+
+        The loss of the whole batch is known here, before the last backward pass. A gradient that is not finite reaches
+        every rank, and every engine skips such a step as a whole: refusing needs nothing of the engine but that.
+        """
+        mean = self._total(total / (self.num_micro_batches * self.topology.data.size), self.topology.data.handle)
+        return loss if accept(mean.item()) else cast(Tensor, _Refused.apply(loss))
 
     def _evaluate_plain(self, batches: Iterable[Weighted]) -> Tensor:
         """Return the summed losses of this rank's replica: [LM, MLM]."""
@@ -308,6 +340,18 @@ class Engine:
 
     def _to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+class _Refused(torch.autograd.Function):
+    """The identity, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(context: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return torch.full_like(gradient, math.nan)
 
 
 def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
