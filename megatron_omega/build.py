@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_omega.checkpoint.store import CheckpointStore
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Batch
+from megatron_omega.data.inspection import documents_of
 from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.sources import SampleSource, Sources, open_sources
 from megatron_omega.environment import ProcessPlace, network_findings, require_repeatable_libraries
@@ -36,7 +38,7 @@ from megatron_omega.resilience.preflight import device_findings, disk_findings, 
 from megatron_omega.resilience.sentinel import Sentinel
 from megatron_omega.resilience.stopping import StopRequests
 from megatron_omega.resilience.watch import Watch
-from megatron_omega.training.batch_size import batch_size_at
+from megatron_omega.training.batch_size import Interval, samples_of_step
 from megatron_omega.training.engine import (
     Engine,
     MicroBatch,
@@ -176,7 +178,7 @@ def _trainer(
         Hooks(
             [
                 Watch(sentinel, config),
-                *monitoring_hooks(config.logging, is_main=topology.rank == 0),
+                *_monitoring(config, sources, topology),
                 *_forecast_hooks(resolved, topology),
                 *hooks,
             ]
@@ -199,6 +201,14 @@ def _refuse_foreign_checkpoint(config: RunConfig, store: CheckpointStore) -> Non
     resumes = config.checkpoint.resume and store.find_latest() is not None
     if not resumes and config.checkpoint.load is not None:
         store.resolve(config.checkpoint.load)
+
+
+def _monitoring(config: RunConfig, sources: Sources, topology: Topology) -> list[Hook]:
+    return monitoring_hooks(
+        config.logging,
+        is_main=topology.rank == 0,
+        documents_of=lambda samples: documents_of(sources.train, chain.from_iterable(samples)),
+    )
 
 
 def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:
@@ -233,17 +243,17 @@ def _run_directory(config: RunConfig) -> Path:
 
 
 def _open_batches(config: RunConfig, source: SampleSource, engine: Engine) -> OpenBatches:
-    """Return a function that opens this replica's stream of micro-batches at a number of consumed samples."""
+    """Return a function that opens this replica's stream of micro-batches at a place in the data."""
     data, batch = engine.topology.data, config.batch
 
     @contextmanager
-    def open_at(consumed_samples: int) -> Iterator[Iterator[MicroBatch]]:
+    def open_at(consumed_samples: int, left_out: Sequence[Interval]) -> Iterator[Iterator[MicroBatch]]:
         if not engine.reads_data:
             yield iter(())
             return
         indices = micro_batch_indices(
             consumed_samples,
-            lambda consumed: batch_size_at(batch, consumed),
+            lambda consumed: samples_of_step(batch, consumed, left_out),
             batch.micro_batch_size,
             data.rank,
             data.size,

@@ -32,7 +32,8 @@ from megatron_omega.data.sidecar import read_sidecar
 from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError, exit_cleanly
-from megatron_omega.training.batch_size import batch_size_at, consumed_after
+from megatron_omega.monitoring.files import EVENTS, read_objects
+from megatron_omega.training.batch_size import Interval, consumed_after, samples_of_step
 
 
 def read_arguments() -> argparse.Namespace:
@@ -100,6 +101,12 @@ def last_data_parallel_size(run: Path) -> int:
     return int(found[-1]) if found else 1
 
 
+def left_out_by(run: Path) -> tuple[Interval, ...]:
+    """Return the samples that the run last passed over, from its events."""
+    found = [event["left_out"] for event in read_objects(run / EVENTS) if event.get("left_out") is not None]
+    return tuple((start, stop) for start, stop in found[-1]) if found else ()
+
+
 def open_run(run: Path) -> tuple[RunConfig, Sources]:
     path = run / "config.yaml"
     if not path.exists():
@@ -110,13 +117,15 @@ def open_run(run: Path) -> tuple[RunConfig, Sources]:
 
 def examples_of_step(arguments: argparse.Namespace, config: RunConfig, sources: Sources) -> Iterator[SeenExample]:
     replicas = arguments.data_parallel_size or last_data_parallel_size(arguments.run)
-    consumed = consumed_after(config.batch, arguments.step - 1)
-    size = batch_size_at(config.batch, consumed)
+    left_out = left_out_by(arguments.run)
+    consumed = consumed_after(config.batch, arguments.step - 1, left_out)
+    pieces = samples_of_step(config.batch, consumed, left_out)
+    size = sum(map(len, pieces))
     micro = config.batch.micro_batch_size
     if size % (micro * replicas):
         raise ConfigError(f"a batch of {size} cannot be dealt to --data-parallel-size {replicas} in parts of {micro}")
     for rank in range(replicas):
-        batches = micro_batch_indices(consumed, lambda _: size, micro, rank, replicas)
+        batches = micro_batch_indices(consumed, lambda _: pieces, micro, rank, replicas)
         for _ in range(size // (micro * replicas)):
             for index in next(batches):
                 yield from render_sample(sources.train[index], rank, sources.train, sources.tokenizer)
@@ -144,13 +153,15 @@ def show_steps_of_document(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.find < len(shard):
         raise DataError(f"{shard.prefix} has documents 0 to {len(shard) - 1}, no {arguments.find}")
     steps = arguments.steps or config.training.train_steps
-    samples = sources.train.samples_of(arguments.corpus, arguments.find, consumed_after(config.batch, steps))
+    left_out = left_out_by(arguments.run)
+    end = consumed_after(config.batch, steps, left_out)
     found: list[dict[str, Any]] = [
         {
-            "step": bisect_right(range(steps), sample, key=lambda step: consumed_after(config.batch, step)),
+            "step": bisect_right(range(steps), sample, key=lambda step: consumed_after(config.batch, step, left_out)),
             "sample": sample,
         }
-        for sample in samples
+        for sample in sources.train.samples_of(arguments.corpus, arguments.find, end)
+        if not any(start <= sample < stop for start, stop in left_out)
     ]
     if arguments.json:
         print(json.dumps({"document": arguments.find, "source": source_of(shard, arguments.find), "seen": found}))

@@ -33,6 +33,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return [directory / steps[step] for step in sorted(steps, reverse=True)]
 
 
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    assert match is not None, f"{path} is not named like a checkpoint"
+    return int(match[1])
+
+
 def check_structure(path: Path) -> Manifest:
     """Check everything of a checkpoint but the tensors' bytes. Raises CheckpointError with what is wrong."""
     with open_checkpoint(path) as reader:

@@ -117,6 +117,47 @@ def _zero3_parts(optimizer: Any) -> Iterator[_Part]:
             yield parameter, optimizer.fp32_partitioned_groups_flat[group], offset, first, count
 
 
+@dataclass(frozen=True)
+class WeightCopies:
+    """The working weights a rank holds, by the data-parallel rank that owns them, and its own masters."""
+
+    parts: Sequence[Sequence[Tensor]]
+    """For each owner. Without partitions (ZeRO-0) all of it is the first one's; under ZeRO-3 others' are empty."""
+    masters: Sequence[tuple[Tensor, Tensor]]
+    """(master, working weights that are its cast) of the own part; empty where the working weights are the masters."""
+    is_sharded: bool = False
+
+
+def weight_copies(engine: Engine) -> WeightCopies:
+    """Return views of the weights that this rank computes with, before its optimizer has moved them."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        rank, size = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
+        pairs = [(mine.part(mine.flat), mine.working()) for mine in engine_holdings(engine)]
+        parts = [[working for _, working in pairs] if owner == rank else [] for owner in range(size)]
+        return WeightCopies(parts, pairs, is_sharded=True)
+    prefix = next((name for name in ("bit16", "bf16") if hasattr(optimizer, f"{name}_groups_flat")), None)
+    if prefix is None:
+        return WeightCopies([[parameter for _, parameter in declared_parameters(engine.module)]], [])
+    flats = getattr(optimizer, f"{prefix}_groups_flat")
+    masters = optimizer.single_partition_of_fp32_groups if prefix == "bit16" else optimizer.fp32_groups_flat_partition
+    groups = optimizer.real_dp_process_group
+    rank, size = dist.get_rank(groups[0]), dist.get_world_size(groups[0])
+
+    def part(index: int, owner: int) -> Tensor:
+        return flats[index].narrow(0, owner * masters[index].numel(), masters[index].numel())
+
+    parts = [[part(index, owner) for index in range(len(flats))] for owner in range(size)]
+    return WeightCopies(parts, list(zip(masters, parts[rank], strict=True)))
+
+
+def replicated_weights(engine: Engine) -> Iterator[Tensor]:
+    """Yield what this rank holds of the parameters that tensor-parallel ranks hold alike."""
+    for info, parameter in declared_parameters(engine.module):
+        if info.axis is None:
+            yield getattr(parameter, "ds_tensor", parameter)
+
+
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Return the torch optimizer inside the engine."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

@@ -17,7 +17,14 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
+from megatron_omega.checkpoint.catalogue import (
+    Keeper,
+    check_structure,
+    delete_checkpoint,
+    list_checkpoints,
+    require_identity,
+    step_of,
+)
 from megatron_omega.checkpoint.engine_state import (
     Engine,
     adam_step,
@@ -289,6 +296,22 @@ class CheckpointStore:
         """
         return self._load_first(engine, self.directory, needs_optimizer=True, weights_only=False)
 
+    def roll_back(self, engine: Engine, up_to_step: int) -> dict[str, JSON] | None:
+        """Load the newest valid checkpoint of at most `up_to_step`, delete later ones; return the saved train state.
+
+        Returns None, and deletes nothing, where there is none. Raises as `load_latest`.
+        """
+        self.wait()
+        later = [path for path in self._list(self.directory) if step_of(path) > up_to_step]
+        state = self._load_first(
+            engine, self.directory, needs_optimizer=True, weights_only=False, passing_over=frozenset(later)
+        )
+        if state is not None and self._peers.is_first:
+            for path in later:
+                delete_checkpoint(path)
+        self._peers.agree(None)
+        return state
+
     def load(self, engine: Engine, path: Path | str, weights_only: bool = False) -> dict[str, JSON]:
         """Load the checkpoint `path` (or the newest valid one of that folder) and return the saved train state.
 
@@ -300,11 +323,18 @@ class CheckpointStore:
         return state
 
     def _load_first(
-        self, engine: Engine, directory: Path, *, needs_optimizer: bool, weights_only: bool
+        self,
+        engine: Engine,
+        directory: Path,
+        *,
+        needs_optimizer: bool,
+        weights_only: bool,
+        passing_over: frozenset[Path] = frozenset(),
     ) -> dict[str, JSON] | None:
         self.wait()
         damage: list[str] = []
-        for path in self._usable(self._list(directory), damage, needs_optimizer=needs_optimizer):
+        paths = [path for path in self._list(directory) if path not in passing_over]
+        for path in self._usable(paths, damage, needs_optimizer=needs_optimizer):
             manifest, problems = self._read_into(engine, path, weights_only=weights_only)
             if manifest is not None and not problems:
                 if not weights_only:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_omega.data.batch import Origin, Sample
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.objectives import IGNORED_LABEL
-from megatron_omega.data.origins import load_origins
+from megatron_omega.data.origins import Origins, load_origins
 from megatron_omega.data.sidecar import read_sidecar
 from megatron_omega.data.sources import SampleSource
 from megatron_omega.data.tokenizer import Tokenizer
@@ -70,6 +70,22 @@ def source_of(shard: IndexedShard, document: int) -> str:
         return f"{shard.prefix} document {document}"
     name, record = origins.locate(document)
     return f"{name}:{record + 1}"
+
+
+def documents_of(source: SampleSource, samples: Iterable[int]) -> list[dict[str, Any]]:
+    """Return the distinct documents that `samples` hold text of: shard, number, and file:line where it is known."""
+    held = sorted({(span.corpus, span.document) for index in samples for span in source.window(index)[1]})
+    origins: dict[int, Origins | None] = {}
+    found = []
+    for corpus, document in held:
+        prefix = source.corpora[corpus].shard.prefix
+        if corpus not in origins:
+            origins[corpus] = load_origins(prefix)
+        known = origins[corpus]
+        name, record = known.locate(document) if known else (None, 0)
+        place = {"source": f"{name}:{record + 1}"} if name else {}
+        found.append({"shard": str(prefix), "document": document, **place})
+    return found
 
 
 def plot_lengths(shards: Sequence[IndexedShard], path: Path) -> None:

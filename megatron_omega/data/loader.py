@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Protocol
@@ -29,25 +30,29 @@ class IndexedSamples(Protocol):
 
 def micro_batch_indices(
     consumed_samples: int,
-    batch_size_at: Callable[[int], int],
+    samples_of_step: Callable[[int], Sequence[range]],
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> Iterator[list[int]]:
     """Yield, for ever, the sample indices of each micro-batch of one replica.
 
-    The step that starts at `consumed` takes samples [consumed, consumed + batch_size_at(consumed)); micro-batch m of
-    replica r takes the micro_batch_size samples from consumed + (m · data_parallel_size + r) · micro_batch_size.
+    The step that starts at `consumed` takes the samples that `samples_of_step` says, and the next one starts at their
+    end; micro-batch m of replica r takes its micro_batch_size samples from number (m · data_parallel_size + r) ·
+    micro_batch_size of them on.
     """
     consumed = consumed_samples
     stride = micro_batch_size * data_parallel_size
     while True:
-        size = batch_size_at(consumed)
-        if size < 1 or size % stride:
-            raise ValueError(f"a step of {size} samples cannot be dealt to {data_parallel_size} x {micro_batch_size}")
-        for start in range(consumed + data_parallel_rank * micro_batch_size, consumed + size, stride):
-            yield list(range(start, start + micro_batch_size))
-        consumed += size
+        pieces = samples_of_step(consumed)
+        samples = list(chain.from_iterable(pieces))
+        if not samples or len(samples) % stride:
+            raise ValueError(
+                f"a step of {len(samples)} samples cannot be dealt to {data_parallel_size} x {micro_batch_size}"
+            )
+        for start in range(data_parallel_rank * micro_batch_size, len(samples), stride):
+            yield samples[start : start + micro_batch_size]
+        consumed = pieces[-1].stop
 
 
 def build_batch(source: IndexedSamples, indices: Sequence[int]) -> Batch:

@@ -6,7 +6,7 @@ Knows reports and the run folder; knows nothing of models, data or engines.
 from __future__ import annotations
 
 from megatron_omega.config.schema import LoggingConfig
-from megatron_omega.monitoring.files import EventsFile, MetricsFile
+from megatron_omega.monitoring.files import DocumentsOf, EventsFile, MetricsFile
 from megatron_omega.monitoring.plot import LossPlot
 from megatron_omega.monitoring.progress import ProgressBar
 from megatron_omega.monitoring.trackers import TensorBoard, Wandb
@@ -15,11 +15,14 @@ from megatron_omega.training.hooks import Hook
 __all__ = ["EventsFile", "LossPlot", "MetricsFile", "ProgressBar", "TensorBoard", "Wandb", "monitoring_hooks"]
 
 
-def monitoring_hooks(config: LoggingConfig, *, is_main: bool) -> list[Hook]:
-    """Return the hooks that `config` asks for; none on ranks other than the main one."""
+def monitoring_hooks(config: LoggingConfig, *, is_main: bool, documents_of: DocumentsOf | None = None) -> list[Hook]:
+    """Return the hooks that `config` asks for; none on ranks other than the main one.
+
+    `documents_of` names the documents of bad batches for events.jsonl.
+    """
     if not is_main:
         return []
-    hooks: list[Hook] = [MetricsFile(), EventsFile(), ProgressBar(config)]
+    hooks: list[Hook] = [EventsFile(documents_of), MetricsFile(), ProgressBar(config)]
     if config.tensorboard:
         hooks.append(TensorBoard())
     if config.wandb != "off":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,7 @@ import orjson
 
 from megatron_omega.errors import OmegaError
 from megatron_omega.training.hooks import Hook
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -27,6 +27,9 @@ def mark_success(run_directory: Path, step: int) -> None:
     unfinished = run_directory / f".{SUCCESS}"
     unfinished.write_bytes(_encode({"step": step, "time": now}))
     unfinished.replace(run_directory / SUCCESS)
+
+DocumentsOf = Callable[[Sequence[range]], list[dict[str, Any]]]
+"""From sample numbers to a few words on each document they hold text of."""
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
@@ -72,6 +75,10 @@ class MetricsFile(Hook):
         if self._file is not None:
             self._file.write(_encode(asdict(report)))
 
+    def on_rollback(self, rollback: Rollback) -> None:
+        if self._file is not None:  # opened for appending: the next line goes to the new end
+            keep_steps(Path(self._file.name), rollback.to_step)
+
     def on_close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -94,12 +101,18 @@ def keep_steps(path: Path, last_step: int) -> None:
         file.truncate(end)
 
 
+def _passed_over(state: TrainState) -> dict[str, Any]:
+    return {"left_out": state.left_out} if state.left_out else {}
+
+
 class EventsFile(Hook):
     """Appends to events.jsonl. Nothing is ever taken out of it: a run that was started five times says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, documents_of: DocumentsOf | None = None) -> None:
+        """`documents_of` names the documents of a bad batch."""
         self._path: Path | None = None
         self._step = 0
+        self._documents_of = documents_of
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time and the step."""
@@ -111,15 +124,34 @@ class EventsFile(Hook):
 
     def on_start(self, context: RunContext) -> None:
         self._path, self._step = context.run_directory / EVENTS, context.state.step
-        self.write("start", **(context.details or {}))
+        self.write("start", **(context.details or {}), **_passed_over(context.state))
 
     def on_step_end(self, report: StepReport) -> None:
         self._step = report.step
         if report.skipped:
             self.write("skipped_step", grad_norm=report.grad_norm)
 
+    def on_bad_step(self, report: BadStep) -> None:
+        values = asdict(report)
+        if self._documents_of is not None:
+            values["documents"] = self._documents_of([range(*interval) for interval in report.samples])
+        self.write("bad_step", **values)
+
+    def on_fault(self, fault: Fault) -> None:
+        self.write(fault.kind, message=fault.message, ranks=fault.ranks, **fault.details)
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        self.write(
+            "rollback", reason=rollback.reason, to_step=rollback.to_step, number=rollback.number,
+            **_passed_over(rollback.state),
+        )  # fmt: skip
+        self._step = rollback.to_step
+
     def on_evaluate(self, report: EvaluationReport) -> None:
         self.write("evaluate", **asdict(report))
+
+    def on_save(self, step: int, stall_seconds: float) -> None:
+        self.write("save", saved_step=step, stall_seconds=stall_seconds)
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         self.write("checkpoint", path=str(path), saved_step=step)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megatron_omega.config.schema import LoggingConfig
 from megatron_omega.log import get_logger
 from megatron_omega.training.hooks import Hook
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport
 
 log = get_logger(__name__)
 
@@ -33,12 +33,20 @@ def describe_speed(report: StepReport) -> str:
 
 def describe_step(report: StepReport, train_steps: int, seconds_left: float) -> str:
     """Return the log line of one step."""
-    skipped = ", SKIPPED: gradient not finite" if report.skipped else ""
+    skipped = ", SKIPPED" if report.skipped else ""
     return (
         f"step {report.step:,}/{train_steps:,}: {describe_losses(report)}, grad norm {report.grad_norm:.4g}, "
         f"learning rate {report.learning_rate:.3g}, {describe_speed(report)}, {report.step_seconds:.3g} s, "
         f"{timedelta(seconds=round(seconds_left))} left{skipped}"
     )
+
+
+def describe_badness(report: BadStep) -> str:
+    """Return `loss spike: LM loss 9.1234, 12.3 robust deviations above ...`, or what is not finite."""
+    if report.cause != "loss spike":
+        return f"{report.cause}, loss {report.loss:.4f}"
+    height = f"{report.z_score:.1f} robust deviations above the last accepted ones"
+    return f"{report.cause}: LM loss {report.lm_loss:.4f}, {height}"
 
 
 class ProgressBar(Hook):
@@ -67,6 +75,25 @@ class ProgressBar(Hook):
         elif report.step % self._config.interval_steps == 0 or report.step == self._train_steps:
             log.info("%s", describe_step(report, self._train_steps, self._seconds_left(report.step)))
 
+    def on_bad_step(self, report: BadStep) -> None:
+        self._warn(
+            f"step {report.step:,} was skipped: {describe_badness(report)} (bad step {report.in_a_row} in a row; "
+            "its documents are in events.jsonl)"
+        )
+
+    def on_fault(self, fault: Fault) -> None:
+        self._warn(fault.message)
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        where = (
+            f"back to the checkpoint of step {rollback.to_step:,}"
+            if rollback.to_step < rollback.from_step
+            else "no checkpoint to go back to, and skipped steps changed nothing: going on behind them"
+        )
+        self._warn(f"{rollback.reason}: {where} (rollback {rollback.number})")
+        if self._bar is not None:
+            self._bar.n = rollback.to_step
+
     def on_evaluate(self, report: EvaluationReport) -> None:
         self._say(f"validation after step {report.step:,}: {describe_losses(report)}")
 
@@ -83,6 +110,11 @@ class ProgressBar(Hook):
             self._bar.write(line, file=self._stream)
         else:
             log.info("%s", line)
+
+    def _warn(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        log.warning("%s", line)
 
     def _seconds_left(self, step: int) -> float:
         done = max(1, step - self._first_step)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_omega.config.schema import LoggingConfig
 from megatron_omega.log import get_logger
 from megatron_omega.training.hooks import Hook
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+from megatron_omega.training.state import EvaluationReport, Rollback, RunContext, StepReport
 
 log = get_logger(__name__)
 
@@ -70,11 +70,21 @@ class TensorBoard(Tracker):
 
     name = "TensorBoard (logging.tensorboard)"
 
+    _directory = ""
+
     def _open(self, context: RunContext) -> Any:
+        self._directory = str(context.run_directory / "tensorboard")
+        return self._open_behind(context.state.step)
+
+    def _open_behind(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = context.state.step + 1 if context.state.step else None
-        return SummaryWriter(log_dir=str(context.run_directory / "tensorboard"), purge_step=purge)
+        return SummaryWriter(log_dir=self._directory, purge_step=step + 1 if step else None)
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        if self._sink is not None:
+            self._attempt(self._close)
+            self._sink = self._attempt(lambda: self._open_behind(rollback.to_step))
 
     def _write(self, group: str, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

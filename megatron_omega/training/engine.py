@@ -34,7 +34,7 @@ from megatron_omega.training.optimizer import ClippedAdamW, build_optimizer, set
 
 Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 Accept = Callable[[float], bool]
-"""From the loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
+"""From the LM loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
 LOSS_PARTS = ("lm_loss", "mlm_loss")
 
 
@@ -264,7 +264,7 @@ class Engine:
             loss = self.deepspeed(self._to_device(inputs), self._to_device(labels))
             totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
             if accept is not None and number == len(batches):
-                loss = self._judged(loss, totals[0], accept)
+                loss = self._judged(loss, totals[1], accept)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
         means = self._total(totals / (len(batches) * self.topology.data.size), self.topology.data.handle).tolist()
@@ -276,7 +276,7 @@ class Engine:
 
         def judging(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
             loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
-            losses.append(loss.detach().float())
+            losses.append(self._parts()[0])
             if accept is None or len(losses) < len(batches):
                 return loss
             return self._judged(loss, torch.stack(losses).sum(), accept)
@@ -292,8 +292,9 @@ class Engine:
     def _judged(self, loss: Tensor, total: Tensor, accept: Accept) -> Tensor:
         """Return the last micro-batch's `loss`; one whose gradient is not a number where the step is refused.
 
-        The loss of the whole batch is known here, before the last backward pass. A gradient that is not finite reaches
-        every rank, and every engine skips such a step as a whole: refusing needs nothing of the engine but that.
+        `total` is this replica's sum of LM losses. The loss of the whole batch is known here, before the last backward
+        pass. A gradient that is not finite reaches every rank, and every engine skips such a step as a whole: refusing
+        needs nothing of the engine but that.
         """
         mean = self._total(total / (self.num_micro_batches * self.topology.data.size), self.topology.data.handle)
         return loss if accept(mean.item()) else cast(Tensor, _Refused.apply(loss))

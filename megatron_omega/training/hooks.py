@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron_omega.log import get_logger
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport
+from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport
 
 log = get_logger(__name__)
 
@@ -30,8 +30,20 @@ class Hook:
     def on_step_end(self, report: StepReport) -> None:
         """Run after every optimizer step, skipped ones included."""
 
+    def on_bad_step(self, report: BadStep) -> None:
+        """Run after `on_step_end` of a step that was skipped as bad."""
+
+    def on_fault(self, fault: Fault) -> None:
+        """Run when a rank is found to compute wrongly or slowly."""
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        """Run when the state of an earlier checkpoint has been loaded, before its next step is done again."""
+
     def on_evaluate(self, report: EvaluationReport) -> None:
         """Run after every validation."""
+
+    def on_save(self, step: int, stall_seconds: float) -> None:
+        """Run when training goes on after it started a save: so long it stood still."""
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         """Run when the checkpoint of `step` is complete on disk."""
@@ -68,9 +80,25 @@ class Hooks(Hook):
         for hook in self._hooks:
             hook.on_step_end(report)
 
+    def on_bad_step(self, report: BadStep) -> None:
+        for hook in self._hooks:
+            hook.on_bad_step(report)
+
+    def on_fault(self, fault: Fault) -> None:
+        for hook in self._hooks:
+            hook.on_fault(fault)
+
+    def on_rollback(self, rollback: Rollback) -> None:
+        for hook in self._hooks:
+            hook.on_rollback(rollback)
+
     def on_evaluate(self, report: EvaluationReport) -> None:
         for hook in self._hooks:
             hook.on_evaluate(report)
+
+    def on_save(self, step: int, stall_seconds: float) -> None:
+        for hook in self._hooks:
+            hook.on_save(step, stall_seconds)
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         for hook in self._hooks:

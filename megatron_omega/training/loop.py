@@ -7,27 +7,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.errors import CheckpointError, Preempted
+from megatron_omega.errors import CheckpointError, OmegaError, Preempted
 from megatron_omega.log import get_logger
-from megatron_omega.training.batch_size import batch_size_at
-from megatron_omega.training.engine import Engine, EvaluationResult, MicroBatch, pooled
+from megatron_omega.training.batch_size import Interval, samples_of_step, with_interval
+from megatron_omega.training.engine import Engine, EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.schedule import learning_rate_fraction
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport, TrainState
+from megatron_omega.training.spikes import judge, remember
+from megatron_omega.training.state import (
+    BadStep,
+    EvaluationReport,
+    Fault,
+    Rollback,
+    RunContext,
+    StepReport,
+    TrainState,
+)
 
 log = get_logger(__name__)
 
 StopRequested = Callable[[], str | None]
 """Why the run is to stop now, the same on all ranks, or None. Collective."""
-OpenBatches = Callable[[int], AbstractContextManager[Iterator[MicroBatch]]]
-"""From a number of consumed samples to this replica's micro-batches from there on."""
+OpenBatches = Callable[[int, Sequence[Interval]], AbstractContextManager[Iterator[MicroBatch]]]
+"""From a number of consumed samples, and those left out, to this replica's micro-batches from there on."""
 
 
 class Store(Protocol):
@@ -46,7 +55,22 @@ class Store(Protocol):
     ) -> None: ...
     def wait(self) -> CheckpointError | None: ...
     def load_latest(self, engine: Any) -> Any: ...
+    def roll_back(self, engine: Any, up_to_step: int) -> Any: ...
     def load(self, engine: Any, path: Path | str, weights_only: bool = False) -> Any: ...
+
+
+class Guard(Protocol):
+    """What the loop asks of the one that compares weights."""
+
+    interval_steps: int
+
+    def find_fault(self) -> Fault | None:
+        """Return what differs between ranks since the last call: the same answer on all of them. Collective."""
+        ...
+
+    def forget(self) -> None:
+        """Begin anew: the weights have been replaced."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,13 +96,18 @@ class Trainer:
         flops_per_sample: float,
         peak_flops: float,
         stop_requested: StopRequested = lambda: None,
+        guard: Guard | None = None,
     ) -> None:
-        """`flops_per_sample`: of forward and backward; `peak_flops`: of all devices together, FLOP/s."""
+        """`flops_per_sample`: of forward and backward; `peak_flops`: of all devices together, FLOP/s.
+
+        `guard` compares weights between ranks; None where there is nothing to compare, or it is not wanted.
+        """
         self.config = config
         self.engine = engine
         self.store = store
         self.batches = batches
         self.hook = hook
+        self.guard = guard
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._stop_requested = stop_requested
@@ -127,21 +156,32 @@ class Trainer:
 
     def _train(self, state: TrainState) -> TrainState:
         """Do the steps that are left, or those before the run is asked to stop."""
+        while True:
+            with self.batches.train(state.consumed_samples, state.left_out) as batches:
+                state, is_done = self._train_on(state, batches)
+            if is_done:
+                return state
+
+    def _train_on(self, state: TrainState, batches: Iterator[MicroBatch]) -> tuple[TrainState, bool]:
+        """Do steps until all are done, or until the run has gone back and needs the batches of another place."""
         total, checkpoint = self.config.training.train_steps, self.config.checkpoint
-        with self.batches.train(state.consumed_samples) as batches:
-            while not self._is_asked_to_stop():
-                if self._validation_is_due(state):
-                    state = self._evaluate(state)
-                    if self._stop_reason is not None:
-                        break
-                if state.step >= total:
+        while not self._is_asked_to_stop():
+            if self._validation_is_due(state):
+                state = self._evaluate(state)
+                if self._stop_reason is not None:
                     break
-                if checkpoint.interval_steps and state.step and state.step % checkpoint.interval_steps == 0:
-                    self._save(state)
-                self.hook.on_phase("in a step", state.step + 1)
-                self.hook.on_step_begin(state.step + 1)
-                state = self._step(state, batches)
-        return state
+            if state.step >= total:
+                break
+            is_due = checkpoint.interval_steps and state.step and state.step % checkpoint.interval_steps == 0
+            if is_due and not state.bad_steps:  # what bad steps may have led to is not kept
+                self._save(state)
+            self.hook.on_phase("in a step", state.step + 1)
+            self.hook.on_step_begin(state.step + 1)
+            state = self._step(state, batches)
+            returned = self._return_from_trouble(state)
+            if returned is not None:
+                return returned, False
+        return state, True
 
     def _is_asked_to_stop(self) -> bool:
         """Whether a rank was asked to stop. Collective."""
@@ -159,16 +199,22 @@ class Trainer:
 
     def _step(self, state: TrainState, batches: Iterator[MicroBatch]) -> TrainState:
         config, begin = self.config, time.monotonic()
-        samples = batch_size_at(config.batch, state.consumed_samples)
+        pieces = samples_of_step(config.batch, state.consumed_samples, state.left_out)
+        samples = sum(map(len, pieces))
         self.engine.set_global_batch_size(samples)
         fraction = learning_rate_fraction(config.schedule, state.step, config.training.train_steps)
         learning_rate = config.optimizer.learning_rate * fraction
-        result = self.engine.train_step(batches, learning_rate=learning_rate)
+        recent, resilience = state.recent_losses, config.resilience
+        result = self.engine.train_step(
+            batches,
+            learning_rate=learning_rate,
+            accept=(lambda loss: judge(loss, recent, resilience)[0]) if resilience.spike_z_score else None,
+        )
         seconds = time.monotonic() - begin
         state = replace(
             state,
             step=state.step + 1,
-            consumed_samples=state.consumed_samples + samples,
+            consumed_samples=pieces[-1].stop,
             consumed_tokens=state.consumed_tokens + result.num_tokens,
             skipped_steps=state.skipped_steps + result.skipped,
         )
@@ -188,7 +234,75 @@ class Trainer:
                 skipped=result.skipped,
             )
         )
+        return self._judge(state, result, pieces)
+
+    def _judge(self, state: TrainState, result: StepResult, pieces: Sequence[range]) -> TrainState:
+        """Return the state with the verdict on its last step: another loss to measure by, or one bad step more."""
+        resilience = self.config.resilience
+        is_acceptable, score = judge(result.lm_loss, state.recent_losses, resilience)
+        if not result.skipped:
+            return replace(state, bad_steps=0, recent_losses=remember(result.lm_loss, state.recent_losses, resilience))
+        if is_acceptable and self.config.precision.dtype == "fp16":
+            return state  # an overflow: the loss scale is being searched for
+        since = state.bad_since if state.bad_steps else pieces[0].start
+        state = replace(state, bad_steps=state.bad_steps + 1, bad_since=since)
+        samples = tuple((piece.start, piece.stop) for piece in pieces)
+        cause = "gradient not finite" if is_acceptable else "loss spike"
+        cause = cause if math.isfinite(result.loss) else "loss not finite"
+        self.hook.on_bad_step(
+            BadStep(state.step, cause, result.loss, result.lm_loss, score, result.grad_norm, state.bad_steps, samples)
+        )
         return state
+
+    def _return_from_trouble(self, state: TrainState) -> TrainState | None:
+        """Go back where too many steps in a row were bad, or where weights differ; None: go on. Collective."""
+        if state.bad_steps >= self.config.resilience.spike_limit:
+            reason = f"{state.bad_steps} bad steps in a row, up to step {state.step}"
+            return self._roll_back(state, reason, window=(state.bad_since, state.consumed_samples))
+        saves = self.config.checkpoint.interval_steps
+        is_due = state.step == self.config.training.train_steps or (saves > 0 and state.step % saves == 0)
+        if self.guard is None or not (is_due or state.step % self.guard.interval_steps == 0):
+            return None
+        fault = self._find_fault()
+        return None if fault is None else self._roll_back(state, f"after step {state.step}: {fault.message}")
+
+    def _find_fault(self) -> Fault | None:
+        """Compare the weights that were used since the last time: at an interval, and before every save. Collective."""
+        fault = None if self.guard is None else self.guard.find_fault()
+        if fault is not None:
+            self.hook.on_fault(fault)
+        return fault
+
+    def _roll_back(self, state: TrainState, reason: str, window: Interval | None = None) -> TrainState:
+        """Return to the last good checkpoint, and leave the samples of `window` out from there on. Collective.
+
+        Refused steps changed nothing, so without a checkpoint they are left behind all the same.
+        """
+        limit = self.config.resilience.max_rollbacks
+        if state.rollbacks >= limit:
+            raise OmegaError(
+                f"{reason}; the run has gone back {state.rollbacks} times and resilience.max_rollbacks={limit}: look "
+                "in events.jsonl for the documents or the ranks, then start again with other data, a lower "
+                "optimizer.learning_rate or another machine"
+            )
+        self.hook.on_phase("going back to a checkpoint", state.step)
+        self._settle()
+        saved = self.store.roll_back(self.engine.deepspeed, up_to_step=state.step - state.bad_steps)
+        if saved is not None:
+            back = TrainState.from_json(saved)
+            left_out = state.left_out if window is None else with_interval(state.left_out, window)
+            back = replace(back, left_out=left_out)
+            self._saved_step = back.step
+        elif window is not None:
+            back = replace(state, bad_steps=0)
+        else:
+            raise OmegaError(f"{reason}; there is no checkpoint to go back to: start again, from the initial weights")
+        back = replace(back, rollbacks=state.rollbacks + 1)
+        self._validation_loss = None
+        if self.guard is not None:
+            self.guard.forget()
+        self.hook.on_rollback(Rollback(reason, state.step, back.step, back.rollbacks, back))
+        return back
 
     def _evaluate(self, state: TrainState) -> TrainState:
         """Validate, unless the run is asked to stop meanwhile."""
@@ -212,7 +326,7 @@ class Trainer:
         """Return the losses over all validation batches; None where the run is asked to stop before the last."""
         assert self.batches.validation is not None
         results = []
-        with self.batches.validation(0) as batches:  # from the first sample: the same ones every time
+        with self.batches.validation(0, ()) as batches:  # from the first sample: the same ones every time
             for _ in range(self.config.evaluation.num_batches):
                 self.hook.on_phase("validating", step)
                 if self._is_asked_to_stop():
@@ -221,6 +335,7 @@ class Trainer:
         return pooled(results)
 
     def _save(self, state: TrainState, *, asynchronous: bool | None = None) -> None:
+        begin = time.monotonic()
         self.hook.on_phase("saving", state.step)
         self._settle()
         if self._saved_step == state.step:
@@ -234,9 +349,13 @@ class Trainer:
         )
         self._saved_step = state.step
         self._saving = (self.store.directory / f"step-{state.step:08d}", state.step)
+        self.hook.on_save(state.step, time.monotonic() - begin)
 
     def _save_for_good(self, state: TrainState) -> None:
         """Save before the run ends; here a save that fails is an error, since no later one makes up for it."""
+        if self._find_fault() is not None:  # stopped between two comparisons: the last good checkpoint stays the last
+            self._settle()
+            return
         self._save(state, asynchronous=False)
         error = self._settle()
         if error is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_omega.config.schema import RunConfig
 
@@ -20,7 +20,7 @@ class TrainState:
     step: int = 0
     """Optimizer steps done, skipped ones included."""
     consumed_samples: int = 0
-    """Samples drawn so far: the position in the data."""
+    """Samples drawn or passed over so far: the position in the data."""
     consumed_tokens: int = 0
     """Non-padding tokens of both streams so far."""
     skipped_steps: int = 0
@@ -29,16 +29,33 @@ class TrainState:
     """Lowest validation loss so far."""
     validated_step: int = -1
     """Step of the last validation; -1 before the first."""
+    recent_losses: tuple[float, ...] = ()
+    """LM losses of the last accepted steps: what the next one is judged by."""
+    bad_steps: int = 0
+    """Bad steps in a row, up to here."""
+    bad_since: int = 0
+    """First sample of the first of them."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint of its own accord."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Samples [start, stop) that the run passes over."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for a manifest."""
-        return asdict(self)
+        values = asdict(self)
+        return values | {
+            "recent_losses": list(self.recent_losses),
+            "left_out": [list(interval) for interval in self.left_out],
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
         """Read what `to_json` returned; names this version does not know are left out."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        found = {name: value for name, value in values.items() if name in known}
+        found["recent_losses"] = tuple(found.get("recent_losses", ()))
+        found["left_out"] = tuple((start, stop) for start, stop in found.get("left_out", ()))
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,50 @@ class StepReport:
     """Model FLOP/s over peak FLOP/s of all devices, 0 to 1."""
     skipped: bool
     """Whether the step changed nothing."""
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that was skipped: its loss or a gradient was not finite, or its loss far above the others'."""
+
+    step: int
+    cause: Literal["loss spike", "loss not finite", "gradient not finite"]
+    loss: float
+    lm_loss: float
+    z_score: float
+    """Robust standard deviations of lm_loss above the median of the last accepted ones; not a number without enough."""
+    grad_norm: float
+    in_a_row: int
+    """Bad steps up to this one."""
+    samples: tuple[tuple[int, int], ...]
+    """Sample numbers [start, stop) of its batch."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """The run goes back to its last good checkpoint."""
+
+    reason: str
+    from_step: int
+    """Last step done before."""
+    to_step: int
+    """Step of the checkpoint; the same as `from_step` where there is none, and only the data are passed over."""
+    number: int
+    """The first of the run is 1."""
+    state: TrainState
+    """Where the run stands now."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something is wrong with a rank or its machine."""
+
+    kind: Literal["silent_fault", "straggler"]
+    message: str
+    """One sentence."""
+    ranks: tuple[int, ...]
+    """Who is named."""
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_any_layout_takes_the_same_samples_in_each_step(
     size = micro * replicas * accumulation
     taken: list[list[int]] = [[], []]
     for rank in range(replicas):
-        batches = micro_batch_indices(consumed, lambda _: size, micro, rank, replicas)
+        batches = micro_batch_indices(consumed, lambda at: [range(at, at + size)], micro, rank, replicas)
         for step in (0, 1):
             for number in range(accumulation):
                 indices = next(batches)
@@ -43,13 +43,18 @@ def test_any_layout_takes_the_same_samples_in_each_step(
 
 
 def test_the_batch_may_grow() -> None:
-    indices = micro_batch_indices(0, lambda consumed: 2 if consumed < 4 else 4, 1, 0, 2)
+    indices = micro_batch_indices(0, lambda at: [range(at, at + (2 if at < 4 else 4))], 1, 0, 2)
     assert list(itertools.islice(indices, 6)) == [[0], [2], [4], [6], [8], [10]]
+
+
+def test_a_step_may_pass_over_samples() -> None:
+    indices = micro_batch_indices(0, lambda at: [range(at, 2), range(6, 8)] if at < 6 else [range(at, at + 4)], 1, 1, 2)
+    assert list(itertools.islice(indices, 4)) == [[1], [7], [9], [11]]
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused() -> None:
     with pytest.raises(ValueError, match="6 samples cannot be dealt"):
-        next(micro_batch_indices(0, lambda _: 6, 2, 0, 2))
+        next(micro_batch_indices(0, lambda _: [range(6)], 2, 0, 2))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:

@@ -12,7 +12,7 @@ from megatron_omega.config.schema import BatchConfig, OptimizerConfig, RampUp, S
 from megatron_omega.parallel.mappings import SERIAL
 from megatron_omega.parallel.sharding import declare_parameter
 from megatron_omega.parallel.topology import Layout, create_topology
-from megatron_omega.training.batch_size import batch_size_at, consumed_after
+from megatron_omega.training.batch_size import batch_size_at, consumed_after, samples_of_step, with_interval
 from megatron_omega.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from megatron_omega.training.schedule import learning_rate_fraction
 
@@ -85,3 +85,28 @@ def test_own_clipping_equals_torchs_and_skips_what_is_not_finite() -> None:
     ours.grad = torch.full((3, 2), math.inf)
     clipped.step()
     assert clipped.skipped and torch.equal(ours, before)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=4),
+    st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 40),
+)
+def test_steps_pass_over_what_is_left_out(gaps: list[tuple[int, int]], size: int, grows: bool, steps: int) -> None:
+    ramp = {"start": size, "increment": size, "samples": 90} if grows else None
+    batch = BatchConfig.model_validate({"global_batch_size": 3 * size, "ramp_up": ramp})
+    left_out: tuple[tuple[int, int], ...] = ()
+    for start, count in gaps:
+        left_out = with_interval(left_out, (start, start + count))
+    missing = {sample for start, count in gaps for sample in range(start, start + count)}
+    assert {sample for start, stop in left_out for sample in range(start, stop)} == missing
+    assert list(left_out) == sorted(left_out)
+    taken, consumed = [], 0
+    for _ in range(steps):
+        pieces = samples_of_step(batch, consumed, left_out)
+        assert sum(map(len, pieces)) == batch_size_at(batch, consumed)
+        taken += [sample for piece in pieces for sample in piece]
+        consumed = pieces[-1].stop
+    assert consumed_after(batch, steps, left_out) == consumed
+    assert taken == [sample for sample in range(consumed) if sample not in missing]

@@ -1,0 +1,33 @@
+"""Who is who: every rank's host and place in the grid, in words."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_omega.parallel.topology import Layout
+
+
+@dataclass(frozen=True)
+class Places:
+    """The ranks of a run and the hosts they are on."""
+
+    layout: Layout
+    hosts: Sequence[str]
+
+    def name(self, rank: int) -> str:
+        """Return `rank 3 (host n1, pp 0 dp 1 tp 1)`."""
+        place = self.layout.coordinate(rank)
+        return f"rank {rank} (host {self.hosts[rank]}, pp {place.pipeline} dp {place.data} tp {place.tensor})"
+
+
+def gather_places(layout: Layout) -> Places:
+    """Return the places of all ranks. Collective."""
+    hosts: list[str | None] = [socket.gethostname()]
+    if dist.is_initialized():
+        hosts = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+    return Places(layout, [str(host) for host in hosts])
