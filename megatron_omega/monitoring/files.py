@@ -28,6 +28,7 @@ def mark_success(run_directory: Path, step: int) -> None:
     unfinished.write_bytes(_encode({"step": step, "time": now}))
     unfinished.replace(run_directory / SUCCESS)
 
+
 DocumentsOf = Callable[[Sequence[range]], list[dict[str, Any]]]
 """From sample numbers to a few words on each document they hold text of."""
 

@@ -136,6 +136,39 @@ def not_a_number(lab: Laboratory) -> Outcome:
     return Outcome(None, run.is_complete, None, tuple(problems), last_words(ending.log, 1))
 
 
+def poisoned_window(lab: Laboratory) -> Outcome:
+    """Three steps of data that teach nothing: refused, then left behind, after which the run passes."""
+    steps = ["--training.train_steps", "16", "--resilience.spike_window", "8", "--resilience.spike_limit", "3"]
+    first, last = 8 * 9, 8 * 12  # the samples of steps 10 to 12
+    run = lab.run(*steps, faults=[{"kind": "poison", "samples": [first, last]}])
+    ending = run.finish(most_starts=1)
+    refused = [event["step"] for event in run.events("bad_step")]
+    problems = [] if refused == [10, 11, 12] else [f"refused steps {refused}, not 10 to 12"]
+    problems += [] if len(run.events("rollback")) == 1 else [f"{len(run.events('rollback'))} rollbacks, not one"]
+    problems += [] if any(event.get("documents") for event in run.events("bad_step")) else ["no documents are named"]
+    return Outcome(None, run.is_complete, None, tuple(problems), last_words(ending.log, 1))
+
+
+def flipped_bit(lab: Laboratory) -> Outcome:
+    """A bit of one replica's weights flips: the rank is named, and the run goes back to where all was well."""
+    run = lab.run("--resilience.integrity_interval_steps", "2", faults=[{"kind": "flip", "rank": 3, "step": 6}])
+    ending = run.finish(most_starts=1)
+    named = [event["ranks"] for event in run.events("silent_fault")]
+    problems = [] if named == [[3]] else [f"ranks {named} are named, not 3"]
+    return lab.compare(run, problems=problems, said=last_words(ending.log, 1))
+
+
+def straggler(lab: Laboratory) -> Outcome:
+    """A rank is 200 ms late in each step: it is named, and nothing else changes."""
+    steps = ("--training.train_steps", "24", "--resilience.straggler_window", "10")
+    rank = lab.random.randrange(8)
+    run = lab.run(*steps, faults=[{"kind": "late", "rank": rank, "step": 3, "seconds": 0.2}])
+    run.finish(most_starts=1)
+    named = [event["ranks"] for event in run.events("straggler")]
+    problems = [] if [rank] in named and len(named) == 1 else [f"ranks {named} are named, not {rank}"]
+    return lab.compare(run, *steps, problems=problems)
+
+
 def clock(lab: Laboratory) -> Outcome:
     """The clock of every rank goes back by an hour."""
     run = lab.run(faults=[{"kind": "clock", "step": 3}])
@@ -175,6 +208,9 @@ FAULTS: dict[str, Fault] = {
     "port in use": port_in_use,
     "run folder read-only": read_only,
     "not-a-number in one rank's gradient": not_a_number,
+    "a poisoned data window": poisoned_window,
+    "a flipped bit in one replica's weights": flipped_bit,
+    "a rank 200 ms late in each step": straggler,
     "clock set back by an hour": clock,
     "loader worker killed": loader_worker,
     "wandb unreachable": tracker,
