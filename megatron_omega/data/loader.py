@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
@@ -20,6 +21,11 @@ from typing_extensions import Self
 
 from megatron_omega.data.batch import Batch, Sample, stack
 from megatron_omega.errors import DataError, OmegaError
+from megatron_omega.log import get_logger
+
+log = get_logger(__name__)
+MOST_DEATHS = 3
+"""How often in a row a worker may die before it is given up."""
 
 
 class IndexedSamples(Protocol):
@@ -61,33 +67,35 @@ def build_batch(source: IndexedSamples, indices: Sequence[int]) -> Batch:
 
 
 class _Worker:
-    """One worker process and the socket to it."""
+    """One worker process and the socket to it. One that is killed is replaced: what it was asked is asked again."""
 
     def __init__(self, source: IndexedSamples) -> None:
-        self._connection, theirs = Pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        environment["OMP_NUM_THREADS"] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self._send(source)
+        self._source = source
+        self._pending: deque[list[int]] = deque()
+        self._deaths = 0
+        self._start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def ask(self, indices: list[int]) -> None:
-        self._send(indices)
+        self._pending.append(indices)
+        try:
+            self._connection.send(indices)
+        except (BrokenPipeError, ConnectionError):
+            self._replace()
 
     def answer(self) -> Batch:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, ConnectionError):
-            raise self._died() from None
+        """Return the batch of the oldest question."""
+        while True:
+            try:
+                answer = self._connection.recv()
+                break
+            except (EOFError, ConnectionError):
+                self._replace()
+        self._pending.popleft()
+        self._deaths = 0
         if isinstance(answer, OmegaError):
             raise answer
         if isinstance(answer, str):
@@ -102,19 +110,34 @@ class _Worker:
             self._process.kill()
             self._process.wait()
 
-    def _send(self, message: object) -> None:
-        try:
-            self._connection.send(message)
-        except (BrokenPipeError, ConnectionError):
-            raise self._died() from None
-
-    def _died(self) -> DataError:
-        code = self._process.wait()
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return DataError(
-            f"data worker {self.pid} ended {how}; where the system ran out of memory, lower data.num_workers "
-            "or data.prefetch_batches, then start again: the run continues where it was"
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment["OMP_NUM_THREADS"] = "1"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
         )
+        theirs.close()
+        with suppress(BrokenPipeError, ConnectionError):  # its death is met where its answer is waited for
+            for message in (self._source, *self._pending):
+                self._connection.send(message)
+
+    def _replace(self) -> None:
+        self._connection.close()
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._deaths += 1
+        if self._deaths > MOST_DEATHS:
+            raise DataError(
+                f"data worker {self.pid} {how}, the {self._deaths}th time without a batch in between; where the system "
+                "ran out of memory, lower data.num_workers or data.prefetch_batches, then start again: the run "
+                "continues where it was"
+            )
+        log.warning("data worker %d %s; another takes its place", self.pid, how)
+        self._start()
 
 
 class Loader:

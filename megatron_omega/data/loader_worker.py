@@ -9,5 +9,7 @@ from multiprocessing.connection import Connection
 from megatron_omega.data.loader import serve
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training, which then closes the socket
+    # Requests to stop go to every process of a job; they are for training, which closes the socket when it is done.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_omega.config.schema import Corpus, RunConfig
-from megatron_omega.data.batch import Batch
+from megatron_omega.data.batch import Batch, Sample
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.loader import Loader, build_batch, micro_batch_indices
 from megatron_omega.data.sources import open_sources
@@ -75,14 +75,29 @@ def test_workers_change_nothing(make_config: MakeConfig, workers: int) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_hang(make_config: MakeConfig) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_nothing_lost(make_config: MakeConfig) -> None:
     source = open_sources(make_config()).train
-    with Loader(source, ([n] for n in itertools.count()), 2, 1) as loader:
+    with Loader(source, ([n] for n in itertools.count()), 2, 2) as loader:
+        found = [next(loader)]
+        killed = loader.worker_pids[1]
+        os.kill(killed, signal.SIGKILL)
+        found += [next(loader) for _ in range(8)]
+        assert killed not in loader.worker_pids
+    for index, batch in enumerate(found):
+        assert_equal(batch, build_batch(source, [index]))
+
+
+class Deadly:
+    """A source that ends every process that reads it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        os._exit(3)
+
+
+def test_workers_that_keep_dying_are_an_error_and_not_a_hang() -> None:
+    expected = pytest.raises(DataError, match="ended with exit code 3")
+    with Loader(Deadly(), ([n] for n in itertools.count()), 1, 1) as loader, expected:
         next(loader)
-        os.kill(loader.worker_pids[1], signal.SIGKILL)
-        with pytest.raises(DataError, match="ended by signal 9"):
-            for _ in range(5):
-                next(loader)
 
 
 def test_an_error_in_a_worker_arrives_as_it_is(make_config: MakeConfig, tmp_path: Path) -> None:
