@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -34,9 +34,12 @@ from megatron_omega.monitoring.files import SUCCESS, mark_success
 from megatron_omega.monitoring.forecast import Forecast
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.resilience.integrity import Integrity, has_copies
+from megatron_omega.resilience.places import Places, gather_places
 from megatron_omega.resilience.preflight import device_findings, disk_findings, fingerprint, gather_findings
 from megatron_omega.resilience.sentinel import Sentinel
 from megatron_omega.resilience.stopping import StopRequests
+from megatron_omega.resilience.straggler import StragglerWatch
 from megatron_omega.resilience.watch import Watch
 from megatron_omega.training.batch_size import Interval, samples_of_step
 from megatron_omega.training.engine import (
@@ -50,7 +53,7 @@ from megatron_omega.training.engine import (
 )
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.loop import Batches, OpenBatches, Trainer
-from megatron_omega.training.state import RunContext, TrainState
+from megatron_omega.training.state import Fault, RunContext, TrainState
 from megatron_omega.training.throughput import peak_flops
 
 log = get_logger(__name__)
@@ -167,6 +170,7 @@ def _trainer(
     for choice in (*kernels.choices, engine.optimizer_choice):
         log.info(choice)
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
+    monitoring, places = Hooks(_monitoring(config, sources, topology)), gather_places(topology.layout)
     return Trainer(
         config,
         engine,
@@ -178,13 +182,15 @@ def _trainer(
         Hooks(
             [
                 Watch(sentinel, config),
-                *_monitoring(config, sources, topology),
+                *_straggler_hooks(config, places, tell=monitoring.on_fault),
+                monitoring,
                 *_forecast_hooks(resolved, topology),
                 *hooks,
             ]
         ),
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
+        guard=_integrity(config, engine, places),
         stop_requested=StopRequests(
             _run_directory(config),
             is_main=topology.rank == 0,
@@ -209,6 +215,22 @@ def _monitoring(config: RunConfig, sources: Sources, topology: Topology) -> list
         is_main=topology.rank == 0,
         documents_of=lambda samples: documents_of(sources.train, chain.from_iterable(samples)),
     )
+
+
+def _integrity(config: RunConfig, engine: Engine, places: Places) -> Integrity | None:
+    """Return what compares weights between ranks; None where it is not wanted, or no weight is held twice."""
+    interval = config.resilience.integrity_interval_steps
+    if interval == 0 or not has_copies(engine.deepspeed, places.layout):
+        return None
+    return Integrity(engine.deepspeed, places.layout, places, interval_steps=interval)
+
+
+def _straggler_hooks(config: RunConfig, places: Places, tell: Callable[[Fault], None]) -> list[Hook]:
+    """Return what measures ranks against their peers, where they have any."""
+    window = config.resilience.straggler_window
+    if window == 0 or places.layout.data * places.layout.tensor == 1:
+        return []
+    return [StragglerWatch(places.layout, places, window=window, tell=tell)]
 
 
 def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:

@@ -102,7 +102,8 @@ def flip_one(engine: Any, what: str) -> None:
     elif what == "own" or engine.deepspeed.zero_optimization_stage() == 3:
         flip(holdings[0].working())
     else:  # of a parameter that tensor-parallel ranks hold alike, owned by the first replica where there are two
-        owned = {mine.info.name for mine in holdings} if engine.topology.data.size > 1 else set()
+        is_partitioned = engine.topology.data.size > 1 and engine.deepspeed.zero_optimization_stage() > 0
+        owned = {mine.info.name for mine in holdings} if is_partitioned else set()
         flip(next(p for info, p in declared_parameters(engine.module) if info.axis is None and info.name not in owned))
 
 
