@@ -10,21 +10,55 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.config.load import resolve_run
+from megatron_omega.config.schema import ModelConfig, RunConfig
 from megatron_omega.environment import complete_environment
 from megatron_omega.errors import ConfigError
 from megatron_omega.local_launch import run_ranks
 
 COMPARED = ("loss", "lm_loss", "mlm_loss", "grad_norm")
 FP32_TOLERANCE = 1e-5
-BF16_TOLERANCE = 2.0**-6
-"""bf16 keeps 8 significant bits: one rounding errs by up to 2^-9 of a value. Layouts round partial sums at different
-places; a gradient is a product of a rounded activation and a rounded gradient, summed over parts that
-are rounded again: a handful of roundings, bounded here by eight of them. Losses, fp32 means, stay far below."""
+BF16_ROUNDING = 0.42 * 2.0**-8
+"""Root-mean-square relative error of one rounding to bf16. It keeps 8 significant bits: a value m 2^e, m in [1, 2),
+is off by at most 2^-8 2^e, evenly spread. That is 2^-8 / (m sqrt 3) of the value, and 0.42 x 2^-8 over all m."""
+
+
+def tolerance_of(config: RunConfig) -> float:
+    """Return the largest relative difference between layouts that rounding explains: 1e-5 in fp32; bf16 is derived.
+
+    Layouts round at different places: where tensor-parallel ranks add up, each part has been rounded before. A value
+    and its gradient pass 2 such sums in an encoder and 3 in a decoder layer, each way. Independent errors add up by
+    their squares, so a gradient is off by about BF16_ROUNDING x sqrt(passes) of its norm; the norm by no more than
+    that, and a loss, moved by the same gradients, by less. Allowed is twice that, two standard deviations: 0.015 for
+    2 + 2 layers.
+    """
+    if config.precision.dtype == "fp32":
+        return FP32_TOLERANCE
+    passes = 2 * (2 * config.model.encoder_layers + 3 * config.model.decoder_layers)
+    return 2 * BF16_ROUNDING * math.sqrt(passes)
+
+
+def every_layout(model: ModelConfig) -> list[str]:
+    """Return the layouts that together prove a model, of any number of processes up to 8.
+
+    Each axis alone and with the others; every ZeRO stage; an uneven split; stages cut inside the encoder and inside
+    the decoder; both schedules; sequence parallelism; recomputation; other micro-batches. A model may be too small for
+    some.
+    """
+    axes = [[f"{name}{size}" for name, size in zip(("tp", "pp", "dp"), sizes, strict=True) if size > 1]
+            for sizes in product((1, 2), repeat=3)]  # fmt: skip
+    bridge = model.encoder_layers + 1
+    cuts = (1 + model.encoder_layers // 2, bridge + 1, bridge + 1 + model.decoder_layers // 2)
+    zeros = ["zero0", "dp2-zero0", "dp2-zero2", "dp2-zero3", "dp2-zero3offload", "tp2-dp2-zero3"]
+    inner = [] if model.is_decoder_only else [f"pp4-cut{'.'.join(map(str, cuts))}"]
+    others = ["tp3", *inner, "tp2-pp2v-dp2", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb2"]
+    return [*("-".join(parts) for parts in axes if parts), *zeros, *others]
+
 
 _PARTS = {
     "tp": re.compile(r"tp(\d+)(sp)?"),
@@ -118,6 +152,17 @@ def arguments_for(
     return Arguments(config=config, deepspeed_config=deepspeed, overrides=tuple(words))
 
 
+def check_layout(
+    config: Path, layout: LayoutUnderTest, overrides: Iterable[Override] = (), *, steps: int, folder: Path
+) -> RunConfig:
+    """Return the configuration that `layout` runs; raise `ConfigError`, naming it, where the model cannot be run so."""
+    arguments = arguments_for(config, layout, overrides, steps=steps, folder=folder)
+    try:
+        return resolve_run(arguments, layout.world_size).config
+    except ConfigError as error:
+        raise ConfigError(*(f"layout {layout.label}: {finding}" for finding in error.findings)) from None
+
+
 def train_rank(arguments: Arguments) -> None:
     """Train as one rank of the run that `arguments` describe."""
     from megatron_omega.build import train
@@ -134,11 +179,11 @@ def measure(
     steps: int,
     folder: Path,
     train: Callable[[Arguments], None] = train_rank,
+    timeout_seconds: float = 600.0,
 ) -> list[dict[str, float]]:
-    """Train `steps` steps under `layout` and return what each step reported."""
+    """Train `steps` steps under `layout` and return what each step reported. Raises as `run_ranks` does."""
     arguments = arguments_for(config, layout, overrides, steps=steps, folder=folder)
-    resolve_run(arguments, layout.world_size)  # all that is wrong is told before a process starts
-    run_ranks(train, layout.world_size, arguments)
+    run_ranks(train, layout.world_size, arguments, timeout_seconds=timeout_seconds)
     lines = (folder / layout.label / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -150,12 +195,13 @@ def compare(
     differences: dict[str, float] = dict.fromkeys(COMPARED, 0.0 if len(reference) == len(rows) else math.inf)
     for expected, found in zip(reference, rows, strict=False):
         for name in COMPARED:
+            if name == "mlm_loss" and expected[name] is None and found[name] is None:
+                continue  # the step had no masked token
             differences[name] = max(differences[name], _relative(expected[name], found[name]))
     return Verdict(label, differences, tolerance)
 
 
 def _relative(expected: Any, found: Any) -> float:
-    if expected == found:
-        return 0.0
-    numbers = isinstance(expected, float | int) and isinstance(found, float | int)
-    return abs(expected - found) / max(abs(expected), 1e-30) if numbers else math.inf
+    if any(not isinstance(value, float | int) or not math.isfinite(value) for value in (expected, found)):
+        return math.inf
+    return 0.0 if expected == found else abs(expected - found) / max(abs(expected), 1e-30)

@@ -7,28 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TinyCorpus
+from tiny import ROOT, TinyCorpus
 
 from megatron_omega.config.arguments import Arguments, Override
+from megatron_omega.config.load import load_config
 from megatron_omega.parallel import mappings
 from megatron_omega.verification import (
-    BF16_TOLERANCE,
     FP32_TOLERANCE,
+    check_layout,
     compare,
+    every_layout,
     measure,
     parse_layout,
+    tolerance_of,
     train_rank,
 )
 
 pytestmark = pytest.mark.distributed
 STEPS = 10
 SMALLER = [Override("optimizer.learning_rate", "2e-3"), Override("model.ffn_hidden_size", "192")]
-CUTS_IN_BOTH_STACKS = "pp4-cut2.4.5"  # embedding, encoder 0 | encoder 1, bridge | decoder 0 | decoder 1, heads
-LAYOUTS = [
-    "tp2", "pp2", "dp2", "tp2-pp2", "tp2-dp2", "pp2-dp2", "tp2-pp2-dp2",
-    "zero0", "dp2-zero0", "dp2-zero2", "dp2-zero3", "dp2-zero3offload", "tp2-dp2-zero3",
-    "tp3", CUTS_IN_BOTH_STACKS, "tp2-pp2v-dp2", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb2",
-]  # fmt: skip
+LAYOUTS = every_layout(load_config(ROOT / "examples/omega-tiny/run.yaml").model)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +48,10 @@ def test_layout_equals_one_process(
 
 
 def test_bf16_stays_within_its_tolerance(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    bf16 = Override("precision.dtype", "bf16")
-    rows = train(tiny_corpus, "tp1", tmp_path, bf16)
-    verdict = compare("bf16", rows, train(tiny_corpus, "tp2-pp2", tmp_path, bf16), BF16_TOLERANCE)
+    bf16 = [Override("precision.dtype", "bf16")]
+    config = check_layout(tiny_corpus.run_yaml, parse_layout("tp1"), bf16, steps=STEPS, folder=tmp_path)
+    rows = train(tiny_corpus, "tp1", tmp_path, *bf16)
+    verdict = compare("bf16", rows, train(tiny_corpus, "tp2-pp2", tmp_path, *bf16), tolerance_of(config))
     assert verdict.passed, verdict.differences
 
 
