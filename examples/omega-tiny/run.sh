@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo: gather text, learn a tokenizer, write the corpus, train on 8 CPU ranks, let the model write.
-# Arguments are overrides for training: --section.field value
+# Arguments are overrides for training: --section.field value. NUM_RANKS=8 processes; RUN=runs/omega-tiny is the run's folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && source .venv/bin/activate
@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=1 DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
 example=examples/omega-tiny
 corpus=runs/corpus
-run=runs/omega-tiny
+run="${RUN:-runs/omega-tiny}"
 mkdir -p "$corpus" "$run"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -30,7 +30,7 @@ fi
 
 say "training on ${NUM_RANKS:-8} ranks"
 deepspeed --num_gpus "${NUM_RANKS:-8}" --no_local_rank pretrain_omega.py \
-    --config "$example/run.yaml" --deepspeed_config ds_configs/zero1.json "$@"
+    --config "$example/run.yaml" --deepspeed_config ds_configs/zero1.json --logging.run_directory "$run" "$@"
 
 say "what it learned"
 python "$example/report.py" --run "$run"
@@ -48,7 +48,8 @@ cat <<EOF
 
 == what to try next
   longer            bash $example/run.sh --training.train_steps 400
-  another layout    NUM_RANKS=4 bash $example/run.sh --parallel.tensor_parallel_size 1 --logging.run_directory runs/other
+  another layout    RUN=runs/other NUM_RANKS=4 bash $example/run.sh --parallel.tensor_parallel_size 1
+  proof             python tools/verify_parallel.py --config $example/run.yaml
   write             python tools/generate.py --checkpoint $run/checkpoints --prompt "Open the file and"
   what would run    python pretrain_omega.py --config examples/omega-1b/run.yaml --dry-run
 EOF
