@@ -30,7 +30,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
     parser.add_argument("--text", nargs="+", required=True, help="texts with one or several <mask> or [MASK]")
     parser.add_argument("--top-k", type=int, default=5, help="candidates of each mask (default 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each text, a line each")
     return parser.parse_args()
 

@@ -40,7 +40,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many best tokens (default 0: all)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from this share of probability (default 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format (default fp32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each prompt, a line each")
     return parser.parse_args()

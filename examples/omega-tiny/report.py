@@ -65,7 +65,10 @@ def main() -> int:
     print(f"validation, nats per token     before    after {last['step']} steps")
     print(f"  language modelling        {first['lm_loss']:9.3f}{last['lm_loss']:9.3f}")
     print(f"  masked tokens             {first['mlm_loss']:9.3f}{last['mlm_loss']:9.3f}")
-    for name, bound in ((f"a uniform guess, ln {config.model.vocab_size:,}:", uniform), ("unigram entropy:", unigram)):
+    for name, bound in (
+        (f"a uniform guess, ln {config.model.vocab_size:,}:", uniform),
+        ("unigram entropy of the text:", unigram),
+    ):
         print(f"{name:<28}{bound:9.3f}   (the model is {bound - last['lm_loss']:.2f} below)")
     return 0 if last["lm_loss"] < min(uniform - 1.5, unigram) else 1
 

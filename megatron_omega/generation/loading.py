@@ -21,7 +21,7 @@ from megatron_omega.checkpoint.manifest import FILE_NAME
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
-from megatron_omega.errors import CheckpointError, DataError
+from megatron_omega.errors import CheckpointError, ConfigError, DataError
 from megatron_omega.log import get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
@@ -75,8 +75,10 @@ def load_omega(
 
     Raises:
         CheckpointError: there is none, none is whole, or it does not hold the parameters of its own configuration.
+        ConfigError: there is no such device.
     """
-    return _with_newest(Path(path), lambda weights: build_omega(weights, torch.device(device), dtype))
+    place = usable_device(device)
+    return _with_newest(Path(path), lambda weights: build_omega(weights, place, dtype))
 
 
 def load_text_model(
@@ -92,12 +94,27 @@ def load_text_model(
         DataError: the tokenizer is missing, or not the one that the model was trained with.
     """
 
+    place = usable_device(device)
+
     def load(weights: Weights) -> TextModel:
         opened = open_tokenizer(weights, tokenizer)
-        model, config = build_omega(weights, torch.device(device), dtype)
+        model, config = build_omega(weights, place, dtype)
         return TextModel(model, config, opened, weights.path)
 
     return _with_newest(Path(path), load)
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return the device called `name`; raise `ConfigError` where this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device {name} cannot be used here ({reason}); use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return device
 
 
 def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenizer:

@@ -94,6 +94,9 @@ def test_what_is_missing_is_said(run: Run, tool: str, folder: Path, tmp_path: Pa
 
 
 def test_settings_that_make_no_sense_are_refused(run: Run, folder: Path, tmp_path: Path) -> None:
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ConfigError, match=f"device {device} cannot be used"):
+            run("generate", "--checkpoint", folder, "--device", device)
     with pytest.raises(ConfigError, match="temperature"):
         run("generate", "--checkpoint", folder, "--temperature", -1)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
