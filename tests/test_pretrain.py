@@ -93,6 +93,14 @@ def test_json_line_without_the_key(tmp_path: Path, tiny_corpus: TinyCorpus) -> N
     assert done.returncode == 3 and "Traceback" not in said and "text.jsonl" in said, said
 
 
+@pytest.mark.parametrize("text", ["", '{"body": "two"}\n'])
+def test_no_text_for_a_tokenizer(text: str, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(text)
+    arguments = ["--input", tmp_path / "text.jsonl", "--output", tmp_path / "tokenizer.model"]
+    done = run_python("tools/train_tokenizer.py", *arguments)
+    assert done.returncode == 3 and done.stderr.startswith("error: the input holds no text (key text)"), done.stderr
+
+
 def test_a_run_folder_that_cannot_be_written(
     tiny_corpus: TinyCorpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,9 +67,13 @@ def texts(files: list[InputFile], keys: list[str], budget: int) -> Iterator[str]
 
 def main() -> None:
     arguments = read_arguments()
-    files = expand_inputs(arguments.input)
+    found = texts(expand_inputs(arguments.input), arguments.json_keys, int(arguments.megabytes * 1e6))
+    first = next(found, None)
+    if first is None:
+        keys = " ".join(arguments.json_keys)
+        raise DataError(f"the input holds no text (key {keys}); give files that have some, or set --json-keys")
     model = train_tokenizer(
-        texts(files, arguments.json_keys, int(arguments.megabytes * 1e6)),
+        chain([first], found),
         vocab_size=arguments.vocab_size,
         model_type=arguments.model_type,
         num_threads=arguments.workers,
