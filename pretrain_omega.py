@@ -27,10 +27,7 @@ def main(argv: Sequence[str]) -> None:
             return
         place = complete_environment()
         resolved = resolve_run(arguments, place.world_size)
-        from megatron_omega.data.sources import open_sources
-
-        open_sources(resolved.config)  # a missing tokenizer or corpus, like all above, is told before torch starts
-        from megatron_omega.build import train
+        from megatron_omega.build import train  # torch starts only now: what is wrong above is told at once
 
         train(resolved, place)
 
