@@ -25,9 +25,9 @@ PACKAGES = (
     "linux-doc-6.1 anarchism debian-handbook libreoffice-help-en-us libreoffice-help-de libreoffice-help-fr "
     "libreoffice-help-es gnome-user-docs dict-gcide dict-foldoc dict-jargon wordnet-base python3.11-doc "
     "postgresql-doc-15 harden-doc bible-kjv-text perl-doc git-doc vim-doc manpages manpages-dev manpages-de "
-    "manpages-fr manpages-ru freebsd-manpages fortunes fortunes-de fortunes-ru fortunes-it fortunes-zh debian- "
-    "policy developers-reference debian-reference-en debian-faq erlang-doc python-django-doc openjdk-17-doc gimp- "
-    "help-en r-doc-html llvm-14-doc cppreference-doc-en-html "
+    "manpages-fr manpages-ru manpages-pl freebsd-manpages fortunes fortunes-de fortunes-ru fortunes-it fortunes-zh "
+    "debian-policy developers-reference debian-reference-en debian-faq erlang-doc python-django-doc openjdk-17-doc "
+    "gimp-help-en r-doc-html llvm-14-doc cppreference-doc-en-html "
 )
 MARKUP = {".html", ".htm", ".xhtml", ".page", ".xml"}
 TEXT = {".txt", ".rst", ".pod", ".md", ".dict"}
@@ -94,6 +94,14 @@ def documents(root: Path) -> Iterator[tuple[str, str]]:
                     yield str(path.relative_to(root)), part
 
 
+def call(command: list[str], folder: Path) -> None:
+    """Run a command in a folder; what is there already, apt-get does not download again."""
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"{command[0]} is not installed; this needs a Debian system")
+    if subprocess.run(command, cwd=folder, check=False).returncode:
+        raise SystemExit(f"{command[0]} failed (above); where lists of packages are old or missing, run apt-get update")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for corpus.jsonl and, for the time being, the packages")
@@ -101,9 +109,9 @@ def main() -> None:
     arguments = parser.parse_args()
     packages, tree = arguments.output / "packages", arguments.output / "tree"
     packages.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["apt-get", "-qq", "download", *arguments.packages], cwd=packages, check=True)
+    call(["apt-get", "-qq", "download", *arguments.packages], packages)
     for package in sorted(packages.glob("*.deb")):
-        subprocess.run(["dpkg-deb", "-x", package, tree], check=True)
+        call(["dpkg-deb", "-x", str(package.absolute()), str(tree.absolute())], packages)
     found: dict[bytes, tuple[str, str]] = {}
     for source, text in documents(tree):
         found.setdefault(hashlib.blake2b(text.encode(), digest_size=12).digest(), (source, text))

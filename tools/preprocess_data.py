@@ -76,6 +76,10 @@ def to_options(arguments: argparse.Namespace) -> Options:
         findings.append(f"--json-keys {' '.join(arguments.json_keys)} names a key twice")
     if arguments.workers < 1:
         findings.append(f"--workers {arguments.workers} must be at least 1")
+    for name in ("chunk_megabytes", "max_record_megabytes"):
+        value = getattr(arguments, name)
+        if value is not None and not 1e-6 <= value <= 1e6:
+            findings.append(f"--{name.replace('_', '-')} {value} is not between 0.000001 and 1000000")
     if not 0 <= arguments.max_bad_fraction <= 1:
         findings.append(f"--max-bad-fraction {arguments.max_bad_fraction} is not between 0 and 1")
     if findings:
@@ -103,27 +107,31 @@ def open_inputs(arguments: argparse.Namespace, options: Options) -> list[InputFi
         files = local_files(arguments.dataset, arguments.dataset_split)
         name = f"{arguments.dataset}/{arguments.dataset_split}"
         blocks = hub_blocks(arguments.dataset, arguments.dataset_split, options.keys, block_bytes)
-        return Stream(name, blocks) if files is None else files
+        return Stream(name, blocks, is_known_by_name=True) if files is None else files
     if arguments.input == ["-"]:
         return Stream("<stdin>", line_blocks(sys.stdin.buffer, block_bytes))
     return expand_inputs(arguments.input, arguments.input_format)
 
 
-def run(inputs: list[InputFile] | Stream, options: Options, *, is_quiet: bool) -> Result:
+def run(inputs: list[InputFile] | Stream, options: Options, *, is_quiet: bool) -> tuple[Result, Tally]:
+    """Preprocess under a progress bar; return the result and the counts of this run."""
     total = None if isinstance(inputs, Stream) else sum(file.size for file in inputs) // options.shard[1]
     started = time.monotonic()
+    counts = Tally()
     with tqdm(
         total=total, unit="B", unit_scale=True, disable=is_quiet or not sys.stderr.isatty(), smoothing=0.1
     ) as bar:
 
         def show(tally: Tally) -> None:
+            nonlocal counts
+            counts = tally
             seconds = max(1e-3, time.monotonic() - started)
             rates = f"{tally.documents / seconds:,.0f} docs/s, {tally.tokens / seconds / 1e6:.2f} Mtokens/s"
             bar.set_postfix_str(f"{rates}, {tally.bad} bad", refresh=False)
             bar.update(tally.input_bytes - bar.n)
 
         try:
-            return preprocess(inputs, options, show)
+            return preprocess(inputs, options, show), counts
         except KeyboardInterrupt:
             raise Preempted("stopped; finished parts are kept, the same command goes on from there") from None
 
@@ -133,10 +141,11 @@ def main() -> None:
     configure_logging()
     options = to_options(arguments)
     started = time.monotonic()
-    result = run(open_inputs(arguments, options), options, is_quiet=arguments.quiet)
+    result, counts = run(open_inputs(arguments, options), options, is_quiet=arguments.quiet)
     seconds = time.monotonic() - started
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(result), "seconds": round(seconds, 3)}))
+        rate = round(counts.input_bytes / seconds / 1e6, 2)
+        print(json.dumps({**dataclasses.asdict(result), "seconds": round(seconds, 3), "megabytes_per_second": rate}))
         return
     for prefix, tokens in zip(result.prefixes, result.tokens, strict=True):
         print(f"{prefix}: {result.documents:,} documents, {tokens:,} tokens")
@@ -145,7 +154,13 @@ def main() -> None:
         print(f"skipped {sum(result.bad.values())} bad records ({reasons}), listed in {options.bad_path}")
     if result.duplicates:
         print(f"left out {result.duplicates:,} duplicates")
-    print("was finished already" if result.was_finished else f"took {seconds:.1f} s with the {result.encoder} encoder")
+    if result.was_finished:
+        print("was finished already")
+        return
+    print(
+        f"took {seconds:.1f} s with the {result.encoder} encoder: {counts.input_bytes / seconds / 1e6:,.1f} MB/s, "
+        f"{result.documents / seconds:,.0f} documents/s, {sum(result.tokens) / seconds / 1e6:,.2f} Mtokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ documents whoever reads it. Nothing here knows of tokens or shards.
 from __future__ import annotations
 
 import glob
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import IO, Any, Literal, cast
 
 import orjson
 
+from megatron_omega.data.compression import SUFFIXES, Compression, open_binary
 from megatron_omega.errors import DataError
 
 Format = Literal["jsonl", "parquet", "arrow", "text"]
-Compression = Literal["", "gz", "zst", "xz", "bz2"]
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -90,6 +88,8 @@ def _paths(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
         return [path]
+    if path.is_dir() and (path / "state.json").exists():
+        return saved_files(path)
     if path.is_dir():
         inside = sorted(path.rglob("*"))
         hidden = [part for part in inside if any(name.startswith((".", "_")) for name in part.relative_to(path).parts)]
@@ -98,9 +98,19 @@ def _paths(pattern: str) -> list[Path]:
     return [Path(name) for name in names if Path(name).is_file()]
 
 
+def saved_files(folder: Path) -> list[Path]:
+    """Return the files, in order, of a Hugging Face data set that `save_to_disk` wrote."""
+    try:
+        return [
+            folder / entry["filename"] for entry in orjson.loads((folder / "state.json").read_bytes())["_data_files"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder / 'state.json'} is not that of a saved data set ({error!r}); save it again") from None
+
+
 def describe(path: Path, forced: Format | None = None) -> InputFile:
     """Tell format and compression of a file from its name; a name without a known suffix is plain text."""
-    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
+    compression = SUFFIXES.get(path.suffix.lower(), "")
     inner = path.with_suffix("") if compression else path
     format_ = forced or _FORMATS.get(inner.suffix.lower(), "text")
     if compression and format_ in ("parquet", "arrow"):
@@ -139,9 +149,7 @@ def _units(number: int, file: InputFile, unit_bytes: int) -> list[Unit]:
 
 
 def _row_groups(number: int, file: InputFile, unit_bytes: int) -> list[Unit]:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
+    arrow, parquet = import_arrow()
     try:
         metadata = parquet.read_metadata(file.path)
     except (arrow.ArrowInvalid, OSError) as error:
@@ -152,6 +160,16 @@ def _row_groups(number: int, file: InputFile, unit_bytes: int) -> list[Unit]:
         Unit(number, start, min(start + step, metadata.num_row_groups))
         for start in range(0, metadata.num_row_groups, step)
     ]
+
+
+def import_arrow() -> tuple[Any, Any]:
+    """Return pyarrow and its parquet module; raise DataError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("parquet and Arrow files need the package pyarrow; install the extra hf, or pyarrow") from None
+    return pyarrow, pyarrow.parquet
 
 
 def read_unit(
@@ -173,29 +191,6 @@ def read_unit(
         raise DataError(
             f"{file.path} cannot be read ({type(error).__name__}: {error}); mend or remove it, then run again"
         ) from error
-
-
-def open_binary(path: str, compression: Compression) -> IO[bytes]:
-    """Open a file for reading, decompressed."""
-    if compression == "gz":
-        import gzip
-
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if compression == "bz2":
-        import bz2
-
-        return cast(IO[bytes], bz2.open(path, "rb"))
-    if compression == "xz":
-        import lzma
-
-        return cast(IO[bytes], lzma.open(path, "rb"))
-    if compression == "zst":
-        import zstandard
-
-        source = Path(path).open("rb")  # noqa: SIM115 (the reader closes it)
-        reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True, closefd=True)
-        return io.BufferedReader(cast(io.RawIOBase, reader), _BLOCK)
-    return Path(path).open("rb", buffering=_BLOCK)
 
 
 def _read_jsonl(file: InputFile, unit: Unit, keys: Sequence[str], limit: int) -> Iterator[Document | BadRecord]:
@@ -290,8 +285,7 @@ def _read_text(file: InputFile, num_keys: int, limit: int) -> Document | BadReco
 
 
 def _read_columns(file: InputFile, unit: Unit, keys: Sequence[str], limit: int) -> Iterator[Document | BadRecord]:
-    import pyarrow as arrow
-
+    arrow, _ = import_arrow()
     position = 0
     for batch in _batches(file, unit, keys):
         missing = [key for key in keys if key not in batch.schema.names]
@@ -316,9 +310,7 @@ def _read_columns(file: InputFile, unit: Unit, keys: Sequence[str], limit: int) 
 
 
 def _batches(file: InputFile, unit: Unit, keys: Sequence[str]) -> Iterator[Any]:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
+    arrow, parquet = import_arrow()
     if file.format == "parquet":
         with parquet.ParquetFile(file.path) as source:
             present = [key for key in keys if key in source.schema_arrow.names]

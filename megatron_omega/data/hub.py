@@ -9,7 +9,7 @@ from typing import IO
 
 import orjson
 
-from megatron_omega.data.corpus import InputFile, describe, expand_inputs
+from megatron_omega.data.corpus import InputFile, expand_inputs
 from megatron_omega.errors import DataError
 
 
@@ -23,10 +23,7 @@ def local_files(name: str, split: str) -> list[InputFile] | None:
         if split not in splits:
             raise DataError(f"data set {name} has no split {split!r}; it has {', '.join(splits)}: set --dataset-split")
         folder = folder / split
-    state = folder / "state.json"
-    if not state.exists():
-        return expand_inputs([str(folder)])
-    return [describe(folder / entry["filename"], "arrow") for entry in json.loads(state.read_text())["_data_files"]]
+    return expand_inputs([str(folder)])
 
 
 def hub_blocks(name: str, split: str, keys: Sequence[str], block_bytes: int) -> Iterator[bytes]:

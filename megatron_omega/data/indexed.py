@@ -173,6 +173,8 @@ class IndexedShard:
         if self._checked_index is None:
             return
         if not self.is_one_sequence_per_document:
+            bounds = self._layout.bounds_at
+            self._checked_index.check(bounds + 8 * first, bounds + 8 * (stop + 1))
             first, stop = self._bounds[first], self._bounds[stop]
         pointers = self._layout.pointers_at
         self._checked_index.check(pointers + 8 * first, min(pointers + 8 * (stop + 1), self._layout.bounds_at))

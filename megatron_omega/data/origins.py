@@ -6,6 +6,8 @@ record (from 0). Within a run, document and record numbers ascend together.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,5 +88,5 @@ def load_origins(prefix: str | Path) -> Origins | None:
     try:
         with np.load(path, allow_pickle=False) as content:
             return Origins(tuple(str(name) for name in content["files"]), content["runs"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); make the shard again with tools/preprocess_data.py") from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omega.data.corpus import InputFile
+from megatron_omega.data.corpus import InputFile, import_arrow
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.origins import Origins, Runs, join_runs, reordered, unit_runs
 from megatron_omega.data.permutation import Permutation, derive_key
@@ -29,7 +29,8 @@ def check_tally(tally: Tally, options: Options, first: str = "") -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.reasons.most_common(4))
         raise DataError(
             f"{tally.bad} of {tally.records} records are bad ({reasons}){first}, more than --max-bad-fraction "
-            f"{options.max_bad_fraction:g}; mend the input, set --json-keys, or raise the limit"
+            f"{options.max_bad_fraction:g}; see {options.bad_path}, then mend the input, set --json-keys, or raise the "
+            "limit"
         )
 
 
@@ -38,11 +39,13 @@ def check_reports(reports: list[PartReport], inputs: list[InputFile] | Stream, o
     tally = Tally()
     for report in reports:
         tally.add(report, 0)
+    if options.shard[1] > 1 and not tally.records:
+        return  # more shards than there is input for: this one is empty
     if not tally.records:
         raise DataError("the input holds no record at all; give files that have text")
     first = next(bad_records(reports, inputs), None)
     check_tally(tally, options, f", the first in {first['file']} line {first['line']}" if first else "")
-    if not tally.documents:
+    if options.shard[1] == 1 and not tally.documents:
         raise DataError("the input holds no document with text; give files that have some")
 
 
@@ -86,9 +89,7 @@ def first_records(reports: list[PartReport], inputs: list[InputFile] | Stream) -
 def count_records(file: InputFile, stop: int) -> int:
     """Return how many records of `file` begin before `stop` (bytes or row groups), for a shard that starts there."""
     if file.format == "parquet":
-        import pyarrow.parquet as parquet
-
-        metadata = parquet.read_metadata(file.path)
+        metadata = import_arrow()[1].read_metadata(file.path)
         return sum(metadata.row_group(group).num_rows for group in range(stop))
     lines, left = 0, stop - 1
     with Path(file.path).open("rb") as stream:
@@ -106,9 +107,9 @@ def join_parts(
     identity: str,
     encoder: str,
 ) -> Result:
-    numbers = tuple(report.number for report in reports)
+    names = tuple(report.name for report in reports)
     made = sum(report.documents for report in reports)
-    order = _order(numbers, made, options)
+    order = _order(names, made, options)
     origins = Origins(tuple(file_names(inputs)), _runs(reports, inputs))
     if order is not None:
         origins = Origins(origins.files, reordered(origins, order))
@@ -118,7 +119,7 @@ def join_parts(
     dtype = token_dtype(tokenizer.vocab_size)
     totals: list[int] = []
     for key, (name, prefix) in enumerate(zip(options.keys, options.prefixes(), strict=True)):
-        tokens = write_joined(Parts(options.folder, numbers, key, dtype), prefix, order)
+        tokens = write_joined(Parts(options.folder, names, key, dtype), prefix, order)
         totals.append(tokens)
         kept = {"identity": identity, "append_eod": options.append_eod, "tokenizer_model": options.tokenizer_model}
         sidecar = Sidecar(
@@ -128,13 +129,13 @@ def join_parts(
     return Result(tuple(options.prefixes()), documents, tuple(totals), dict(bad), made - documents, encoder)
 
 
-def _order(numbers: tuple[int, ...], made: int, options: Options) -> NDArray[np.int64] | None:
+def _order(names: tuple[str, ...], made: int, options: Options) -> NDArray[np.int64] | None:
     """Return which document stands at each place, or None where all stand as they came."""
-    if not options.is_deduplicated and options.shuffle_seed is None:
+    if not made or (not options.is_deduplicated and options.shuffle_seed is None):
         return None
     kept = np.arange(made)
     if options.is_deduplicated:
-        kept = first_occurrences([part_path(options.folder, number, "hash") for number in numbers])
+        kept = first_occurrences([part_path(options.folder, name, "hash") for name in names])
     if options.shuffle_seed is None:
         return kept
     return kept[Permutation(len(kept), derive_key("documents", options.shuffle_seed)).many(np.arange(len(kept)))]

@@ -32,12 +32,12 @@ class Parts:
     """The parts of one key, in order."""
 
     folder: Path
-    numbers: tuple[int, ...]
+    names: tuple[str, ...]
     key: int
     dtype: np.dtype
 
     def paths(self, suffix: str) -> list[Path]:
-        return [part_path(self.folder, number, suffix) for number in self.numbers]
+        return [part_path(self.folder, name, suffix) for name in self.names]
 
     @property
     def token_paths(self) -> list[Path]:
@@ -151,7 +151,7 @@ def _sync(file: IO[bytes]) -> None:
 
 def _gather(parts: Parts, order: NDArray[np.int64], target: IO[bytes]) -> None:
     """Write the tokens of documents in another order, some millions of tokens at a time."""
-    whole = partial_path(part_path(parts.folder, 0, f"{parts.key}.all"))
+    whole = partial_path(part_path(parts.folder, "whole", f"{parts.key}.bin"))
     with whole.open("wb") as file:
         copy_files(parts.token_paths, file)
     lengths = np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int64)

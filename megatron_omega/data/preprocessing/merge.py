@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ def merge_shards(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     """Write shard `output` = all `prefixes` one after another; return (documents, tokens). Raises DataError."""
     if Path(f"{output}.idx").exists():
         raise DataError(f"{output}.idx exists; choose another --output-prefix or remove it")
+    check_array(prefixes)
     shards = [IndexedShard(prefix) for prefix in prefixes]
     sidecars = _check(shards)
     try:
@@ -39,6 +41,19 @@ def merge_shards(prefixes: Sequence[str], output: str) -> tuple[int, int]:
             f"{output} cannot be written ({error.strerror}; {free / 1e9:.1f} GB free); run it again"
         ) from None
     return sum(map(len, shards)), sum(shard.num_tokens for shard in shards)
+
+
+def check_array(prefixes: Sequence[str]) -> None:
+    """Raise DataError where prefixes are named as elements of an array (-I-of-N_) and not all are there, in order."""
+    named = [found for prefix in prefixes if (found := re.search(r"-(\d{5})-of-(\d{5})_", Path(prefix).name))]
+    numbers = [int(found[1]) for found in named]
+    counts = {int(found[2]) for found in named}
+    if not named or (len(named) == len(prefixes) and len(counts) == 1 and numbers == list(range(*counts))):
+        return
+    wanted = range(max(counts))
+    missing = [number for number in wanted if number not in numbers]
+    found = f"shards {', '.join(map(str, missing))} of {len(wanted)} are missing" if missing else "shards are mixed"
+    raise DataError(f"{found} in --input; give all shards of one array, in order, each once")
 
 
 def _check(shards: Sequence[IndexedShard]) -> list[Sidecar | None]:

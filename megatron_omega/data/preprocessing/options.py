@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from megatron_omega.data.preprocessing.parts import PartReport
 from megatron_omega.data.tokenizer import Tokenizer
@@ -63,6 +65,18 @@ class Stream:
 
     name: str
     blocks: Iterable[bytes]
+    is_known_by_name: bool = False
+    """Whether the name stands for the content; else only reading it tells what it was."""
+    _hash: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128, init=False, compare=False)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for block in self.blocks:
+            self._hash.update(block)
+            yield block
+
+    def identity(self) -> list[str]:
+        """Return what tells this input from others, when it was read to its end."""
+        return [self.name] if self.is_known_by_name else [self.name, self._hash.hexdigest()]
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """One part of a shard: what one worker makes of one task. Written beside the shard, by temporary name and rename.
 
-A part is `{number}.{key}.bin` and `.len` (int32 token counts) for every key, `{number}.hash` where duplicates are
-looked for, and last `{number}.json`, the report whose presence says that the part is complete.
+A part is `{name}.{key}.bin` and `.len` (int32 token counts) for every key, `{name}.hash` where duplicates are looked
+for, and last `{name}.json`, the report whose presence says that the part is complete. The name is a digest of the input
+that it was made of, so a part is found again whatever became of the other inputs.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class Task:
     """Consecutive units of the input, made into one part."""
 
     number: int
+    """Place of the part in the shard."""
     units: tuple[tuple[InputFile, Unit], ...]
-    digest: str = ""
-    """Identity of the content where the input is a stream."""
+    name: str
+    """Digest of what is read."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class PartReport:
     """What a part holds. Its JSON is written last."""
 
     number: int
+    name: str
     documents: int
     tokens: list[int]
     """Tokens for each key."""
     text_bytes: int
     units: list[UnitReport]
-    digest: str = ""
 
     @property
     def records(self) -> int:
@@ -81,8 +83,15 @@ class PartMaker:
 
     def make(self, task: Task) -> PartReport:
         """Write the part of `task` and return its report. Raises DataError and OSError."""
+        try:
+            return self._make(task)
+        except BaseException:
+            remove_files(self.folder.glob(f"{task.name}.*.{os.getpid()}.partial"))  # a full disk has no room for them
+            raise
+
+    def _make(self, task: Task) -> PartReport:
         with ExitStack() as stack:
-            names = [self._partial(task.number, f"{key}.bin") for key in range(len(self.keys))]
+            names = [self._partial(task.name, f"{key}.bin") for key in range(len(self.keys))]
             files = [stack.enter_context(name.open("wb", buffering=1 << 20)) for name in names]
             lengths = [array("i") for _ in self.keys]
             hashes = bytearray()
@@ -90,13 +99,13 @@ class PartMaker:
             for file in files:
                 _sync(file)
         for key, counts in enumerate(lengths):
-            self._publish(task.number, f"{key}.len", counts.tobytes())
-            self._partial(task.number, f"{key}.bin").replace(part_path(self.folder, task.number, f"{key}.bin"))
+            self._publish(task.name, f"{key}.len", counts.tobytes())
+            self._partial(task.name, f"{key}.bin").replace(part_path(self.folder, task.name, f"{key}.bin"))
         if self.has_hashes:
-            self._publish(task.number, "hash", bytes(hashes))
+            self._publish(task.name, "hash", bytes(hashes))
         totals = [sum(counts) for counts in lengths]
-        report = PartReport(task.number, len(lengths[0]), totals, text_bytes, units, task.digest)
-        self._publish(task.number, "json", json.dumps(asdict(report)).encode())
+        report = PartReport(task.number, task.name, len(lengths[0]), totals, text_bytes, units)
+        self._publish(task.name, "json", json.dumps(asdict(report)).encode())
         return report
 
     def _write_units(
@@ -128,15 +137,15 @@ class PartMaker:
             return b""
         return self.tokenizer.eos_id.to_bytes(token_dtype(self.tokenizer.vocab_size).itemsize, "little")
 
-    def _partial(self, number: int, suffix: str) -> Path:
-        return part_path(self.folder, number, f"{suffix}.{os.getpid()}.partial")
+    def _partial(self, name: str, suffix: str) -> Path:
+        return part_path(self.folder, name, f"{suffix}.{os.getpid()}.partial")
 
-    def _publish(self, number: int, suffix: str, content: bytes) -> None:
-        partial = self._partial(number, suffix)
+    def _publish(self, name: str, suffix: str, content: bytes) -> None:
+        partial = self._partial(name, suffix)
         with partial.open("wb") as file:
             file.write(content)
             _sync(file)
-        partial.replace(part_path(self.folder, number, suffix))
+        partial.replace(part_path(self.folder, name, suffix))
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -144,23 +153,22 @@ def _sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def part_path(folder: Path, number: int, suffix: str) -> Path:
-    """Return where a file of part `number` stands."""
-    return folder / f"{number:08d}.{suffix}"
+def part_path(folder: Path, name: str, suffix: str) -> Path:
+    """Return where a file of part `name` stands."""
+    return folder / f"{name}.{suffix}"
 
 
 def read_report(folder: Path, task: Task) -> PartReport | None:
-    """Return the report of a part that is complete and of this content; None where the part must be made."""
+    """Return the report of a part that is complete; None where the part must be made."""
     try:
-        content = json.loads(part_path(folder, task.number, "json").read_bytes())
+        content = json.loads(part_path(folder, task.name, "json").read_bytes())
         units = [
-            UnitReport(**{**unit, "bad": [(position, reason) for position, reason in unit["bad"]]})
-            for unit in content.pop("units")
+            UnitReport(file, unit["start"], unit["records"], [(position, reason) for position, reason in unit["bad"]])
+            for unit, file in zip(content["units"], (unit.file for _, unit in task.units), strict=True)
         ]
-        report = PartReport(**content, units=units)
+        return PartReport(**{**content, "number": task.number, "units": units})
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    return report if report.digest == task.digest else None
 
 
 def remove_files(paths: Iterable[Path]) -> None:
