@@ -152,6 +152,20 @@ def test_globs_folders_and_files_are_found_once(tmp_path: Path) -> None:
     assert len(caught.value.findings) == 2
 
 
+def test_a_folder_of_save_to_disk_is_read_in_its_order(tmp_path: Path) -> None:
+    for number in (1, 0):
+        table = pyarrow.table({"text": [f"text {number}"]})
+        with pyarrow.ipc.new_stream(str(tmp_path / f"data-{number}.arrow"), table.schema) as sink:
+            sink.write_table(table)
+    (tmp_path / "dataset_info.json").write_text("{\n}")
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": f"data-{number}.arrow"} for number in (1, 0)]}))
+    assert texts_of(read_all(expand_inputs([str(tmp_path)]))) == ["text 1", "text 0"]
+    state.write_text("{}")
+    with pytest.raises(DataError, match="state.json is not that of a saved data set"):
+        expand_inputs([str(tmp_path)])
+
+
 def test_a_missing_column_and_a_broken_file_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has no column 'text'; it has body"):
@@ -159,6 +173,12 @@ def test_a_missing_column_and_a_broken_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 900)[:-20])
     with pytest.raises(DataError, match=r"b.jsonl.gz cannot be read \(EOFError"):
         read_all([describe(tmp_path / "b.jsonl.gz")])
+    rows = jsonl(["x"] * 9000)
+    for name, data in (("z.jsonl.zst", zstandard.compress(rows)), ("z.jsonl.xz", lzma.compress(rows))):
+        for length in (len(data) // 2, len(data) - 1):
+            (tmp_path / name).write_bytes(data[:length])
+            with pytest.raises(DataError, match=rf"{name} cannot be read \(EOFError"):
+                read_all([describe(tmp_path / name)])
     (tmp_path / "c.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"c.parquet is not a readable parquet file"):
         read_all([describe(tmp_path / "c.parquet")])

@@ -32,7 +32,7 @@ def merge_shards(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         with partial_path(f"{output}.bin").open("wb") as target:
             copy_files([Path(f"{shard.prefix}.bin") for shard in shards], target)
         with partial_path(f"{output}.idx").open("wb") as target:
-            _write_index(shards, target)
+            write_merged_index(shards, target)
         write_sums(output)
         _publish(shards, sidecars, output)
     except OSError as error:
@@ -107,7 +107,8 @@ def _merged_origins(shards: Sequence[IndexedShard]) -> Origins | None:
     return Origins(tuple(files), join_runs(pieces))
 
 
-def _write_index(shards: Sequence[IndexedShard], target: IO[bytes]) -> None:
+def write_merged_index(shards: Sequence[IndexedShard], target: IO[bytes]) -> None:
+    """Write the .idx of all shards one after another, a block of entries at a time."""
     sequences = sum(shard.num_sequences for shard in shards)
     documents = sum(map(len, shards))
     target.write(header(shards[0].dtype, sequences, documents + 1))

@@ -128,6 +128,33 @@ def test_parts_of_other_inputs_are_not_used(
     assert result.documents == 1
 
 
+def test_a_mended_file_costs_its_own_parts_only(
+    make: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    paths = [tmp_path / f"{number}.jsonl.gz" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(gzip.compress(b"".join(lines[100 * number : 100 * number + 100])))
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(whole[:-9])
+    with pytest.raises(DataError, match=r"1.jsonl.gz cannot be read \(EOFError"):
+        make(paths, unit_bytes=100)
+    assert not list(tmp_path.glob("out.parts/*.partial"))
+    (tmp_path / "out.parts" / "killed.partial").touch()
+    paths[1].write_bytes(whole)
+    made: list[str] = []
+    real = PartMaker.make
+
+    def record(self: PartMaker, task: Task) -> PartReport:
+        made.extend(Path(file.path).name for file, _ in task.units)
+        assert not list(self.folder.glob("*.partial"))
+        return real(self, task)
+
+    monkeypatch.setattr(PartMaker, "make", record)
+    result = make(paths, unit_bytes=100)
+    assert made == ["1.jsonl.gz", "2.jsonl.gz"] and content(result) == content(make(corpus, "reference"))
+
+
 def test_a_stream_that_changed_is_read_again(make: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = corpus.read_bytes().splitlines(keepends=True)
     blocks = [b"".join(lines[:100]), b"".join(lines[100:])]
@@ -144,6 +171,28 @@ def test_a_stream_that_changed_is_read_again(make: Make, corpus: Path, monkeypat
             make(Stream("<stdin>", blocks))
     result = make(Stream("<stdin>", [blocks[0], b"".join(lines[100:150])]))
     assert made == [0, 1, 1] and result.documents == 150
+
+
+def test_another_stream_is_not_taken_for_the_finished_one(make: Make, corpus: Path) -> None:
+    data = corpus.read_bytes()
+    make(Stream("<stdin>", [data]))
+    assert make(Stream("<stdin>", [data[:500], data[500:]])).was_finished
+    with pytest.raises(DataError, match="made from other inputs"):
+        make(Stream("<stdin>", [data[:500]]))
+    assert not make(Stream("<stdin>", [data[: data.index(b"\n") + 1]]), is_overwriting=True).was_finished
+
+
+def test_bad_records_are_listed_where_they_stop_the_run(
+    make: Make, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_PATIENCE_RECORDS", 1)
+    lines = corpus.read_text().splitlines()
+    lines[2] = "{broken"
+    corpus.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"bad \(1 not JSON\), more than .*; see .*out.bad.jsonl"):
+        make(corpus, unit_bytes=4_000)
+    listed = json.loads((corpus.parent / "out.bad.jsonl").read_text())
+    assert (listed["line"], listed["reason"]) == (3, "not JSON")
 
 
 def test_bad_records_are_counted_listed_and_limited(make: Make, corpus: Path, texts: list[str]) -> None:
@@ -221,6 +270,22 @@ def test_shards_of_an_array_merge_to_the_whole(make: Make, corpus: Path, tmp_pat
     assert merged and original and np.array_equal(merged.runs, original.runs)
     sidecar = read_sidecar(tmp_path / "merged")
     assert sidecar and sidecar.documents == whole.documents
+
+
+def test_an_array_larger_than_its_input_merges_too(make: Make, corpus: Path, tmp_path: Path) -> None:
+    whole = make(corpus, "whole")
+    corpus_parts = [
+        make(corpus, "part", unit_bytes=1 << 20, shard=(index, 3), is_deduplicated=True).prefixes[0]
+        for index in range(3)
+    ]
+    assert sorted(len(IndexedShard(prefix)) for prefix in corpus_parts) == [0, 0, whole.documents]
+    merge_shards(corpus_parts, str(tmp_path / "merged"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"merged.{suffix}").read_bytes() == Path(f"{whole.prefixes[0]}.{suffix}").read_bytes()
+    with pytest.raises(DataError, match="shards 1 of 3 are missing"):
+        merge_shards([corpus_parts[0], corpus_parts[2]], str(tmp_path / "other"))
+    with pytest.raises(DataError, match="shards are mixed"):
+        merge_shards([*corpus_parts[::-1]], str(tmp_path / "other"))
 
 
 def test_only_shards_of_one_tokenizer_are_merged(make: Make, corpus: Path, tmp_path: Path) -> None:

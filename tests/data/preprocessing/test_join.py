@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_omega.data.origins import Origins, join_runs, reordered, unit_runs
+from megatron_omega.data.origins import Origins, join_runs, load_origins, reordered, save_origins, unit_runs
 from megatron_omega.data.preprocessing import join
 from megatron_omega.data.preprocessing.join import copy_range, first_occurrences
+from megatron_omega.errors import DataError
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=4), st.sampled_from([4, 1 << 20]))
@@ -49,6 +50,16 @@ def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
         pytest.raises(OSError, match="early"),
     ):
         copy_range(source, 0, 5, target)
+
+
+def test_damaged_origins_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.origins.npz"
+    save_origins(path, Origins(("f",), unit_runs(0, 0, 0, 9, [4])))
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="a.origins.npz is damaged"):
+            load_origins(tmp_path / "a")
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sets(st.integers(0, 11))), max_size=6))
