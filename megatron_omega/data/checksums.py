@@ -29,6 +29,11 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK_BYTES)
 
 
+def block_range(start: int, stop: int) -> tuple[int, int]:
+    """Return bytes start..stop widened to whole blocks."""
+    return start // BLOCK_BYTES * BLOCK_BYTES, num_blocks(stop) * BLOCK_BYTES
+
+
 class CheckedFile:
     """Checks the blocks of one mapped file against their sums, each once, when they are first read."""
 

@@ -14,12 +14,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_omega.data.checksums import CheckedFile, num_blocks
+from megatron_omega.data.checksums import CheckedFile, block_range, num_blocks
 from megatron_omega.errors import DataError
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
@@ -89,7 +89,8 @@ class IndexedShard:
         self._pointers = view[layout.pointers_at : layout.bounds_at].cast("q")
         self._bounds = view[layout.bounds_at : layout.size].cast("q")
         self._itemsize = layout.dtype.itemsize
-        self._tokens = self._map_tokens()
+        self._token_map = self._map_tokens()
+        self._tokens = np.frombuffer(self._token_map or b"", dtype=layout.dtype)
         self._checked_tokens, self._checked_index = self._open_sums()
 
     def __reduce__(self) -> tuple[type[IndexedShard], tuple[str]]:
@@ -150,8 +151,12 @@ class IndexedShard:
                 f"{self.prefix}.idx points at tokens {start}..{stop}, but {self.prefix}.bin has {self.num_tokens}; "
                 "the shard is damaged, make it again"
             )
+        first, last = start * self._itemsize, stop * self._itemsize
         if self._checked_tokens is not None:
-            self._checked_tokens.check(start * self._itemsize, stop * self._itemsize)
+            first, last = block_range(first, last)
+        _advise(self._token_map, "MADV_WILLNEED", first, last)
+        if self._checked_tokens is not None:
+            self._checked_tokens.check(first, last)
         return self._tokens[start:stop]
 
     def ids(self, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:
@@ -183,6 +188,8 @@ class IndexedShard:
         """Raise DataError at the first damaged block of the whole shard; needs checksums."""
         if self._checked_index is None or self._checked_tokens is None:
             raise DataError(f"{self.prefix} has no checksums (.sums); shards of other tools have none")
+        for mapped in (self._index, self._token_map):
+            _advise(mapped, "MADV_SEQUENTIAL")
         self._checked_index.check(0, self._layout.size)
         self._checked_tokens.check(0, self.num_tokens * self._itemsize)
 
@@ -192,25 +199,30 @@ class IndexedShard:
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of every document (this reads the whole index)."""
-        lengths = np.frombuffer(self._lengths, dtype="<i4").astype(np.int64)
+        lengths = self.lengths_of(0, self.num_sequences).astype(np.int64)
         if self.is_one_sequence_per_document:
             return lengths
         sums = np.concatenate([[0], np.cumsum(lengths)])
-        return np.diff(sums[np.frombuffer(self._bounds, dtype="<i8")])
+        return np.diff(sums[self.bounds_of(0, self._layout.bounds)])
 
     def lengths_of(self, start: int, stop: int) -> NDArray[np.int32]:
         """Return the tokens of sequences start..stop."""
-        return np.frombuffer(self._lengths[start:stop], dtype="<i4")
+        return self._entries(self._lengths, HEADER_BYTES, start, stop)
 
     def pointers_of(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the byte offsets of sequences start..stop."""
-        return np.frombuffer(self._pointers[start:stop], dtype="<i8")
+        return self._entries(self._pointers, self._layout.pointers_at, start, stop)
 
     def bounds_of(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the first sequences of documents start..stop (the end counts as a document)."""
-        return np.frombuffer(self._bounds[start:stop], dtype="<i8")
+        return self._entries(self._bounds, self._layout.bounds_at, start, stop)
 
-    def _map_tokens(self) -> NDArray[np.integer]:
+    def _entries(self, view: memoryview, begin: int, start: int, stop: int) -> NDArray[Any]:
+        """Return entries start..stop of an array of the index that begins at byte `begin`."""
+        _advise(self._index, "MADV_WILLNEED", begin + view.itemsize * start, begin + view.itemsize * stop)
+        return np.frombuffer(view[start:stop], dtype=f"<i{view.itemsize}")
+
+    def _map_tokens(self) -> mmap.mmap | None:
         path, layout = Path(self.prefix + ".bin"), self._layout
         if not path.exists():
             raise DataError(f"{path} is missing beside its .idx; copy both files of the shard")
@@ -223,7 +235,7 @@ class IndexedShard:
             )
         if layout.bounds and self._bounds[layout.bounds - 1] != layout.sequences:
             raise DataError(f"{self.prefix}.idx is damaged: its last document does not end with the last sequence")
-        return np.frombuffer(_map(str(path)), dtype=layout.dtype) if size else np.empty(0, layout.dtype)
+        return _map(str(path)) if size else None
 
     def _open_sums(self) -> tuple[CheckedFile, CheckedFile] | tuple[None, None]:
         path = Path(self.prefix + ".sums")
@@ -243,10 +255,22 @@ class IndexedShard:
         )
 
 
+def _advise(mapped: mmap.mmap | None, advice: str, start: int = 0, stop: int | None = None) -> None:
+    """Tell the system how bytes start..stop will be read, where it can be told."""
+    if mapped is None or not hasattr(mmap, advice):
+        return
+    start -= start % mmap.PAGESIZE
+    stop = len(mapped) if stop is None else min(stop, len(mapped))
+    if start < stop:
+        mapped.madvise(getattr(mmap, advice), start, stop - start)
+
+
 def _map(path: str) -> mmap.mmap:
     try:
         with Path(path).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _advise(mapped, "MADV_RANDOM")  # reads are far apart: the megabytes that follow one would be read for nothing
+        return mapped
     except FileNotFoundError:
         raise DataError(
             f"shard {path} does not exist; a prefix is the path without .bin and .idx, as preprocess_data.py printed it"
