@@ -23,28 +23,27 @@ _STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 logger = get_logger(__name__)
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoint folders of `directory`, newest first. Whether they are whole is another question."""
+def list_checkpoints(directory: Path, *, up_to_step: int | None = None) -> list[Path]:
+    """Return the checkpoint folders of `directory`, newest first; with `up_to_step` none of a later step.
+
+    Whether they are whole is another question.
+    """
     try:
         names = [path.name for path in directory.iterdir()]
     except FileNotFoundError:
         return []
     steps = {int(match[1]): name for name in names if (match := _STEP_FOLDER.fullmatch(name))}
-    return [directory / steps[step] for step in sorted(steps, reverse=True)]
-
-
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint folder."""
-    match = _STEP_FOLDER.fullmatch(path.name)
-    assert match is not None, f"{path} is not named like a checkpoint"
-    return int(match[1])
+    return [directory / steps[step] for step in sorted(steps, reverse=True) if up_to_step is None or step <= up_to_step]
 
 
 def check_structure(path: Path) -> Manifest:
     """Check everything of a checkpoint but the tensors' bytes. Raises CheckpointError with what is wrong."""
     with open_checkpoint(path) as reader:
         reader.check_files()
-        return reader.manifest
+        manifest = reader.manifest
+    if (match := _STEP_FOLDER.fullmatch(path.name)) and int(match[1]) != manifest.step:
+        raise CheckpointError(f"{path / FILE_NAME} is of step {manifest.step}, not of the folder it lies in")
+    return manifest
 
 
 def identity_differences(
@@ -129,6 +128,14 @@ class Keeper:
             self.forget(step)
         for step in sorted(verdict.delete):
             delete_checkpoint(self._directory / step_folder(step))
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps. Raises OSError where the file system refuses."""
+        kept = list_checkpoints(self._directory, up_to_step=step)
+        for path in list_checkpoints(self._directory):
+            if path not in kept:
+                self._rows.pop(path.name, None)
+                delete_checkpoint(path)
 
     def _survey(self) -> list[Row]:
         present = {path.name: path for path in list_checkpoints(self._directory)}

@@ -194,6 +194,7 @@ def prefill_adam(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Te
 def refresh_working_weights(optimizer: Any) -> None:
     """Cast the masters into the working weights. Collective within each data-parallel group."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: theirs would be the old
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer.checkpoint_event_epilogue()

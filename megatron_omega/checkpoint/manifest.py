@@ -159,6 +159,13 @@ class Manifest(_Record):
         assert entry is not None, "the optimizer state was dropped"
         return entry
 
+    def tensors_in(self, file: FileEntry) -> list[str]:
+        """Return the names of the tensors that `file` holds a piece of."""
+        shard = next(index for index, shard in enumerate(self.shards) if file in (shard.weights, shard.optimizer))
+        kinds = KINDS[:1] if file == self.shards[shard].weights else KINDS[1:]
+        held = [name for name, entry in self.parameters.items() if any(f.shard == shard for f in entry.fragments)]
+        return [tensor_key(name, kind) for kind in kinds for name in held]
+
     def problems(self) -> list[str]:
         """Return everything that contradicts itself: slices outside a tensor, elements held twice or nowhere."""
         found = [

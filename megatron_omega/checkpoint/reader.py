@@ -30,6 +30,7 @@ from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile, check
 from megatron_omega.errors import CheckpointError
 
 _OPEN_FILES = 64
+_NAMED_TENSORS = 3
 
 
 class CheckpointReader:
@@ -145,9 +146,14 @@ class CheckpointReader:
             try:
                 self._open(entry)
             except DamagedFile as error:
-                findings.append(f"{self.path / entry.name} {error}")
+                findings.append(f"{self.path / entry.name} {error}; lost with it: {self._contents(entry)}")
         if findings:
             raise CheckpointError(*findings)
+
+    def _contents(self, entry: FileEntry) -> str:
+        names = self.manifest.tensors_in(entry)
+        more = f" and {len(names) - _NAMED_TENSORS} more" if len(names) > _NAMED_TENSORS else ""
+        return f"tensor {', '.join(names[:_NAMED_TENSORS])}{more}" if names else "nothing"
 
     def verify(self) -> list[str]:
         """Read every byte and return what is damaged, naming file and tensor; an empty list where nothing is."""

@@ -6,7 +6,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -14,97 +13,29 @@ from typing import Any, cast
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.catalogue import (
-    Keeper,
-    check_structure,
-    delete_checkpoint,
-    list_checkpoints,
-    require_identity,
-    step_of,
-)
+from megatron_omega.checkpoint.binding import Binding, fill, require_same_parameters
+from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
 from megatron_omega.checkpoint.engine_state import (
     Engine,
-    adam_step,
-    base_optimizer,
     check_masters,
-    engine_holdings,
-    prefill_adam,
     read_counters,
     refresh_working_weights,
     restore_counters,
-    set_adam_step,
 )
-from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
-from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
+from megatron_omega.checkpoint.manifest import KINDS, Manifest, SavedLayout
 from megatron_omega.checkpoint.peers import Peers
-from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_omega.checkpoint.writer import Piece, Snapshot, remove_unfinished, write_checkpoint
+from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.checkpoint.writer import Snapshot, remove_unfinished, step_folder, write_checkpoint
 from megatron_omega.config.schema import CheckpointConfig
 from megatron_omega.errors import CheckpointError
 from megatron_omega.log import get_logger
 from megatron_omega.parallel.topology import Topology
 
-_READING_THREADS = 4
-
 logger = get_logger(__name__)
 
 JSON = JsonValue
-
-
-class _Binding:
-    """An engine's holdings and what this rank writes of them."""
-
-    def __init__(self, engine: Engine, peers: Peers, topology: Topology) -> None:
-        self.engine = engine
-        self.holdings = engine_holdings(engine)
-        held = [[_decode(row) for row in cast(list[Any], rows)] for rows in peers.exchange(self._encode())]
-        coordinates = [topology.layout.coordinate(rank) for rank in range(peers.size)]
-        replicas = [place.pipeline * topology.layout.tensor + place.tensor for place in coordinates]
-        self.shapes = {holding.name: holding.region.shape for holdings in held for holding in holdings}
-        self.duties: list[Duty] = share_writing(held, replicas)[peers.rank]
-        self._buffers: dict[Kind, Tensor] = {}
-
-    def _encode(self) -> JSON:
-        rows = []
-        for mine in self.holdings:
-            region = mine.holding.region
-            rows.append([mine.info.name, list(region.shape), region.axis, region.start, region.stop, region.first,
-                         region.count, mine.copy])  # fmt: skip
-        return rows
-
-    def pieces(self, *, copy: bool) -> list[Piece]:
-        """Return what this rank writes, as views of the live state or, with `copy`, of buffers that are reused."""
-        optimizer = base_optimizer(self.engine)
-        pieces, position = [], 0
-        for duty in self.duties:
-            mine = self.holdings[duty.holding]
-            state = optimizer.state.get(mine.flat) or {}
-            tensors: dict[Kind, Tensor] = {}
-            for kind in KINDS:
-                source = mine.flat if kind == "weight" else state.get(kind)
-                view = (
-                    torch.zeros(duty.count) if source is None else mine.part(source).narrow(0, duty.offset, duty.count)
-                )
-                tensors[kind] = self._buffer(kind)[position : position + duty.count].copy_(view) if copy else view
-            region = mine.holding.region.part(duty.offset, duty.count)
-            step = adam_step(optimizer, mine.flat)
-            pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors))
-            position += duty.count
-        return pieces
-
-    def _buffer(self, kind: Kind) -> Tensor:
-        if kind not in self._buffers:
-            count = sum(duty.count for duty in self.duties)
-            self._buffers[kind] = torch.empty(count, pin_memory=torch.cuda.is_available())
-        return self._buffers[kind]
-
-
-def _decode(row: list[Any]) -> Holding:
-    name, shape, axis, start, stop, first, count, copy = row
-    return Holding(name, Region(tuple(shape), axis, start, stop, first, count), copy)
 
 
 class CheckpointStore:
@@ -131,7 +62,7 @@ class CheckpointStore:
         self._peers = Peers(timeout=timeout)
         self._token = str(self._peers.agree(secrets.token_hex(4)))
         self._keeper = Keeper(self.directory, config)
-        self._binding: _Binding | None = None
+        self._binding: Binding | None = None
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._is_tidy = False
@@ -166,6 +97,26 @@ class CheckpointStore:
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"checkpoint-{step}")
         self._thread.start()
 
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: what a run that went back to `step` must not resume from.
+
+        Raises CheckpointError, and deletes nothing, where `step` itself has no whole checkpoint.
+        """
+        self.wait()
+        problems = self._peers.agree(self._forget_after(step) if self._peers.is_first else None)
+        if problems:
+            raise CheckpointError(*cast(list[str], problems))
+
+    def _forget_after(self, step: int) -> JSON:
+        try:
+            check_structure(self.directory / step_folder(step))
+            self._keeper.delete_after(step)
+        except CheckpointError as error:
+            return list(error.findings)
+        except OSError as error:
+            return [f"later checkpoints could not be removed: {error}"]
+        return []
+
     def wait(self) -> CheckpointError | None:
         """Finish the save in progress; return the error of the last save, once, if it failed."""
         if self._thread is not None:
@@ -174,9 +125,9 @@ class CheckpointStore:
         error, self._error = self._error, None
         return error
 
-    def _bind(self, engine: Engine) -> _Binding:
+    def _bind(self, engine: Engine) -> Binding:
         if self._binding is None or self._binding.engine is not engine:
-            self._binding = _Binding(engine, self._peers, self._topology)
+            self._binding = Binding(engine, self._peers, self._topology)
             check_masters(self._binding.holdings)
         return self._binding
 
@@ -246,9 +197,9 @@ class CheckpointStore:
         assert chosen is not None
         return chosen
 
-    def _list(self, directory: Path) -> list[Path]:
+    def _list(self, directory: Path, up_to_step: int | None = None) -> list[Path]:
         """Return the checkpoints of a folder, newest first, or the path itself: what the first rank sees."""
-        found = [str(path) for path in list_checkpoints(directory)]
+        found = [str(path) for path in list_checkpoints(directory, up_to_step=up_to_step)]
         if not found and directory != self.directory:
             found = [str(directory)]
         return [Path(path) for path in cast(list[str], self._peers.agree(cast(JSON, found)))]
@@ -288,28 +239,26 @@ class CheckpointStore:
 
     # ---- loading
 
-    def load_latest(self, engine: Engine) -> dict[str, JSON] | None:
+    def load_latest(self, engine: Engine, *, up_to_step: int | None = None) -> dict[str, JSON] | None:
         """Load the newest valid checkpoint into `engine`, passing over damaged ones; return the saved train state.
 
-        Returns None where the folder holds none. Raises CheckpointError where all are damaged (the engine's state is
-        then undefined), or where the newest whole one belongs to another model.
+        The engine may be new, or in the middle of training: either way it goes on as if it had just saved.
+        `up_to_step` leaves checkpoints of later steps out of account. Returns None where the folder holds none. Raises
+        CheckpointError where all are damaged (the engine's state is then undefined), or where the newest whole one
+        belongs to another model.
         """
-        return self._load_first(engine, self.directory, needs_optimizer=True, weights_only=False)
+        self.wait()
+        paths = self._list(self.directory, up_to_step)
+        return self._load_first(engine, self.directory, paths, needs_optimizer=True, weights_only=False)
 
     def roll_back(self, engine: Engine, up_to_step: int) -> dict[str, JSON] | None:
         """Load the newest valid checkpoint of at most `up_to_step`, delete later ones; return the saved train state.
 
         Returns None, and deletes nothing, where there is none. Raises as `load_latest`.
         """
-        self.wait()
-        later = [path for path in self._list(self.directory) if step_of(path) > up_to_step]
-        state = self._load_first(
-            engine, self.directory, needs_optimizer=True, weights_only=False, passing_over=frozenset(later)
-        )
-        if state is not None and self._peers.is_first:
-            for path in later:
-                delete_checkpoint(path)
-        self._peers.agree(None)
+        state = self.load_latest(engine, up_to_step=up_to_step)
+        if state is not None:
+            self.forget_after(up_to_step)
         return state
 
     def load(self, engine: Engine, path: Path | str, weights_only: bool = False) -> dict[str, JSON]:
@@ -317,23 +266,17 @@ class CheckpointStore:
 
         With `weights_only` optimizer and counters stay as they are. Raises CheckpointError where nothing there fits.
         """
-        state = self._load_first(engine, Path(path), needs_optimizer=not weights_only, weights_only=weights_only)
+        self.wait()
+        paths = self._list(Path(path))
+        state = self._load_first(engine, path, paths, needs_optimizer=not weights_only, weights_only=weights_only)
         self._give_up_if(state is None, path, ["it holds no optimizer state; load its weights only"])
         assert state is not None
         return state
 
     def _load_first(
-        self,
-        engine: Engine,
-        directory: Path,
-        *,
-        needs_optimizer: bool,
-        weights_only: bool,
-        passing_over: frozenset[Path] = frozenset(),
+        self, engine: Engine, directory: Path | str, paths: Sequence[Path], *, needs_optimizer: bool, weights_only: bool
     ) -> dict[str, JSON] | None:
-        self.wait()
         damage: list[str] = []
-        paths = [path for path in self._list(directory) if path not in passing_over]
         for path in self._usable(paths, damage, needs_optimizer=needs_optimizer):
             manifest, problems = self._read_into(engine, path, weights_only=weights_only)
             if manifest is not None and not problems:
@@ -354,8 +297,8 @@ class CheckpointStore:
         try:
             with open_checkpoint(path) as reader:
                 manifest = reader.manifest
-                _require_same_parameters(path, manifest, binding.shapes)
-                _fill(binding, reader, KINDS[:1] if weights_only else KINDS)
+                require_same_parameters(path, manifest, binding.shapes)
+                fill(binding, reader, KINDS[:1] if weights_only else KINDS)
         except CheckpointError as error:
             problems = list(error.findings)
         everywhere = cast(list[list[str]], self._peers.exchange(cast(JSON, problems)))
@@ -364,30 +307,3 @@ class CheckpointStore:
             refresh_working_weights(engine.optimizer)
             check_masters(binding.holdings)
         return manifest, problems
-
-
-def _require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    saved = {name: entry.shape for name, entry in manifest.parameters.items()}
-    lines = [
-        f"{path}: parameter {name} is {saved.get(name, 'absent')} there and {shapes.get(name, 'absent')} in this model"
-        for name in sorted(saved.keys() | shapes.keys())
-        if saved.get(name) != shapes.get(name)
-    ]
-    if lines:
-        raise CheckpointError(*lines)
-
-
-def _fill(binding: _Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
-    optimizer = base_optimizer(binding.engine)
-    with ThreadPoolExecutor(_READING_THREADS) as pool:
-        reads = []
-        for kind in kinds:  # in the order of the files, so that the disk reads ahead
-            for mine in binding.holdings:
-                flat = mine.flat if kind == "weight" else prefill_adam(optimizer, mine.flat)[kind]
-                region = mine.holding.region
-                reads.append(pool.submit(reader.read_into, mine.part(flat), mine.info.name, kind, region))
-        for read in reads:
-            read.result()
-    if len(kinds) > 1:
-        for mine in binding.holdings:
-            set_adam_step(optimizer, mine.flat, reader.manifest.parameters[mine.info.name].step)

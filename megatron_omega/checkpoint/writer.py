@@ -10,6 +10,7 @@ save of the run removes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ from megatron_omega.log import get_logger
 
 STEP_PREFIX = "step-"
 HIDDEN_PREFIX = ".unfinished-"
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 logger = get_logger(__name__)
 
@@ -86,7 +89,8 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, peers: Peers, *, token
             outcome = _attempt(lambda: _commit(staging, directory / name, _assemble(snapshot, shards)))
         _raise_failure([peers.agree(outcome)], staging, peers)
     except RuntimeError as error:
-        _discard(staging)
+        if peers.is_first:  # it alone renames the folder: another rank might empty one that has just become whole
+            _discard(staging)
         raise CheckpointError(
             f"step {snapshot.head['step']} was not saved: another rank is gone ({_first_sentence(error)})"
         ) from error
@@ -186,15 +190,28 @@ def _tuples(blocks: dict[Kind, list[str]]) -> dict[Kind, tuple[str, ...]]:
 def _commit(staging: Path, target: Path, manifest: Manifest) -> JsonValue:
     write_durably(staging / FILE_NAME, encode_manifest(manifest))
     sync_folder(staging)
-    if target.exists():  # a checkpoint of the same step that a resume walked past, or that a rerun reached again
-        hidden = target.with_name(f"{HIDDEN_PREFIX}replaced-{target.name}-{os.getpid()}")
-        target.rename(hidden)
+    if not target.exists():
         staging.rename(target)
-        _discard(hidden)
-    else:
-        staging.rename(target)
-    sync_folder(target.parent)
+        sync_folder(target.parent)
+    else:  # a checkpoint of the same step that a resume walked past, or that a run that went back reached again
+        exchange_folders(staging, target)
+        sync_folder(target.parent)
+        _discard(staging)
     return str(target)
+
+
+def exchange_folders(new: Path, old: Path) -> None:
+    """Exchange two folders' names in one operation of the file system: there is no moment without `old`.
+
+    Where the system cannot (NFS), in two: a process killed between them leaves the older checkpoints only.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None and rename(_HERE, bytes(new), _HERE, bytes(old), _EXCHANGE) == 0:
+        return
+    aside = old.with_name(f"{new.name}-replaced")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def write_durably(path: Path, data: bytes) -> None:

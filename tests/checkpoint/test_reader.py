@@ -112,7 +112,7 @@ def test_every_truncation_is_refused(checkpoint: Path, tmp_path: Path, index: in
     copy = shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True)
     file = sorted(copy.iterdir())[index]
     os.truncate(file, int(place * file.stat().st_size))
-    with pytest.raises(CheckpointError, match=file.name):
+    with pytest.raises(CheckpointError, match=rf"{file.name}.*(lost with it: tensor |checksum)"):
         check_structure(copy)
 
 
@@ -150,6 +150,11 @@ def test_files_of_two_steps_are_refused(saved: Saved, copy: Path) -> None:
     shutil.copy(saved.write(4) / "weights-00002.safetensors", copy / "weights-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"weights-00002.safetensors has changed bytes"):
         read_all(copy)
+
+
+def test_the_manifest_of_another_step_is_refused(saved: Saved, copy: Path) -> None:
+    with pytest.raises(CheckpointError, match="is of step 3, not of the folder it lies in"):
+        check_structure(copy.rename(copy.with_name("step-00000005")))
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

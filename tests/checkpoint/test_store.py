@@ -21,11 +21,13 @@ from megatron_omega.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
 
+GATHERED_ANEW = (("stage3_param_persistence_threshold", 1),)  # else small parameters stay gathered between steps
 ONE_RANK = [Case(zero=0), Case(zero=1, dtype="bf16"), Case(zero=3, options=OFFLOAD)]
 TWO_RANKS = [
     Case(data=2, zero=0),
     Case(data=2, zero=2, options=ROUND_ROBIN),
     Case(data=2, zero=3),
+    Case(data=2, zero=3, options=GATHERED_ANEW),
     Case(tensor=2, zero=1, sequence_parallel=True),
     Case(pipeline=2, dtype="bf16"),
 ]
@@ -51,7 +53,20 @@ def continues_bit_for_bit(case: Case, directory: Path) -> None:
     assert same_state(saved, whole_state(again)) == []
     assert again.engine.deepspeed.global_steps == 2
     assert again.train(1) == unbroken
-    assert same_state(whole_state(run), whole_state(again)) == []
+    end = whole_state(run)
+    assert same_state(end, whole_state(again)) == []
+    rolls_back(run, directory, saved, unbroken, end)
+
+
+def rolls_back(run: Run, directory: Path, saved: Any, unbroken: Any, end: Any) -> None:
+    """Check that an engine in the middle of training goes back to its checkpoint, and on as if nothing had been."""
+    run.train(1)
+    state = run.store(directory).load_latest(run.engine.deepspeed)
+    assert state is not None
+    run.consumed = state["consumed_samples"]  # type: ignore[assignment]
+    assert same_state(saved, whole_state(run)) == []
+    assert run.train(1) == unbroken
+    assert same_state(end, whole_state(run)) == []
 
 
 def all_continue_bit_for_bit(cases: list[Case], directory: Path) -> None:
@@ -152,6 +167,27 @@ def choosing(directory: Path) -> None:
             attempt()
     with pytest.raises(CheckpointError, match="without its manifest"):
         store.resolve(directory / "step-00000099")
+
+
+def going_back(directory: Path) -> None:
+    """A run in its middle goes back to an earlier checkpoint, past later ones, which a restart then does not find."""
+    run = start(Case(data=2))
+    store = run.store(directory)
+    for step in (1, 2, 3):
+        run.train(1)
+        store.save(run.engine.deepspeed, run.state, step=step, asynchronous=True)
+    with pytest.raises(CheckpointError, match="step-00000009"):
+        store.forget_after(9)
+    assert len(list_checkpoints(directory)) == 3
+    assert (store.load_latest(run.engine.deepspeed, up_to_step=2) or {})["consumed_samples"] == 16
+    store.forget_after(2)
+    assert (store.load_latest(run.engine.deepspeed) or {})["consumed_samples"] == 16
+    assert [path.name for path in list_checkpoints(directory)] == ["step-00000002", "step-00000001"]
+    assert store.load_latest(run.engine.deepspeed, up_to_step=0) is None
+
+
+def test_a_run_can_go_back(tmp_path: Path) -> None:
+    run_ranks(2, going_back, tmp_path)
 
 
 def damage(file: Path, *, position: int) -> None:

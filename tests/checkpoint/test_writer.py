@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parts import KINDS, Saved, full_tensors
+from parts import KINDS, Saved, ThreadPeers, full_tensors
+from pydantic import JsonValue
 
 from megatron_omega.checkpoint import writer
 from megatron_omega.checkpoint.catalogue import check_structure, list_checkpoints
@@ -130,6 +132,39 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     saved.write(3, seed=1)
     assert holds(saved.write(3, seed=2), 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_checkpoint_is_replaced_without_a_moment_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = Saved(tmp_path, tensor=1, data=1)
+    saved.write(3, seed=1)
+    monkeypatch.setattr(Path, "rename", raises)  # one exchange, not two renames with a kill between them
+    assert holds(saved.write(3, seed=2), 2)
+
+
+def test_a_checkpoint_is_replaced_where_names_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Saved(tmp_path, tensor=1, data=1)
+    saved.write(3, seed=1)
+    monkeypatch.setattr(writer.ctypes, "CDLL", lambda *_, **__: object())
+    assert holds(saved.write(3, seed=2), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+class LostPeers(ThreadPeers):
+    """Peers of whom one is gone."""
+
+    def exchange(self, value: JsonValue) -> list[JsonValue]:
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(("rank", "remains"), [(0, 0), (1, 1)])
+def test_only_the_first_rank_cleans_up_after_a_lost_one(tmp_path: Path, rank: int, remains: int) -> None:
+    """Another one's hand could empty a folder that the first rank has just renamed."""
+    peers = LostPeers(rank, 2, [], threading.Barrier(1))
+    with pytest.raises(CheckpointError, match="another rank is gone"):
+        writer.write_checkpoint(tmp_path, Saved(tmp_path, data=1).snapshots(1, 1)[rank], peers, token="t")
+    assert len(list(tmp_path.iterdir())) == remains
 
 
 def test_an_unfinished_save_of_this_process_is_left_alone(tmp_path: Path) -> None:

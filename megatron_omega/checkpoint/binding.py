@@ -1,0 +1,112 @@
+"""A live engine seen as a checkpoint: what its ranks hold, what each of them writes, how it is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from megatron_omega.checkpoint.engine_state import (
+    Engine,
+    adam_step,
+    base_optimizer,
+    engine_holdings,
+    prefill_adam,
+    set_adam_step,
+)
+from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest
+from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
+from megatron_omega.checkpoint.peers import Peers
+from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.writer import Piece
+from megatron_omega.errors import CheckpointError
+from megatron_omega.parallel.topology import Topology
+
+_READING_THREADS = 4
+
+
+class Binding:
+    """An engine's holdings and what this rank writes of them. Creating it is collective."""
+
+    def __init__(self, engine: Engine, peers: Peers, topology: Topology) -> None:
+        self.engine = engine
+        self.holdings = engine_holdings(engine)
+        held = [[_decode(row) for row in cast(list[Any], rows)] for rows in peers.exchange(self._encode())]
+        coordinates = [topology.layout.coordinate(rank) for rank in range(peers.size)]
+        replicas = [place.pipeline * topology.layout.tensor + place.tensor for place in coordinates]
+        self.shapes = {holding.name: holding.region.shape for holdings in held for holding in holdings}
+        self.duties: list[Duty] = share_writing(held, replicas)[peers.rank]
+        self._buffers: dict[Kind, Tensor] = {}
+
+    def _encode(self) -> JsonValue:
+        rows = []
+        for mine in self.holdings:
+            region = mine.holding.region
+            rows.append([mine.info.name, list(region.shape), region.axis, region.start, region.stop, region.first,
+                         region.count, mine.copy])  # fmt: skip
+        return rows
+
+    def pieces(self, *, copy: bool) -> list[Piece]:
+        """Return what this rank writes, as views of the live state or, with `copy`, of buffers that are reused."""
+        optimizer = base_optimizer(self.engine)
+        pieces, position = [], 0
+        for duty in self.duties:
+            mine = self.holdings[duty.holding]
+            state = optimizer.state.get(mine.flat) or {}
+            tensors: dict[Kind, Tensor] = {}
+            for kind in KINDS:
+                source = mine.flat if kind == "weight" else state.get(kind)
+                view = (
+                    torch.zeros(duty.count) if source is None else mine.part(source).narrow(0, duty.offset, duty.count)
+                )
+                tensors[kind] = self._buffer(kind)[position : position + duty.count].copy_(view) if copy else view
+            region = mine.holding.region.part(duty.offset, duty.count)
+            step = adam_step(optimizer, mine.flat)
+            pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors))
+            position += duty.count
+        return pieces
+
+    def _buffer(self, kind: Kind) -> Tensor:
+        if kind not in self._buffers:
+            count = sum(duty.count for duty in self.duties)
+            self._buffers[kind] = torch.empty(count, pin_memory=torch.cuda.is_available())
+        return self._buffers[kind]
+
+
+def _decode(row: list[Any]) -> Holding:
+    name, shape, axis, start, stop, first, count, copy = row
+    return Holding(name, Region(tuple(shape), axis, start, stop, first, count), copy)
+
+
+def require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError, with every parameter that differs, where the engine has others than the checkpoint."""
+    saved = {name: entry.shape for name, entry in manifest.parameters.items()}
+    lines = [
+        f"{path}: parameter {name} is {saved.get(name, 'absent')} there and {shapes.get(name, 'absent')} in this model"
+        for name in sorted(saved.keys() | shapes.keys())
+        if saved.get(name) != shapes.get(name)
+    ]
+    if lines:
+        raise CheckpointError(*lines)
+
+
+def fill(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
+    """Read this rank's part of `kinds` into the engine's masters and moments. Raises CheckpointError at any damage."""
+    optimizer = base_optimizer(binding.engine)
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        reads = []
+        for kind in kinds:  # in the order of the files, so that the disk reads ahead
+            for mine in binding.holdings:
+                flat = mine.flat if kind == "weight" else prefill_adam(optimizer, mine.flat)[kind]
+                region = mine.holding.region
+                reads.append(pool.submit(reader.read_into, mine.part(flat), mine.info.name, kind, region))
+        for read in reads:
+            read.result()
+    if len(kinds) > 1:
+        for mine in binding.holdings:
+            set_adam_step(optimizer, mine.flat, reader.manifest.parameters[mine.info.name].step)
