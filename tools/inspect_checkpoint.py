@@ -3,10 +3,10 @@
 
     tools/inspect_checkpoint.py runs/omega/checkpoints                        the checkpoints of a run
     tools/inspect_checkpoint.py runs/omega/checkpoints/step-00000100          one of them
-    tools/inspect_checkpoint.py DIR --verify                                  read every byte
+    tools/inspect_checkpoint.py DIR --verify                                  read every byte, of one or of all
     tools/inspect_checkpoint.py DIR --diff OTHER                              largest differences by parameter
 
-Exit code 4: the checkpoint is damaged or not one.
+Of a folder of checkpoints `--diff` takes the newest. Exit code 4: the checkpoint is damaged or not one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_omega.checkpoint.inspection import (
     Comparison,
     checkpoint_rows,
     compare,
+    newest_checkpoint,
     parameter_rows,
     total_bytes,
 )
@@ -51,15 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool."""
     options = build_parser().parse_args(arguments)
     with exit_cleanly():
-        rows = checkpoint_rows(options.directory)
-        if rows:
+        if options.diff is not None:
+            paths = newest_checkpoint(options.directory), newest_checkpoint(options.diff)
+            with open_checkpoint(paths[0]) as reader, open_checkpoint(paths[1]) as other:
+                show_comparison(compare(reader, other), paths, options.top, as_json=options.json)
+        elif rows := checkpoint_rows(options.directory, verify=options.verify):
             show_run(rows, as_json=options.json)
-            return
-        with open_checkpoint(options.directory) as reader:
-            if options.diff is not None:
-                with open_checkpoint(options.diff) as other:
-                    show_comparison(compare(reader, other), options.top, as_json=options.json)
-            else:
+            if options.verify and (damage := [row.damage for row in rows if row.damage is not None]):
+                raise CheckpointError(*damage)
+        else:
+            with open_checkpoint(options.directory) as reader:
                 show_checkpoint(reader, verify=options.verify, as_json=options.json)
 
 
@@ -112,7 +114,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def show_comparison(comparison: Comparison, top: int, *, as_json: bool) -> None:
+def show_comparison(comparison: Comparison, paths: tuple[Path, Path], top: int, *, as_json: bool) -> None:
     """Print how two checkpoints differ."""
     if as_json:
         print(json.dumps(asdict(comparison), indent=2))
@@ -124,7 +126,7 @@ def show_comparison(comparison: Comparison, top: int, *, as_json: bool) -> None:
     ]
     if cells:
         _table(("tensor", "kind", "relative", "largest", "elements"), cells)
-    print(f"{len(different)} of {len(comparison.differences)} tensors differ")
+    print(f"{len(different)} of {len(comparison.differences)} tensors differ between {paths[0]} and {paths[1]}")
     for label, names in (
         ("only in the first", comparison.only_first),
         ("only in the second", comparison.only_second),

@@ -11,7 +11,7 @@ import torch
 
 from megatron_omega.checkpoint.catalogue import check_structure, list_checkpoints
 from megatron_omega.checkpoint.manifest import ELEMENT_BYTES, Kind, Manifest
-from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_omega.errors import CheckpointError
 
 
@@ -81,14 +81,26 @@ def parameter_rows(manifest: Manifest) -> list[ParameterRow]:
     ]
 
 
-def checkpoint_rows(directory: Path) -> list[CheckpointRow]:
-    """Return one row for each checkpoint of a folder, newest first; damaged ones say what is wrong."""
-    return [_checkpoint_row(path) for path in list_checkpoints(directory)]
+def checkpoint_rows(directory: Path, *, verify: bool = False) -> list[CheckpointRow]:
+    """Return one row for each checkpoint of a folder, newest first; damaged ones say what is wrong.
+
+    With `verify` every byte is read; else names, sizes and headers only.
+    """
+    return [_checkpoint_row(path, verify=verify) for path in list_checkpoints(directory)]
 
 
-def _checkpoint_row(path: Path) -> CheckpointRow:
+def newest_checkpoint(directory: Path) -> Path:
+    """Return the newest checkpoint of a folder of checkpoints, or the folder itself where it holds none."""
+    return next(iter(list_checkpoints(directory)), directory)
+
+
+def _checkpoint_row(path: Path, *, verify: bool) -> CheckpointRow:
     try:
         manifest = check_structure(path)
+        if verify:
+            with open_checkpoint(path) as reader:
+                if damage := reader.verify():
+                    raise CheckpointError(*damage)
     except CheckpointError as error:
         step = int(path.name.rpartition("-")[2])
         return CheckpointRow(path.name, step, 0, "", False, None, error.findings[0])

@@ -154,7 +154,7 @@ def wipe(run: Run) -> None:
     for mine in engine_holdings(run.engine.deepspeed):
         state = base_optimizer(run.engine.deepspeed).state[mine.flat]
         for tensor in (mine.flat.detach(), state["exp_avg"], state["exp_avg_sq"], mine.parameter.detach()):
-            tensor.fill_(float("nan"))
+            tensor.fill_(7)
 
 
 def what_got_through(run: Run, directory: Path, files: list[str], older: dict[str, torch.Tensor]) -> str | None:

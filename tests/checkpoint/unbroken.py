@@ -4,13 +4,14 @@
     python tests/checkpoint/unbroken.py [--only z1]
 
 Each case trains 20 steps and saves every 7; a second run folder gets nothing but the checkpoint of step 7 and trains on
-to step 20. Steps 8 to 20 of metrics.jsonl and the last checkpoints must be equal to the last bit. Batch ramp-up and the
-ends of several epochs lie inside; the corpus is this package's own source.
+to step 20. Steps 8 to 20 of metrics.jsonl and the last checkpoints must be equal to the last bit. The batch size grows and an epoch
+ends both before and after the break, which is checked; the corpus is this package's own source.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -29,7 +30,10 @@ import yaml
 
 from megatron_omega.checkpoint.inspection import compare
 from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.config.load import load_config
+from megatron_omega.data.sources import open_sources
 
+STEPS, BREAK = 20, 7
 SETTINGS: dict[str, Any] = {
     "model": {"hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "encoder_layers": 2, "decoder_layers": 2,
               "vocab_size": 512, "local_window": 16, "axial_width": 8},
@@ -37,9 +41,9 @@ SETTINGS: dict[str, Any] = {
     "batch": {"micro_batch_size": 2, "global_batch_size": 16, "ramp_up": {"start": 8, "increment": 4, "samples": 120}},
     "parallel": {"recompute": "none", "timeout_seconds": 300},
     "schedule": {"warmup_steps": 5},
-    "training": {"train_steps": 20},
+    "training": {"train_steps": STEPS},
     "evaluation": {"interval_steps": 5, "num_batches": 1},
-    "checkpoint": {"interval_steps": 7, "keep_last": 9},
+    "checkpoint": {"interval_steps": BREAK, "keep_last": 9},
     "logging": {"progress_bar": False, "tensorboard": False},
 }  # fmt: skip
 COMPARED = ("loss", "lm_loss", "mlm_loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens")
@@ -126,19 +130,31 @@ def metrics(run: Path) -> dict[int, tuple[Any, ...]]:
     return {row["step"]: tuple(row[key] for key in COMPARED) for row in rows}
 
 
+def passes_boundaries(run: Path) -> bool:
+    """Return whether the batch size grew and an epoch ended, before the break and after it."""
+    consumed = [0, *(row[COMPARED.index("consumed_samples")] for _, row in sorted(metrics(run).items()))]
+    sizes = [after - before for before, after in itertools.pairwise(consumed)]
+    epoch = len(open_sources(load_config(run / "config.yaml")).train)
+    parts = (range(BREAK), range(BREAK, STEPS))
+    grows = all(sizes[part[0]] < sizes[part[-1]] for part in parts)
+    return grows and all(consumed[part[0]] // epoch < consumed[part[-1] + 1] // epoch for part in parts)
+
+
 def check(setup: Setup, corpus: Path, folder: Path) -> str | None:
     """Return what differs, or None."""
     unbroken, resumed = folder / "unbroken", folder / "resumed"
     train(setup, corpus, unbroken)
-    shutil.copytree(unbroken / "checkpoints" / "step-00000007", resumed / "checkpoints" / "step-00000007")
+    shutil.copytree(unbroken / "checkpoints" / f"step-{BREAK:08d}", resumed / "checkpoints" / f"step-{BREAK:08d}")
     train(setup, corpus, resumed)
+    if not passes_boundaries(unbroken):
+        return "no epoch ends, or the batch does not grow, before and after the break"
     first, second = metrics(unbroken), metrics(resumed)
-    if sorted(first) != list(range(1, 21)) or sorted(second) != list(range(8, 21)):
+    if sorted(first) != list(range(1, STEPS + 1)) or sorted(second) != list(range(BREAK + 1, STEPS + 1)):
         return f"steps {sorted(first)} and {sorted(second)}"
     wrong = [step for step in second if first[step] != second[step]]
     if wrong:
         return f"step {wrong[0]}: {first[wrong[0]]} and {second[wrong[0]]}"
-    last = "checkpoints/step-00000020"
+    last = f"checkpoints/step-{STEPS:08d}"
     with open_checkpoint(unbroken / last) as mine, open_checkpoint(resumed / last) as theirs:
         different = [row.name for row in compare(mine, theirs).differences if row.num_different]
         if mine.manifest.state != theirs.manifest.state:
@@ -156,7 +172,7 @@ def main() -> None:
         for index, setup in enumerate(setup for setup in SETUPS if options.only in setup.label):
             problem = check(setup, Path(folder), Path(folder) / str(index))
             print(
-                f"{setup.label:32} {'20 = 7 + 13, bit for bit' if problem is None else 'DIFFERS: ' + problem}",
+                f"{setup.label:32} {'20 steps = 7 + resume + 13, bit for bit' if problem is None else 'DIFFERS: ' + problem}",
                 flush=True,
             )
             good &= problem is None
