@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import runpy
 import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,18 @@ from parts import KINDS, SHAPES, Saved, full_tensors
 from megatron_omega.checkpoint.inspection import checkpoint_rows, compare, parameter_rows
 from megatron_omega.checkpoint.reader import open_checkpoint
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"))
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    """Call the tool in this process, which has torch already."""
+    said, complained, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(said), redirect_stderr(complained):
+        try:
+            TOOL["main"]([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
 
 
 @pytest.fixture(scope="module")

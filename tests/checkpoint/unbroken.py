@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,10 +27,12 @@ sys.path[:0] = [str(REPOSITORY)]
 
 import yaml
 
+import pretrain_omega
 from megatron_omega.checkpoint.inspection import compare
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.load import load_config
 from megatron_omega.data.sources import open_sources
+from megatron_omega.local_launch import run_ranks
 
 STEPS, BREAK = 20, 7
 SETTINGS: dict[str, Any] = {
@@ -79,7 +80,7 @@ SETUPS = [
 def make_corpus(folder: Path) -> None:
     """Write a tokenizer and a corpus of this package's sources."""
     texts = [path.read_text() for path in sorted((REPOSITORY / "megatron_omega").glob("*/*.py"))][:12]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in texts))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in texts))
     (folder / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run_python(
         "tools/train_tokenizer.py",
@@ -95,10 +96,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def run_python(*arguments: object) -> None:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DEEPSPEED_LOG_LEVEL": "error"}
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(
             f"{arguments} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
@@ -116,13 +114,17 @@ def train(setup: Setup, corpus: Path, run: Path) -> None:
     settings["precision"] = {"dtype": setup.dtype}
     settings["logging"] |= {"run_directory": str(run)}
     run.mkdir(parents=True, exist_ok=True)
-    (run.parent / f"{run.name}.yaml").write_text(yaml.safe_dump(settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = setup.pipeline * setup.data * setup.tensor
-    run_python("-m", "torch.distributed.run", "--nproc_per_node", size, "--master_port", port, "pretrain_omega.py",
-               "--config", run.parent / f"{run.name}.yaml", "--deepspeed_config", f"ds_configs/{setup.deepspeed}.json")  # fmt: skip
+    Path(f"{run}.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--config", f"{run}.yaml", "--deepspeed_config", f"{REPOSITORY}/ds_configs/{setup.deepspeed}.json"]
+    run_ranks(train_rank, setup.pipeline * setup.data * setup.tensor, words, Path(f"{run}.log"))
+
+
+def train_rank(words: list[str], log: Path) -> None:
+    """Be one process of the run; what it says goes to a file."""
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    pretrain_omega.main(words)
 
 
 def metrics(run: Path) -> dict[int, tuple[Any, ...]]:
@@ -166,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only cases whose label holds this text")
     options = parser.parse_args()
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DEEPSPEED_LOG_LEVEL": "error"}
     good = True
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(Path(folder))
