@@ -31,7 +31,7 @@ from megatron_omega.model.omega import Omega
 from megatron_omega.model.pipeline import build_pipeline
 from megatron_omega.monitoring import monitoring_hooks
 from megatron_omega.monitoring.files import SUCCESS, mark_success
-from megatron_omega.monitoring.forecast import Forecast
+from megatron_omega.monitoring.forecast import Forecast, peak_bytes
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
 from megatron_omega.resilience.integrity import Integrity, has_copies
@@ -166,6 +166,7 @@ def _trainer(
         run_config=config.model_dump(mode="json"),
     )
     _refuse_foreign_checkpoint(config, store)
+    baseline = peak_bytes()
     engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
     for choice in (*kernels.choices, engine.optimizer_choice):
         log.info(choice)
@@ -184,7 +185,7 @@ def _trainer(
                 Watch(sentinel, config),
                 *_straggler_hooks(config, places, tell=monitoring.on_fault),
                 monitoring,
-                *_forecast_hooks(resolved, topology),
+                *_forecast_hooks(resolved, topology, baseline),
                 *hooks,
             ]
         ),
@@ -233,12 +234,16 @@ def _straggler_hooks(config: RunConfig, places: Places, tell: Callable[[Fault], 
     return [StragglerWatch(places.layout, places, window=window, tell=tell)]
 
 
-def _forecast_hooks(resolved: ResolvedRun, topology: Topology) -> list[Hook]:
-    """Return what logs the planner's forecast, where the planner knows this machine."""
+def _forecast_hooks(resolved: ResolvedRun, topology: Topology, baseline: int) -> list[Hook]:
+    """Return what logs the planner's forecast, where the planner knows this machine.
+
+    `baseline` is the process's memory before the engine.
+    """
     machine = machine_called(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     if topology.rank or machine is None or not machine.supports(resolved.config.precision.dtype):
         return []
-    return [Forecast(forecast(resolved.config, topology.layout.world_size, resolved.deepspeed.zero_stage, machine))]
+    estimate = forecast(resolved.config, topology.layout.world_size, resolved.deepspeed.zero_stage, machine)
+    return [Forecast(estimate, baseline)]
 
 
 def _context(config: RunConfig, topology: Topology) -> RunContext:

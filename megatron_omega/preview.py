@@ -19,9 +19,10 @@ from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner import report
 from megatron_omega.planner.candidates import Candidate, of_config
-from megatron_omega.planner.estimate import Estimate, Planner, stages_of
+from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
+from megatron_omega.planner.stages import stages_of
 
 GPU, CPU = "h100-80g", "cpu"
 
@@ -153,8 +154,6 @@ def _cost_lines(preview: Preview) -> Iterator[str]:
         f"  step {estimate.step_seconds:.3g} s ({low:.3g} to {high:.3g}), {estimate.tokens_per_second:,.0f} tokens/s, "
         f"MFU {estimate.mfu:.1%}, bubble {estimate.bubble:.1%}"
     )
-    if config.parallel.stage_boundaries:
-        yield "  with stages cut by cost, not at parallel.stage_boundaries"
     yield from (f"  {line}" for line in report.memory_bars(estimate))
     if not estimate.fits:
         yield f"  this does not fit: {estimate.hardware.name} has {estimate.hardware.facts.memory_gib:g} GiB"

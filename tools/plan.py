@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, exit_cleanly
 from megatron_omega.planner import report
-from megatron_omega.planner.candidates import obstacle, parse_label
+from megatron_omega.planner.candidates import MICRO_BATCHES, obstacle, parse_label
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.export import write_plan
 from megatron_omega.planner.hardware import find_hardware, read_hardware
@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--network", help="connection between nodes, if not the accelerator's usual one")
     parser.add_argument("--global-batch-size", type=int, help="instead of the configuration's")
+    parser.add_argument(
+        "--micro-batch-sizes", type=int, nargs="+", default=list(MICRO_BATCHES), help="sizes to try (default: 1 2 4 8)"
+    )
     parser.add_argument("--top", type=int, default=10, help="rows of the table (default: 10)")
     parser.add_argument("--all", action="store_true", help="rank every variant, not the best of each grid")
     parser.add_argument("--explain", metavar="LAYOUT", help="one layout in detail; `best`, or a name from the table")
@@ -54,25 +57,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage-bandwidth", type=float, default=Assumptions.storage_bytes_per_second, help="bytes/s (default: 20e9)"
     )
+    parser.add_argument("--stall-seconds", type=float, help="measured: how long a save stops training")
+    parser.add_argument("--write-seconds", type=float, help="measured: how long a save takes to be complete")
     return parser
 
 
 def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
-    if arguments.gpus < 1:
-        raise ConfigError(f"--gpus {arguments.gpus} is no number of accelerators; use at least 1")
+    _check(arguments)
     config = load_config(arguments.config)
     if arguments.global_batch_size is not None:
-        batch = {**config.batch.model_dump(), "global_batch_size": arguments.global_batch_size}
-        config = config.model_copy(update={"batch": type(config.batch).model_validate(batch)})
+        batch = config.batch.model_copy(update={"global_batch_size": arguments.global_batch_size})
+        config = config.model_copy(update={"batch": batch})
     hardware = find_hardware(arguments.gpu, network=arguments.network, file=read_hardware(arguments.hardware))
     assumptions = Assumptions(
-        arguments.tokens, arguments.failures_per_gpu_hour, arguments.restart_seconds, arguments.storage_bandwidth
-    )
+        arguments.tokens, arguments.failures_per_gpu_hour, arguments.restart_seconds, arguments.storage_bandwidth,
+        arguments.stall_seconds, arguments.write_seconds,
+    )  # fmt: skip
     planner, ranking = Planner(config, hardware), None
     if arguments.explain in (None, "best"):
-        ranking = rank(config, hardware, arguments.gpus)
+        ranking = rank(config, hardware, arguments.gpus, arguments.micro_batch_sizes)
         if not ranking.fitting:
             raise nothing_fits(config, hardware, arguments.gpus, ranking)
         chosen = ranking.fitting[0]
@@ -91,6 +96,22 @@ def main() -> None:
     if arguments.write:
         paths = write_plan(chosen, arguments.write)
         print(f"wrote {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would otherwise fail after the planning."""
+    if arguments.gpus < 1:
+        raise ConfigError(f"--gpus {arguments.gpus} is no number of accelerators; use at least 1")
+    for option in ("global_batch_size", "micro_batch_sizes", "top"):
+        value = getattr(arguments, option)
+        smallest = min(value) if isinstance(value, list) else value
+        if smallest is not None and smallest < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {smallest} is not positive; use at least 1")
+    path = arguments.plot
+    if path and path.suffix not in (".png", ".html"):
+        raise ConfigError(f"--plot {path} ends in {path.suffix or 'nothing'}; use .png or .html")
+    if path and not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}; make it, or choose another")
 
 
 def _named(planner: Planner, label: str, gpus: int) -> Estimate:

@@ -258,7 +258,7 @@ class CheckpointStore:
         """
         state = self.load_latest(engine, up_to_step=up_to_step)
         if state is not None:
-            self.forget_after(up_to_step)
+            self.forget_after(cast(int, state["step"]))
         return state
 
     def load(self, engine: Engine, path: Path | str, weights_only: bool = False) -> dict[str, JSON]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import resource
 import statistics
+from pathlib import Path
+
+import torch
 
 from megatron_omega.log import get_logger
 from megatron_omega.planner.estimate import Estimate
@@ -17,10 +20,14 @@ WARM_UP_STEPS = 2
 
 
 class Forecast(Hook):
-    """Logs the forecast when the run starts, and beside it what was measured when the run ends."""
+    """Logs the forecast when the run starts, and beside it what was measured when the run ends.
 
-    def __init__(self, estimate: Estimate) -> None:
+    `baseline` is what `peak_bytes` gave before the engine was built; the forecast does not count it.
+    """
+
+    def __init__(self, estimate: Estimate, baseline: int) -> None:
         self._estimate = estimate
+        self._baseline = baseline
         self._seconds: list[float] = []
 
     def on_start(self, context: RunContext) -> None:
@@ -35,19 +42,25 @@ class Forecast(Hook):
         if not steady:
             return
         log.info(
-            "median step %.3g s (forecast %.3g); peak memory of this rank %.2f GiB, libraries included (forecast %.2f "
-            "on the fullest rank, without them)",
+            "median step %.3g s (forecast %.3g); peak memory of rank 0 %.3g GiB (forecast %.3g, the fullest rank %.3g)",
             statistics.median(steady),
             self._estimate.step_seconds,
-            _peak_bytes(self._estimate) / GIB,
+            (peak_bytes() - self._baseline) / GIB,
+            self._estimate.ranks[0].total / GIB,
             self._estimate.peak_memory / GIB,
         )
 
 
-def _peak_bytes(estimate: Estimate) -> int:
-    """Return the most memory this rank has held so far: of the GPU where there is one, else of the process."""
-    if not estimate.hardware.facts.is_cpu:
-        import torch
+def peak_bytes() -> int:
+    """Return the most memory that this process has held so far: of its GPU where it uses one, else of its own.
 
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Of a process's memory, pages of files (libraries) are left out: processes share them, and the kernel may drop them.
+    """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    highest, files = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile"))
+    return (highest - files) * 1024

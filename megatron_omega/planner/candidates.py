@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, cast
 
 from megatron_omega.config import check
@@ -14,6 +15,7 @@ from megatron_omega.errors import ConfigError
 Recompute = Literal["none", "swiglu", "ffn", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "swiglu", "ffn", "full")
 MICRO_BATCHES = (1, 2, 4, 8)
+"""Sizes that are tried where none are named."""
 _LABEL = re.compile(
     r"tp(?P<tp>\d+)(?P<sp>sp)?-pp(?P<pp>\d+)(?P<dual>v)?-dp(?P<dp>\d+)-mb(?P<mb>\d+)-(?P<recompute>\w+)-zero(?P<zero>[0-3])"
 )
@@ -96,27 +98,23 @@ def of_config(config: RunConfig, world_size: int, zero_stage: int) -> Candidate:
     )  # fmt: skip
 
 
-def grids(world_size: int, per_node: int) -> Iterator[Candidate]:
-    """Yield the grids tensor x pipeline x data of `world_size` ranks, tensor groups inside a node."""
+def grids(world_size: int) -> Iterator[Candidate]:
+    """Yield every grid tensor x pipeline x data of `world_size` ranks."""
     for tensor in check.divisors(world_size):
-        if tensor <= per_node:
-            for pipeline in check.divisors(world_size // tensor):
-                yield Candidate(tensor, pipeline, world_size // (tensor * pipeline))
+        for pipeline in check.divisors(world_size // tensor):
+            yield Candidate(tensor, pipeline, world_size // (tensor * pipeline))
 
 
-def variants(grid: Candidate) -> Iterator[Candidate]:
+def variants(grid: Candidate, micro_batches: Sequence[int] = MICRO_BATCHES) -> Iterator[Candidate]:
     """Yield every schedule, ZeRO stage, sequence parallelism, micro-batch size and recompute mode of a grid."""
     schedules = ("1f1b", "dualpipev") if grid.pipeline > 1 else ("1f1b",)
-    stages = (1,) if grid.pipeline > 1 else (0, 1, 2, 3)
-    for schedule in schedules:
-        for zero_stage in stages:
-            for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
-                for micro_batch in MICRO_BATCHES:
-                    for recompute in RECOMPUTE:
-                        yield replace(
-                            grid, schedule=schedule, zero_stage=zero_stage, sequence_parallel=sequence_parallel,
-                            micro_batch=micro_batch, recompute=recompute,
-                        )  # fmt: skip
+    for schedule, zero_stage in product(schedules, range(4)):
+        for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
+            for micro_batch, recompute in product(micro_batches, RECOMPUTE):
+                yield replace(
+                    grid, schedule=schedule, zero_stage=zero_stage, sequence_parallel=sequence_parallel,
+                    micro_batch=micro_batch, recompute=recompute,
+                )  # fmt: skip
 
 
 def obstacle(config: RunConfig, candidate: Candidate) -> str | None:

@@ -16,7 +16,8 @@ from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import CollectiveKind, Hardware
 from megatron_omega.planner.memory import Memory
-from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
+from megatron_omega.planner.messages import data_bytes, tied_ranks
+from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds, stages_of
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
 
 EXACT_INSTRUCTIONS = 40_000
@@ -161,8 +162,9 @@ class Planner:
         if any(stage.has_table for _, stage in mine):
             parameters += table_parameters(config)
         held = memory.states(
-            parameters, dtype=config.precision.dtype, zero_stage=c.zero_stage, data_parallel_size=c.data
-        )
+            parameters, dtype=config.precision.dtype, zero_stage=c.zero_stage, data_parallel_size=c.data,
+            copies_messages=self.hardware.facts.is_cpu,
+        )  # fmt: skip
         activations = working = travelling = 0
         for index, stage in mine:
             count = in_flight(c, micro_batches, index)
@@ -212,16 +214,11 @@ class Planner:
             parameters += table if any(stage.has_table for stage in mine) else 0
             dp_seconds = max(dp_seconds, _data_seconds(estimate, parameters, busy))
             optimizer = max(optimizer, _optimizer_seconds(estimate, parameters))
-        tied = {rank for rank in range(c.pipeline) if any(estimate.stages[s].has_table for s in stages_of(c, rank))}
+        tied = tied_ranks(c, estimate.stages)
         if len(tied) > 1:
             stride = c.tensor * c.data * max(1, (max(tied) - min(tied)) // (len(tied) - 1))
             dp_seconds += self.hardware.collective_seconds("all_reduce", table * FP32, len(tied), stride)
         return Breakdown(busy - communication, communication, max(0.0, span - busy), dp_seconds, optimizer)
-
-
-def stages_of(candidate: Candidate, rank: int) -> tuple[int, ...]:
-    """Return the stages that pipeline rank `rank` holds."""
-    return (rank, 2 * candidate.pipeline - 1 - rank) if candidate.schedule == "dualpipev" else (rank,)
 
 
 def in_flight(candidate: Candidate, micro_batches: int, stage: int) -> int:
@@ -274,28 +271,24 @@ def _makespan(estimate: Estimate) -> float:
     return m * (slowest + exchange) + (c.pipeline - 1) * (forward + 2 * backward + exchange) - forward
 
 
-def data_bytes(config: RunConfig, candidate: Candidate, parameters: int) -> tuple[int, int]:
-    """Return the bytes of gradients reduced and of weights gathered between replicas, each time it is done."""
-    element = Shape.of(config).element
-    in_fp32 = candidate.zero_stage <= 1 and config.precision.dtype == "bf16"
-    return (FP32 if in_fp32 else element) * parameters, element * parameters
-
-
 def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
-    """Seconds of data-parallel communication that the backward pass does not hide."""
+    """Seconds of data-parallel communication that computation does not hide.
+
+    Stages 2 and 3 send while the backward pass runs (stage 3: and the forward pass), the last piece after its end.
+    """
     c, m = estimate.candidate, estimate.micro_batches
-    gradients, weights = data_bytes(estimate.config, c, parameters)
+    sent = data_bytes(estimate.config, c, parameters, m)
 
-    def seconds(kind: CollectiveKind, num_bytes: int) -> float:
-        return estimate.hardware.collective_seconds(kind, num_bytes, c.data, c.tensor)
+    def seconds(kind: CollectiveKind) -> float:
+        return estimate.hardware.collective_seconds(kind, sent[kind], c.data, c.tensor)
 
-    gather = seconds("all_gather", weights)
+    gather = seconds("all_gather") if sent["all_gather"] else 0.0
     if c.zero_stage <= 1:
-        return seconds("all_reduce", gradients) + (gather if c.zero_stage else 0.0)
-    scattered = m * seconds("reduce_scatter", gradients)
+        return seconds("all_reduce") + gather
     if c.zero_stage == 2:
-        return max(scattered - busy / 2, scattered / m * 0.1) + gather
-    return max(scattered + 2 * m * gather - busy, 0.0) + gather * 0.1
+        reduced = seconds("all_reduce")
+        return max(reduced - busy / 2, reduced / m * 0.1) + gather
+    return max(seconds("reduce_scatter") + gather - busy, 0.0) + gather / m * 0.1
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:

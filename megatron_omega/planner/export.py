@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega.config.load import dump_config
+from megatron_omega.errors import ConfigError
 from megatron_omega.planner.estimate import Estimate
 
 BUCKET = 200_000_000
@@ -64,14 +65,21 @@ exit "$code"
 
 
 def write_plan(estimate: Estimate, directory: Path) -> list[Path]:
-    """Write run.yaml, deepspeed.json and train.slurm into `directory`; return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write run.yaml, deepspeed.json and train.slurm into `directory`; return their paths.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    settings = json.dumps({"zero_optimization": ZERO[estimate.candidate.zero_stage]}, indent=2) + "\n"
     run, deepspeed, slurm = (directory / name for name in ("run.yaml", "deepspeed.json", "train.slurm"))
-    run.write_text(dump_config(estimate.config), encoding="utf-8")
-    settings = {"zero_optimization": ZERO[estimate.candidate.zero_stage]}
-    deepspeed.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    slurm.write_text(_slurm(estimate, run, deepspeed, slurm), encoding="utf-8")
-    slurm.chmod(0o755)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        run.write_text(dump_config(estimate.config), encoding="utf-8")
+        deepspeed.write_text(settings, encoding="utf-8")
+        slurm.write_text(_slurm(estimate, run, deepspeed, slurm), encoding="utf-8")
+        slurm.chmod(0o755)
+    except OSError as error:
+        raise ConfigError(f"--write {directory} cannot be written: {error.strerror}; choose another folder") from None
     return [run, deepspeed, slurm]
 
 

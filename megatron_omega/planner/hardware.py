@@ -109,7 +109,7 @@ class Hardware:
         """Return peak FLOP/s. Raises ConfigError where the accelerator has no such format."""
         if dtype not in self.facts.peak_flops:
             formats = ", ".join(sorted(self.facts.peak_flops))
-            raise ConfigError(f"precision.dtype={dtype} cannot run on {self.name}; it has {formats}")
+            raise ConfigError(f"precision.dtype={dtype} cannot run on {self.name}; it has {formats}: use one of these")
         return self.facts.peak_flops[dtype]
 
     def product_seconds(self, m: int, n: int, k: int, dtype: str, element: int) -> float:

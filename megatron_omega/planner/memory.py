@@ -19,8 +19,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that stage 3 keeps alive at most."""
 GPU_RUNTIME = int(2.0 * GIB)
 """CUDA context, kernels, communicators."""
-CPU_RUNTIME = int(0.2 * GIB)
-"""What a CPU process loads with its first engine and first step, and what its allocator does not give back."""
+CPU_RUNTIME = 20 * 2**20
+"""What a CPU process, all its libraries loaded, allocates with its first engine and step beside what is listed here."""
 ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
 
@@ -47,26 +47,34 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def states(parameters: int, *, dtype: str, zero_stage: int, data_parallel_size: int) -> Memory:
-    """Return weights, gradients, optimizer state and buckets for `parameters` local parameters."""
+def states(
+    parameters: int, *, dtype: str, zero_stage: int, data_parallel_size: int, copies_messages: bool = False
+) -> Memory:
+    """Return weights, gradients, optimizer state and buckets for `parameters` local parameters.
+
+    `copies_messages`: scatters and gathers go through copies, as in gloo on a CPU.
+    """
     dp, element = data_parallel_size, FP32 if dtype == "fp32" else 2
     share = -(-parameters // dp)
+    copied = element if copies_messages and dp > 1 else 0
     flattened = min(parameters, ALL_REDUCE_BUCKET)  # also by a single replica, which sends nothing
     if zero_stage == 0:
         bucket = flattened * element
         return Memory(element * parameters, element * parameters, 2 * FP32 * parameters, buffers=bucket)
-    if zero_stage == 1 and dtype == "bf16":
-        bucket = flattened * FP32
-        return Memory(element * parameters, (element + FP32) * parameters, 3 * FP32 * share, buffers=bucket)
     optimizer = 3 * FP32 * share
+    if zero_stage == 1 and dtype == "bf16":
+        return Memory(element * parameters, (element + FP32) * parameters, optimizer, buffers=flattened * FP32)
     if zero_stage == 1:
         gradients = element * parameters + FP32 * share
         return Memory(element * parameters, gradients, optimizer, buffers=flattened * element)
-    bucket = 2 * min(parameters, REDUCE_BUCKET) * element
+    reduced = min(parameters, REDUCE_BUCKET)
+    bucket = 2 * reduced * element
     if zero_stage == 2:
-        return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket)
+        return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket + reduced * copied)
     live = min(parameters, LIVE_PARAMETERS) * element  # a single replica copies them too
-    return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live)
+    # Both messages are flattened by DeepSpeed, and cloned by the library.
+    copies = 2 * (reduced + min(parameters, LIVE_PARAMETERS)) * copied
+    return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live + copies)
 
 
 def runtime(activations: int, *, is_cpu: bool) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_omega import accounting
+from megatron_omega.errors import ConfigError
 from megatron_omega.planner.estimate import Estimate
+from megatron_omega.planner.goodput import advise_saving
 
 HOST_COPY_BYTES_PER_SECOND = 10e9
 """Rate at which one accelerator's state is copied to host memory: all that an asynchronous save stops training for."""
@@ -28,6 +30,21 @@ class Assumptions:
     """From a failure to the first new step."""
     storage_bytes_per_second: float = 20e9
     """Rate of the shared file system, all writers together."""
+    stall_seconds: float | None = None
+    """Measured time that training stops for one save; None: estimated."""
+    write_seconds: float | None = None
+    """Measured time until a save is complete; None: estimated."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for every number that cannot be."""
+        found = []
+        for name in (field.name for field in fields(self)):
+            value, needs_more = getattr(self, name), name in ("tokens", "storage_bytes_per_second")
+            if value is not None and not (value > 0 or (value == 0 and not needs_more)):
+                option = {"storage_bytes_per_second": "storage-bandwidth"}.get(name, name.replace("_", "-"))
+                found.append(f"--{option} {value:g} cannot be; use {'more than 0' if needs_more else '0 or more'}")
+        if found:
+            raise ConfigError(*found)
 
 
 @dataclass(frozen=True)
@@ -44,10 +61,15 @@ class Operations:
     stall_seconds: float
     """Time training stops for one."""
     checkpoint_interval_seconds: float
-    """The interval that loses least (Young 1974, Daly 2006), but no shorter than a write."""
+    """The interval that loses least."""
+    checkpoint_interval_steps: int
+    """The same as checkpoint.interval_steps; the whole run where nothing ever fails."""
     failures: float
     goodput: float
-    """Share of the time that moves training forward."""
+    """Share of the time that moves training forward; the rest goes to the three below."""
+    saving: float
+    lost_work: float
+    restarting: float
 
 
 def operations(estimate: Estimate, assumptions: Assumptions) -> Operations:
@@ -56,16 +78,31 @@ def operations(estimate: Estimate, assumptions: Assumptions) -> Operations:
     element = 0 if config.precision.dtype == "fp32" else 2
     parameters = sum(cost.parameters for cost in accounting.layer_costs(config))
     size = parameters * (CHECKPOINT_BYTES_PER_PARAMETER + element)
-    write = size / assumptions.storage_bytes_per_second
-    stall = size / gpus / HOST_COPY_BYTES_PER_SECOND if config.checkpoint.asynchronous else write
-    rate = assumptions.failures_per_gpu_hour * gpus / 3600
-    interval = max(math.sqrt(2 * stall / rate), write) if rate else math.inf
-    lost_to_saving = stall / (interval + stall) if math.isfinite(interval) else 0.0
-    lost_to_failures = rate * (interval / 2 + write + assumptions.restart_seconds) if rate else 0.0
-    goodput = (1 - lost_to_saving) / (1 + lost_to_failures)
+    write, stall = assumptions.write_seconds, assumptions.stall_seconds
+    if write is None:
+        write = size / assumptions.storage_bytes_per_second
+    if stall is None:
+        stall = size / gpus / HOST_COPY_BYTES_PER_SECOND if config.checkpoint.asynchronous else write
+    failures_per_hour = assumptions.failures_per_gpu_hour * gpus
+    advice = advise_saving(
+        failures_per_hour=failures_per_hour, stall_seconds=stall, restart_seconds=assumptions.restart_seconds,
+        write_seconds=write if config.checkpoint.asynchronous else 0.0,
+    )  # fmt: skip
     steps = math.ceil(assumptions.tokens / (config.batch.global_batch_size * accounting.tokens_per_sample(config)))
-    seconds = steps * estimate.step_seconds / goodput
+    seconds = steps * estimate.step_seconds / advice.goodput if advice.goodput else math.inf
     watts = gpus * estimate.hardware.facts.watts * (1 + NODE_OVERHEAD_WATTS)
     return Operations(
-        steps, seconds / 86400, watts * seconds / 3.6e9, size, write, stall, interval, rate * seconds, goodput
+        steps=steps,
+        days=seconds / 86400,
+        megawatt_hours=watts * seconds / 3.6e9,
+        checkpoint_bytes=size,
+        checkpoint_seconds=write,
+        stall_seconds=stall,
+        checkpoint_interval_seconds=advice.interval_seconds,
+        checkpoint_interval_steps=max(1, int(min(steps, advice.interval_seconds / estimate.step_seconds))),
+        failures=failures_per_hour / 3600 * seconds,
+        goodput=advice.goodput,
+        saving=advice.saving,
+        lost_work=advice.lost_work,
+        restarting=advice.restarting,
     )

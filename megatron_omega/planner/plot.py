@@ -9,7 +9,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_omega.errors import ConfigError
 from megatron_omega.planner.estimate import Estimate
 from megatron_omega.planner.hardware import GIB
 
@@ -17,17 +16,11 @@ COLOURS = {"F": "#4c78a8", "B": "#f58518"}
 
 
 def plot(estimate: Estimate, path: Path) -> None:
-    """Draw `estimate` into a .png or .html file.
-
-    Raises:
-        ConfigError: the file has another ending.
-    """
-    if path.suffix not in (".png", ".html"):
-        raise ConfigError(f"--plot {path} ends in {path.suffix or 'nothing'}; use .png or .html")
+    """Draw `estimate` into a .png or .html file."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     above, below = figure.subplots(2, 1)
     _draw_schedule(above, estimate)
-    _draw_memory(below, estimate)
+    _draw_memory(figure, below, estimate)
     if path.suffix == ".png":
         figure.savefig(path, dpi=110)
         return
@@ -52,7 +45,7 @@ def _draw_schedule(axes: Axes, estimate: Estimate) -> None:
     )
 
 
-def _draw_memory(axes: Axes, estimate: Estimate) -> None:
+def _draw_memory(figure: Figure, axes: Axes, estimate: Estimate) -> None:
     ranks = range(len(estimate.ranks))
     bottom = [0.0 for _ in ranks]
     for field in fields(estimate.ranks[0]):
@@ -61,4 +54,4 @@ def _draw_memory(axes: Axes, estimate: Estimate) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(estimate.hardware.facts.memory_gib, color="black", linestyle="--", label=estimate.hardware.name)
     axes.set(xlabel="pipeline rank", ylabel="GiB")
-    axes.legend(ncols=4, loc="lower center")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=8, loc="outside lower center")

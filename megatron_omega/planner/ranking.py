@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_omega.config import check
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
-from megatron_omega.planner.candidates import Candidate, grids, obstacle, variants
+from megatron_omega.planner.candidates import MICRO_BATCHES, Candidate, grids, obstacle, variants
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import GIB, Hardware, HardwareFile, find_hardware, read_hardware
 
@@ -42,17 +42,19 @@ class Ranking:
         return len(self.fitting) + len(self.too_large) + sum(refusal.count for refusal in self.refused.values())
 
 
-def rank(config: RunConfig, hardware: Hardware, world_size: int) -> Ranking:
-    """Judge every layout of `config` on `world_size` accelerators.
+def rank(
+    config: RunConfig, hardware: Hardware, world_size: int, micro_batches: Sequence[int] = MICRO_BATCHES
+) -> Ranking:
+    """Judge every layout of `config` on `world_size` accelerators, with micro-batches of these sizes.
 
     Raises:
         ConfigError: the number is none, the configuration contradicts itself, or the machine lacks its format.
     """
     _check(config, hardware, world_size)
     planner, ranking = Planner(config, hardware), Ranking()
-    for grid in grids(world_size, hardware.facts.per_node):
-        shared = obstacle(config, _probe(config, grid))
-        for candidate in variants(grid):
+    for grid in grids(world_size):
+        shared = _obstacle_of_grid(config, hardware, grid, micro_batches)
+        for candidate in variants(grid, micro_batches):
             reason = shared or obstacle(config, candidate)
             if reason:
                 _refuse(ranking, candidate, reason)
@@ -106,7 +108,8 @@ def _something_fits(config: RunConfig, hardware: Hardware, world_size: int) -> b
     planner = Planner(config, hardware)
     return any(
         obstacle(config, candidate) is None and planner.estimate(candidate).fits
-        for grid in grids(world_size, hardware.facts.per_node)
+        for grid in grids(world_size)
+        if grid.tensor <= hardware.facts.per_node
         for candidate in _smallest_variants(grid)
     )
 
@@ -128,9 +131,14 @@ def _refuse(ranking: Ranking, candidate: Candidate, reason: str) -> None:
     refusal.count += 1
 
 
-def _probe(config: RunConfig, grid: Candidate) -> Candidate:
-    """Return a variant of `grid` that nothing but the grid itself can rule out."""
-    return replace(grid, zero_stage=1)
+def _obstacle_of_grid(
+    config: RunConfig, hardware: Hardware, grid: Candidate, micro_batches: Sequence[int]
+) -> str | None:
+    """Return what rules out every variant of `grid`."""
+    per_node = hardware.facts.per_node
+    if grid.tensor > per_node:
+        return f"tensor groups of {grid.tensor} do not fit in a node of {per_node}; use at most {per_node}"
+    return obstacle(config, replace(grid, zero_stage=1, micro_batch=min(micro_batches)))
 
 
 def _check(config: RunConfig, hardware: Hardware, world_size: int) -> None:

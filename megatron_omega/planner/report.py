@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.activations import FP32
-from megatron_omega.planner.estimate import Estimate, Planner, data_bytes, stages_of
+from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import GIB, Hardware
 from megatron_omega.planner.memory import Memory
+from megatron_omega.planner.messages import data_bytes, tied_ranks
 from megatron_omega.planner.operations import Assumptions, Operations, operations
 from megatron_omega.planner.ranking import Ranking
 from megatron_omega.planner.schedule import Timeline
+from megatron_omega.planner.stages import stages_of
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
@@ -158,35 +161,41 @@ def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
 
 
 def _data_message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
-    """Yield what replicas exchange once a step (stages 2 and 3: at every micro-batch, piece by piece)."""
+    """Yield what replicas exchange in a step, and the tied table's gradient."""
     c, works = estimate.candidate, planner.works(estimate.candidate)
     rank = c.pipeline // 2
     stages = [estimate.stages[index] for index in stages_of(c, rank)]
-    parameters = sum(stage.parameters(estimate.config, works) for stage in stages)
-    has_table = any(stage.has_table for stage in stages)
-    table = table_parameters(estimate.config)
-    gradients, weights = data_bytes(estimate.config, c, parameters + table * has_table)
+    table = table_parameters(estimate.config) if any(stage.has_table for stage in stages) else 0
+    parameters = table + sum(stage.parameters(estimate.config, works) for stage in stages)
     if c.data > 1:
-        kind = "all_reduce" if c.zero_stage < 2 else "reduce_scatter"
-        yield f"data      {kind:<15} {gradients / 2**20:9.1f} MiB of gradients (rank {rank})"
-        if c.zero_stage:
-            yield f"data      all_gather      {weights / 2**20:9.1f} MiB of weights"
-    if c.pipeline > 1 and has_table and c.schedule == "1f1b":
-        mebibytes = table * FP32 / 2**20
-        yield f"tied      all_reduce      {mebibytes:9.1f} MiB: the token table's gradient, between its stages"
+        for kind, sent in data_bytes(estimate.config, c, parameters, estimate.micro_batches).items():
+            what = "weights" if kind == "all_gather" else "gradients"
+            yield f"data      {kind:<15} {sent / 2**20:9.1f} MiB of {what} (rank {rank})"
+    tied = tied_ranks(c, estimate.stages)
+    if len(tied) > 1:
+        ranks = ", ".join(map(str, tied))
+        mebibytes = table_parameters(estimate.config) * FP32 / 2**20
+        yield f"tied      all_reduce      {mebibytes:9.1f} MiB: the token table's gradient, between ranks {ranks}"
 
 
 def operation_lines(run: Operations, assumptions: Assumptions) -> Iterator[str]:
     """Yield what the whole run takes."""
     yield (
-        f"{assumptions.tokens / 1e9:,.0f} billion tokens: {run.steps:,} steps, {run.days:.1f} days, "
-        f"{run.megawatt_hours:,.0f} MWh, goodput {run.goodput:.1%}"
+        f"{assumptions.tokens / 1e9:,.4g} billion tokens: {run.steps:,} steps, {run.days:,.1f} days, "
+        f"{run.megawatt_hours:,.3g} MWh"
     )
     yield (
-        f"checkpoint {run.checkpoint_bytes / GIB:,.1f} GiB: {run.checkpoint_seconds:.0f} s to write, "
-        f"{run.stall_seconds:.2f} s stall, best every {run.checkpoint_interval_seconds / 60:.0f} minutes; "
-        f"{run.failures:.1f} failures expected"
+        f"checkpoint {run.checkpoint_bytes / GIB:,.1f} GiB: {run.checkpoint_seconds:.3g} s to write, "
+        f"{run.stall_seconds:.2g} s stall"
     )
+    if run.failures:
+        often = f"{run.checkpoint_interval_seconds / 60:,.3g} minutes ({run.checkpoint_interval_steps:,} steps)"
+        yield (
+            f"{run.failures:.2g} failures expected: save every {often}; goodput {run.goodput:.2%} "
+            f"(saving {run.saving:.2%}, lost work {run.lost_work:.2%}, restarts {run.restarting:.2%})"
+        )
+    else:
+        yield f"no failures expected: goodput {run.goodput:.2%}"
 
 
 def as_data(estimate: Estimate, assumptions: Assumptions) -> dict[str, Any]:
@@ -218,5 +227,10 @@ def as_data(estimate: Estimate, assumptions: Assumptions) -> dict[str, Any]:
         "breakdown_seconds": {
             field.name: getattr(estimate.breakdown, field.name) for field in fields(estimate.breakdown)
         },
-        "run": {field.name: getattr(run, field.name) for field in fields(run)},
+        "run": {field.name: _finite(getattr(run, field.name)) for field in fields(run)},
     }
+
+
+def _finite(value: float) -> float | None:
+    """Return `value`, or None for what JSON has no word for: a run that never ends, a save that is never due."""
+    return value if math.isfinite(value) else None

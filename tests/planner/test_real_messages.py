@@ -14,13 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.local_launch import run_ranks
 from megatron_omega.planner.candidates import of_config
-from megatron_omega.planner.estimate import Planner, data_bytes
+from megatron_omega.planner.estimate import Planner
+from megatron_omega.planner.export import ZERO
 from megatron_omega.planner.hardware import find_hardware
+from megatron_omega.planner.messages import data_bytes, step_bytes
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 from megatron_omega.training.engine import MicroBatch
 
 pytestmark = pytest.mark.distributed
 NAMES = {"all_reduce": "allreduce_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+KINDS = {name: kind for kind, name in NAMES.items()} | {"send": "send"}
 RANKS = 2
 BOOKKEEPING_BYTES = 64
 """The engine also reduces norms, losses and token counts: a few numbers each."""
@@ -78,10 +81,33 @@ def _planned(config: Any, rank: int) -> Counter[tuple[str, int]]:
             planned["send", size] += times
     table = table_parameters(config)
     parameters = stage.parameters(config, works) + table
-    planned["allreduce_", data_bytes(config, candidate, parameters)[0]] += 1  # by one replica too, to itself
+    planned["allreduce_", data_bytes(config, candidate, parameters, times)["all_reduce"]] += 1  # one replica too
     if candidate.pipeline > 1:
         planned["allreduce_", 4 * table] += 1  # the tied table's gradient
     return planned
+
+
+def _bytes_by_kind(stage: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Train two steps of two replicas; return the bytes that the plan and the second step sent, by kind of call."""
+    config = small_config(model={"hidden_size": 96, "ffn_hidden_size": 1536, "vocab_size": 2048})
+    engine = start_engine(config, **ZERO[stage])
+    batches = _batches(config.data.encoder_seq_length, config.data.decoder_seq_length)
+    engine.train_step(batches, learning_rate=1e-3)
+    with _Sent() as sent:
+        engine.train_step(batches, learning_rate=1e-3)
+    found: Counter[str] = Counter()
+    for (name, size), count in sent.messages.items():
+        found[KINDS[name]] += size * count if size > BOOKKEEPING_BYTES else 0
+    planner, candidate = Planner(config, find_hardware("cpu")), of_config(config, RANKS, stage)
+    estimate, works = planner.estimate(candidate), planner.works(candidate)
+    return dict(step_bytes(config, candidate, estimate.stages, works, 0, estimate.micro_batches)), dict(+found)
+
+
+def test_replicas_exchange_what_the_plan_says_under_every_zero_stage() -> None:
+    """Whole and partitioned tensors both: the largest are beyond what ZeRO-3 keeps, the smallest below it."""
+    for stage in range(4):
+        for planned, sent in run_ranks(_bytes_by_kind, RANKS, stage, timeout_seconds=150):
+            assert planned == sent, f"stage {stage}"
 
 
 @pytest.mark.parametrize(
