@@ -156,7 +156,7 @@ class BusyClock:
 
 
 class StragglerWatch(Hook):
-    """Measures how long every rank is busy in a step, and names stragglers. Stands before the hooks that it measures."""
+    """Measures how long every rank is busy in a step, and names stragglers. Stands before the hooks it measures."""
 
     def __init__(self, layout: Layout, places: Places, *, window: int, tell: Callable[[Fault], None]) -> None:
         """`tell` is called with what was found, on every rank."""
