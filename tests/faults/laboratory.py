@@ -58,6 +58,11 @@ class Laboratory:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def world_size(self) -> int:
+        pipeline, data, tensor = LAYOUTS[self.layout]
+        return pipeline * data * tensor
+
     def run(
         self,
         *overrides: str,

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_omega.local_launch import free_port
 from megatron_omega.monitoring.files import METRICS, SUCCESS, read_objects
+from megatron_omega.resilience.monitor import ADDRESS_FILE
 
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build", "faults.injection"]
 
@@ -86,10 +87,9 @@ class Attempt:
 
     def _whole_log(self) -> str:
         """Return the log once the monitors have had their last word."""
-        size, until = -1, time.monotonic() + 3.0
-        while time.monotonic() < until and size != self.log_path.stat().st_size:
-            size = self.log_path.stat().st_size
-            time.sleep(0.3)
+        until = time.monotonic() + 15.0
+        while time.monotonic() < until and (self.run_directory / ADDRESS_FILE).exists():
+            time.sleep(0.1)
         return self.log_path.read_text(errors="replace")
 
 
