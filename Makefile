@@ -15,7 +15,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed reshape-matrix faults chaos clean
+.PHONY: help setup demo test lint format unit distributed reshape-matrix faults hangs chaos clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -55,6 +55,9 @@ reshape-matrix: setup ## Save under every layout, resume under every other, and 
 
 faults: setup ## Do every fault to real training and print what became of each (about 20 minutes)
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults
+
+hangs: setup ## Stop a random rank at a random moment, 10 times, and see whether the verdict names it
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.hangs
 
 chaos: setup ## Do 25 random faults to one run, which has to end as if nothing had happened (about 25 minutes)
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.chaos
