@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from faults.laboratory import Laboratory, after_step, last_words
 from faults.ranks import Ending
-from tqdm import tqdm
 
 
 def true_frame(pid: int) -> tuple[str, int, str]:
