@@ -219,6 +219,12 @@ def prove_damage(source: Path, model: Path, folder: Path, seed: int, times: int 
     Path(f"{bad}.sums").unlink()
     line = is_refused(check_command(bad, model))
     results.append(say(bool(line), f"offsets beyond the file, without checksums: {line}"))
+    write("json", files["json"])
+    other = folder / "other.model"
+    train = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(source), "--output", str(other)]
+    measure([*train, "--megabytes", "1", "--vocab-size", "1000"])
+    line = is_refused(check_command(bad, other))
+    results.append(say(bool(line), f"another tokenizer: {line}"))
     return all(results)
 
 

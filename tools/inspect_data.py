@@ -66,8 +66,8 @@ def look_at_shards(arguments: argparse.Namespace) -> None:
     shards = [IndexedShard(prefix) for prefix in arguments.prefixes]
     for shard in shards:
         if arguments.check:
-            vocab_size = Tokenizer.open(arguments.tokenizer_model).vocab_size if arguments.tokenizer_model else None
-            check_shard(shard, vocab_size)
+            tokenizer = Tokenizer.open(arguments.tokenizer_model) if arguments.tokenizer_model else None
+            check_shard(shard, tokenizer)
         if arguments.show is not None:
             show_document(shard, arguments)
             continue

@@ -7,6 +7,7 @@ tools/merge_shards.py --input data/omega-?????-of-00016_text_document.idx --outp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import json
 import sys
@@ -24,6 +25,7 @@ def read_arguments() -> argparse.Namespace:
         "--input", nargs="+", required=True, help="prefixes, or .idx files, or a folder of shards, or globs"
     )
     parser.add_argument("--output-prefix", required=True, help="prefix of the whole, without .bin and .idx")
+    parser.add_argument("--dedup", choices=("exact",), help="keep the first of documents with the same tokens")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args()
 
@@ -47,15 +49,13 @@ def find_prefixes(names: list[str]) -> list[str]:
 def main() -> None:
     arguments = read_arguments()
     prefixes = find_prefixes(arguments.input)
-    documents, tokens = merge_shards(prefixes, arguments.output_prefix)
+    merged = merge_shards(prefixes, arguments.output_prefix, is_deduplicated=arguments.dedup == "exact")
     if arguments.json:
-        print(
-            json.dumps(
-                {"prefix": arguments.output_prefix, "shards": prefixes, "documents": documents, "tokens": tokens}
-            )
-        )
-    else:
-        print(f"{arguments.output_prefix}: {documents:,} documents, {tokens:,} tokens of {len(prefixes)} shards")
+        print(json.dumps({"prefix": arguments.output_prefix, "shards": prefixes, **dataclasses.asdict(merged)}))
+        return
+    counts = f"{merged.documents:,} documents, {merged.tokens:,} tokens of {len(prefixes)} shards"
+    left_out = f", {merged.duplicates:,} duplicates left out" if arguments.dedup else ""
+    print(f"{arguments.output_prefix}: {counts}{left_out}")
 
 
 if __name__ == "__main__":

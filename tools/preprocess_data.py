@@ -50,7 +50,9 @@ def read_arguments() -> argparse.Namespace:
     output.add_argument("--tokenizer-model", required=True, help="SentencePiece model")
     output.add_argument("--tokenizer-type", choices=("SentencePieceTokenizer",), help=argparse.SUPPRESS)
     output.add_argument("--append-eod", action="store_true", help="end every document with the end token")
-    output.add_argument("--dedup", choices=("exact",), help="keep the first of documents with the same text")
+    output.add_argument(
+        "--dedup", choices=("exact",), help="keep the first of documents with the same text (of this --shard)"
+    )
     output.add_argument("--shuffle", type=int, metavar="SEED", help="put the documents into a random order")
     output.add_argument(
         "--shard", default="0/1", metavar="I/N", help="do part I (from 0) of N; merge with merge_shards.py"

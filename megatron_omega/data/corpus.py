@@ -90,6 +90,10 @@ def _paths(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir() and (path / "state.json").exists():
         return saved_files(path)
+    if path.is_dir() and (path / "dataset_dict.json").exists():
+        raise DataError(
+            f"input {path} is a data set of several splits; name one of its folders, or give it to --dataset"
+        )
     if path.is_dir():
         inside = sorted(path.rglob("*"))
         hidden = [part for part in inside if any(name.startswith((".", "_")) for name in part.relative_to(path).parts)]

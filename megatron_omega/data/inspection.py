@@ -14,7 +14,7 @@ from megatron_omega.data.batch import Origin, Sample
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.objectives import IGNORED_LABEL
 from megatron_omega.data.origins import Origins, load_origins
-from megatron_omega.data.sidecar import read_sidecar
+from megatron_omega.data.sidecar import check_sidecar, read_sidecar
 from megatron_omega.data.sources import SampleSource
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
@@ -42,9 +42,14 @@ def statistics(shard: IndexedShard) -> dict[str, Any]:
     }
 
 
-def check_shard(shard: IndexedShard, vocab_size: int | None) -> None:
-    """Read all of a shard; raise DataError at the first damage: checksums, pointers, ids beyond the vocabulary."""
+def check_shard(shard: IndexedShard, tokenizer: Tokenizer | None) -> None:
+    """Read all of a shard; raise DataError at the first damage: checksums, pointers, ids beyond the vocabulary.
+
+    A tokenizer that is given must be the one that made the shard.
+    """
     sidecar = read_sidecar(shard.prefix)
+    if tokenizer is not None:
+        check_sidecar(shard, tokenizer)
     if shard.has_checksums:
         shard.check_all()
     place = 0
@@ -58,7 +63,7 @@ def check_shard(shard: IndexedShard, vocab_size: int | None) -> None:
                 "lengths before it"
             )
         place += int(sums[-1])
-    limit = vocab_size or (sidecar.vocab_size if sidecar else None)
+    limit = tokenizer.vocab_size if tokenizer else sidecar.vocab_size if sidecar else None
     for start in range(0, shard.num_tokens if limit else 0, _BLOCK):
         shard.ids(start, min(shard.num_tokens, start + _BLOCK), limit or 0)
 

@@ -61,7 +61,7 @@ def check_sidecar(shard: IndexedShard, tokenizer: Tokenizer) -> None:
     if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"shard {shard.prefix} was made with tokenizer {sidecar.tokenizer_fingerprint[:12]} "
-            f"({sidecar.options.get('tokenizer_model', 'unknown path')}), data.tokenizer {tokenizer.path} is "
+            f"({sidecar.options.get('tokenizer_model', 'unknown path')}), tokenizer {tokenizer.path} is "
             f"{tokenizer.fingerprint[:12]}; use the tokenizer of the shard or preprocess again"
         )
     found = (len(shard), shard.num_tokens, shard.dtype.name)

@@ -272,6 +272,20 @@ def test_shards_of_an_array_merge_to_the_whole(make: Make, corpus: Path, tmp_pat
     assert sidecar and sidecar.documents == whole.documents
 
 
+def test_duplicates_across_the_shards_of_an_array_are_left_out(make: Make, corpus: Path, tmp_path: Path) -> None:
+    lines = corpus.read_text().splitlines()
+    corpus.write_text("\n".join([*lines[:50], *lines[20:70], *lines[:10], *lines[60:], *lines[:300:7]]) + "\n")
+    whole = make(corpus, "whole", is_deduplicated=True)
+    parts = [make(corpus, "part", unit_bytes=2_500, shard=(index, 3)).prefixes[0] for index in range(3)]
+    merged = merge_shards(parts, str(tmp_path / "merged"), is_deduplicated=True)
+    assert (merged.documents, merged.tokens, merged.duplicates) == (300, whole.tokens[0], whole.duplicates)
+    for suffix in ("bin", "idx", "sums"):
+        assert (tmp_path / f"merged.{suffix}").read_bytes() == Path(f"{whole.prefixes[0]}.{suffix}").read_bytes()
+    found, wanted = load_origins(tmp_path / "merged"), load_origins(whole.prefixes[0])
+    assert found and wanted and np.array_equal(found.runs, wanted.runs)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_an_array_larger_than_its_input_merges_too(make: Make, corpus: Path, tmp_path: Path) -> None:
     whole = make(corpus, "whole")
     corpus_parts = [
