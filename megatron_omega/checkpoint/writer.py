@@ -115,7 +115,8 @@ def _raise_failure(parts: Sequence[JsonValue], staging: Path, peers: Peers) -> N
     if errors:
         if peers.is_first:
             _discard(staging)
-        raise CheckpointError(f"{staging.name.removeprefix(HIDDEN_PREFIX)} was not saved: {'; '.join(errors)}")
+        name = staging.name.removeprefix(HIDDEN_PREFIX).rpartition("-")[0]
+        raise CheckpointError(f"{name} was not saved: {'; '.join(errors)}")
 
 
 def _discard(folder: Path) -> None:
