@@ -39,7 +39,7 @@ OLDER, NEWER = "step-00000001", "step-00000002"
 CASE = Case(1, 2, 2, zero=1)
 HOSTILE_NAMES = ("../step-00000001/weights-00000.safetensors", "/etc/passwd", "..", "weights-00000.safetensors/../x")
 
-Damage = tuple[list[str], Callable[[Path], None]]
+Damage = tuple[list[str], Callable[[Path], object]]
 """Names of the files one of which must be named, and what damages a checkpoint."""
 
 
@@ -120,7 +120,7 @@ def pickles(pristine: Path, target: Path) -> Iterator[Damage]:
     bomb = pickle.dumps(Bomb(target))
     for file in sorted(pristine.iterdir()):
         yield [file.name], lambda path, name=file.name: (path / name).write_bytes(bomb)
-    yield [FILE_NAME], lambda path: [file.write_bytes(bomb) for file in sorted(path.iterdir())] and None
+    yield [FILE_NAME], lambda path: [file.write_bytes(bomb) for file in sorted(path.iterdir())]
 
 
 def hostile_manifests(pristine: Path) -> Iterator[Damage]:

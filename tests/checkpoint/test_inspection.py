@@ -29,7 +29,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
             TOOL["main"]([str(argument) for argument in arguments])
         except SystemExit as ended:
             code = int(ended.code or 0)
-    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+    return subprocess.CompletedProcess([], code, said.getvalue(), complained.getvalue())
 
 
 @pytest.fixture(scope="module")
