@@ -43,7 +43,7 @@ from megatron_omega.planner.messages import step_bytes
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 SMALL_MESSAGE = 64
-"""Bytes up to which a message is the engine's own: norms, losses, token counts."""
+"""Bytes up to which an all-reduce is the engine's own: norms, losses, token counts."""
 MICRO_BATCHES = 2
 STEPS = 3
 SENDS = {
@@ -195,7 +195,8 @@ def _watch_messages() -> Any:
                 while isinstance(tensor, list | tuple):
                     tensor = tensor[0]
                 size = tensor.numel() * tensor.element_size()
-                self.sent[SENDS[name]] += size if size > SMALL_MESSAGE else 0
+                if size > SMALL_MESSAGE or name != "allreduce_":
+                    self.sent[SENDS[name]] += size
             return func(*args, **(kwargs or {}))
 
     return Sent()

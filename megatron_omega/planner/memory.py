@@ -19,7 +19,7 @@ LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that stage 3 keeps alive at most."""
 GPU_RUNTIME = int(2.0 * GIB)
 """CUDA context, kernels, communicators."""
-CPU_RUNTIME = 20 * 2**20
+CPU_RUNTIME = 14 * 2**20
 """What a CPU process, all its libraries loaded, allocates with its first engine and step beside what is listed here."""
 ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
@@ -71,10 +71,9 @@ def states(
     bucket = 2 * reduced * element
     if zero_stage == 2:
         return Memory(element * parameters, FP32 * share, optimizer, buffers=bucket + reduced * copied)
-    live = min(parameters, LIVE_PARAMETERS) * element  # a single replica copies them too
-    # Both messages are flattened by DeepSpeed, and cloned by the library.
-    copies = 2 * (reduced + min(parameters, LIVE_PARAMETERS)) * copied
-    return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live + copies)
+    live = min(parameters, LIVE_PARAMETERS)  # a single replica copies them, too
+    flattened = reduced * element + (reduced + 2 * live) * copied  # DeepSpeed joins what it sends, gloo clones it
+    return Memory(element * share, FP32 * share, optimizer, buffers=bucket + live * element + flattened)
 
 
 def runtime(activations: int, *, is_cpu: bool) -> int:
