@@ -34,6 +34,8 @@ from megatron_omega.monitoring.files import SUCCESS, mark_success
 from megatron_omega.monitoring.forecast import Forecast, peak_bytes
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.redaction import redact, redacted
+from megatron_omega.resilience.goodput import GoodputLog
 from megatron_omega.resilience.integrity import Integrity, has_copies
 from megatron_omega.resilience.places import Places, gather_places
 from megatron_omega.resilience.preflight import device_findings, disk_findings, fingerprint, gather_findings
@@ -163,7 +165,7 @@ def _trainer(
         config=config.checkpoint,
         topology=topology,
         identity=model_identity(config, sources.tokenizer.fingerprint),
-        run_config=config.model_dump(mode="json"),
+        run_config=redacted(config.model_dump(mode="json")),
     )
     _refuse_foreign_checkpoint(config, store)
     baseline = peak_bytes()
@@ -186,6 +188,7 @@ def _trainer(
                 *_straggler_hooks(config, places, tell=monitoring.on_fault),
                 monitoring,
                 *_forecast_hooks(resolved, topology, baseline),
+                *([GoodputLog()] if topology.rank == 0 else []),
                 *hooks,
             ]
         ),
@@ -258,7 +261,7 @@ def _prepare_run_directory(config: RunConfig) -> None:
     directory = _run_directory(config)
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump_config(config))
+        (directory / "config.yaml").write_text(redact(dump_config(config)))
     except OSError as error:
         raise ConfigError(
             f"logging.run_directory={directory} cannot be written: {error.strerror}; choose another folder"

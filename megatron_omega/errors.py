@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron_omega.redaction import redact
+
 
 class OmegaError(Exception):
     """A failure the user can mend. Carries one or several independent findings."""
@@ -82,7 +84,7 @@ def exit_cleanly() -> Iterator[None]:
     except OmegaError as error:
         rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
         if rank == 0 or _outlives_rank_0(rank, error):
-            print(_announced(error), file=sys.stderr)
+            print(redact(_announced(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: not an error of ours

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from megatron_omega.redaction import RedactingFormatter, redact_tracebacks
+
 _NAME = "megatron_omega"
 
 
@@ -15,15 +17,16 @@ def get_logger(module: str = _NAME) -> logging.Logger:
 
 
 def configure_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
-    """Send the package's log to stderr: all levels on rank 0, warnings and errors (with the rank) elsewhere."""
+    """Send the package's log to stderr, without secrets: all levels on rank 0, elsewhere warnings with the rank."""
     logger = logging.getLogger(_NAME)
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     where = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(RedactingFormatter(f"%(asctime)s {where}%(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     logger.propagate = False
+    redact_tracebacks()
     quiet_dependencies()
 
 

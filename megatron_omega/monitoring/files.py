@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
+import psutil
 
 from megatron_omega.errors import OmegaError
+from megatron_omega.redaction import redacted
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
@@ -61,6 +64,12 @@ def _encode(value: dict[str, Any]) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE, default=str)
 
 
+def last_sign(run_directory: Path) -> float | None:
+    """Return when a run last wrote one of its files, seconds since the epoch; None where it never did."""
+    files = [run_directory / name for name in (METRICS, EVENTS)]
+    return max((path.stat().st_mtime for path in files if path.exists()), default=None)
+
+
 class MetricsFile(Hook):
     """Writes a line of metrics.jsonl for each step. A resumed run continues it; steps done again replace the old."""
 
@@ -107,12 +116,16 @@ def _passed_over(state: TrainState) -> dict[str, Any]:
 
 
 class EventsFile(Hook):
-    """Appends to events.jsonl. Nothing is ever taken out of it: a run that was started five times says so."""
+    """Appends to events.jsonl. Nothing is ever taken out of it: a run that was started five times says so.
+
+    Stands before the hook that writes metrics.jsonl, to count the steps which that is going to replace.
+    """
 
     def __init__(self, documents_of: DocumentsOf | None = None) -> None:
         """`documents_of` names the documents of a bad batch."""
         self._path: Path | None = None
         self._step = 0
+        self._born = time.monotonic()
         self._documents_of = documents_of
 
     def write(self, event: str, **fields: Any) -> None:
@@ -120,12 +133,30 @@ class EventsFile(Hook):
         if self._path is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        uptime = round(time.monotonic() - self._born, 3)
         with self._path.open("ab") as file:
-            file.write(_encode({"time": now, "event": event, "step": self._step, **fields}))
+            file.write(
+                _encode({"time": now, "event": event, "step": self._step, "uptime_seconds": uptime, **redacted(fields)})
+            )
 
     def on_start(self, context: RunContext) -> None:
-        self._path, self._step = context.run_directory / EVENTS, context.state.step
-        self.write("start", **(context.details or {}), **_passed_over(context.state))
+        directory = context.run_directory
+        self._path, self._step = directory / EVENTS, context.state.step
+        startup = max(0.0, datetime.now().timestamp() - psutil.Process().create_time())
+        self._born = time.monotonic() - startup
+        self.write(
+            "start", **(context.details or {}), startup_seconds=round(startup, 3), last_sign=last_sign(directory),
+            is_fresh=not context.config.checkpoint.resume, **self._lost(context.state.step),
+            **_passed_over(context.state),
+        )  # fmt: skip
+
+    def _lost(self, step: int) -> dict[str, Any]:
+        """Count the steps behind `step`, which are going to be done again; before metrics.jsonl forgets them."""
+        assert self._path is not None
+        seconds = [
+            r.get("step_seconds") or 0.0 for r in read_objects(self._path.with_name(METRICS)) if r["step"] > step
+        ]
+        return {"lost_steps": len(seconds), "lost_seconds": round(sum(seconds), 3)}
 
     def on_step_end(self, report: StepReport) -> None:
         self._step = report.step
@@ -144,7 +175,7 @@ class EventsFile(Hook):
     def on_rollback(self, rollback: Rollback) -> None:
         self.write(
             "rollback", reason=rollback.reason, to_step=rollback.to_step, number=rollback.number,
-            **_passed_over(rollback.state),
+            **self._lost(rollback.to_step), **_passed_over(rollback.state),
         )  # fmt: skip
         self._step = rollback.to_step
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_omega.config.schema import LoggingConfig
 from megatron_omega.log import get_logger
+from megatron_omega.redaction import redact, redacted
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport, Rollback, RunContext, StepReport
 
@@ -112,13 +113,13 @@ class Wandb(Tracker):
         import wandb
 
         return wandb.init(
-            project=self._config.wandb_project,
+            project=redact(self._config.wandb_project),
             name=context.run_directory.name,
             id=run_id(context.run_directory),
             resume="allow",
             mode="offline" if self._config.wandb == "offline" else "online",
             dir=str(context.run_directory),
-            config=context.config.model_dump(mode="json"),
+            config=redacted(context.config.model_dump(mode="json")),
             settings=wandb.Settings(init_timeout=60, silent=True),
         )
 

@@ -29,6 +29,7 @@ from typing_extensions import Self
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.environment import ProcessPlace, meeting_host
 from megatron_omega.errors import OmegaError, Preempted
+from megatron_omega.redaction import redact
 from megatron_omega.resilience.beacon import Beacon
 from megatron_omega.resilience.verdict import BUG_EXIT_CODE
 from megatron_omega.resilience.wire import Line, Message
@@ -151,7 +152,7 @@ class Sentinel:
         trace = "" if is_ours else "".join(traceback.format_exception(error))
         code = error.exit_code if is_ours else BUG_EXIT_CODE
         kind = type(error).__name__
-        if self._line.send("failed", message=str(error), error=kind, trace=trace, code=code):
+        if self._line.send("failed", message=redact(str(error)), error=kind, trace=redact(trace), code=code):
             self._thread.join(timeout=_END_SECONDS)
 
     def _listen(self) -> None:
