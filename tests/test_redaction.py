@@ -89,8 +89,8 @@ def leaky_run(arguments: Arguments, log: Path) -> None:
     place = complete_environment()
     try:
         train(resolve_run(arguments, place.world_size), place, [Leaky()])
-    except ValueError:
-        sys.excepthook(*sys.exc_info())  # what the interpreter does with it
+    except ValueError as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # what the interpreter does with it
         raise RuntimeError("as it should") from None
 
 

@@ -127,7 +127,8 @@ class BusyClock:
                 return wait(work, *arguments, **options)
             return clock._time(lambda: wait(work, *arguments, **options))
 
-        Work.wait, self._wait = timed, wait
+        Work.wait = timed  # pyright: ignore[reportAttributeAccessIssue]
+        self._wait = wait
         self._began, self._idle = self._now(), 0.0
 
     def stop(self) -> float:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import Work
+from torch.distributed import HashStore, Work  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_omega.parallel.topology import Layout
 from megatron_omega.resilience.places import Places
@@ -60,7 +60,7 @@ def test_a_rank_that_is_always_a_little_slower_is_not_named() -> None:
 @pytest.fixture
 def one_rank() -> Any:
     """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
     yield
     dist.destroy_process_group()
 
