@@ -7,6 +7,7 @@ sample indices over a socket and answers with batches. It ends when its socket c
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -26,6 +27,8 @@ from megatron_omega.log import get_logger
 log = get_logger(__name__)
 MOST_DEATHS = 3
 """How often in a row a worker may die before it is given up."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What a terminal or a scheduler sends to every process of a run. Training answers; its workers end with it."""
 
 
 class IndexedSamples(Protocol):
@@ -114,12 +117,16 @@ class _Worker:
         self._connection, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment["OMP_NUM_THREADS"] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker ignores them by itself
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         with suppress(BrokenPipeError, ConnectionError):  # its death is met where its answer is waited for
             for message in (self._source, *self._pending):

@@ -6,10 +6,10 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from megatron_omega.data.loader import serve
+from megatron_omega.data.loader import STOP_SIGNALS, serve
 
 if __name__ == "__main__":
-    # Requests to stop go to every process of a job; they are for training, which closes the socket when it is done.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:  # they are for training, which then closes the socket
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     serve(Connection(int(sys.argv[1])))

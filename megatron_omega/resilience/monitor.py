@@ -31,7 +31,7 @@ _MEET_SECONDS = 0.2
 _STACK_SECONDS = 2.0
 _END_SECONDS = 1.5
 _CONNECT_SECONDS = 2.0
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Monitor:
@@ -265,7 +265,8 @@ def _process_state(pid: int) -> str:
 
 
 if __name__ == "__main__":
-    for number in _IGNORED:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     socket_descriptor, beacon_descriptor, stacks_descriptor = map(int, sys.argv[1:4])
     Monitor(Line(socket.socket(fileno=socket_descriptor)), Beacon(beacon_descriptor), stacks_descriptor).run()

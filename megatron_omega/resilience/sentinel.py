@@ -31,6 +31,7 @@ from megatron_omega.environment import ProcessPlace, meeting_host
 from megatron_omega.errors import OmegaError, Preempted
 from megatron_omega.redaction import redact
 from megatron_omega.resilience.beacon import Beacon
+from megatron_omega.resilience.monitor import IGNORED_SIGNALS
 from megatron_omega.resilience.verdict import BUG_EXIT_CODE
 from megatron_omega.resilience.wire import Line, Message
 
@@ -121,12 +122,16 @@ class Sentinel:
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.beacon.descriptor, self._stacks.fileno())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_omega.resilience.monitor", *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)  # until the monitor ignores them by itself
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_omega.resilience.monitor", *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         ours.settimeout(None)
         self._line = Line(ours)

@@ -75,6 +75,16 @@ def test_workers_change_nothing(make_config: MakeConfig, workers: int) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_workers_leave_requests_to_stop_to_training(make_config: MakeConfig) -> None:
+    """A scheduler signals every process of a run, at any moment: here before the workers are up."""
+    source = open_sources(make_config()).train
+    with Loader(source, iter([[4, 5], [0, 1], [9, 2]]), 2, 1) as loader:
+        for pid in loader.worker_pids:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                os.kill(pid, number)
+        assert len(list(loader)) == 3
+
+
 def test_a_worker_that_is_killed_is_replaced_and_nothing_lost(make_config: MakeConfig) -> None:
     source = open_sources(make_config()).train
     with Loader(source, ([n] for n in itertools.count()), 2, 2) as loader:
