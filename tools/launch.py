@@ -90,11 +90,12 @@ def run_local(arguments: argparse.Namespace, run: list[str]) -> int:
 def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write hostfile, environment file and script; print them."""
     launch = scripts.Launch(tuple(run), len(arguments.hosts), arguments.ranks_per_node, command=_command())
+    directory = launch.resolve().config.logging.run_directory
     files = scripts.HostFiles.beside(arguments.output or _beside_config(run, "hosts.sh"))
     texts = {
         files.hostfile: scripts.hostfile(arguments.hosts, arguments.ranks_per_node),
         files.environment: scripts.deepspeed_environment(os.environ, Path(sys.executable)),
-        files.script: scripts.hosts_script(launch, files, arguments.port),
+        files.script: scripts.hosts_script(launch, files, arguments.port, directory),
     }
     for file, text in texts.items():
         print(f"== {file}\n{text}")
@@ -112,7 +113,8 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
         tuple(run), arguments.nodes, arguments.ranks_per_node, command=_command(), device=arguments.device,
         time=arguments.time, cpus_per_rank=arguments.cpus_per_rank, options=tuple(arguments.sbatch),
     )  # fmt: skip
-    text = scripts.slurm_script(launch, path)
+    name = Path(launch.resolve().config.logging.run_directory).name
+    text = scripts.slurm_script(launch, path, name)
     print(text, end="")
     if arguments.dry_run:
         return 0
@@ -187,7 +189,8 @@ def _beside_config(run: list[str], name: str) -> Path:
 
 
 def _command() -> str:
-    return shlex.join(["tools/launch.py", *sys.argv[1:]])
+    words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--submit")]
+    return shlex.join(["tools/launch.py", *words])
 
 
 def main() -> int:

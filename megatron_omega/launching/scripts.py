@@ -57,13 +57,12 @@ def run_directory(arguments: Sequence[str]) -> Path:
     return Path(load_config(parsed.config, parsed.overrides).logging.run_directory)
 
 
-def slurm_script(launch: Launch, path: Path) -> str:
-    """Return the batch script of a run, to be written to `path`. Raises ConfigError where the run does not fit."""
-    directory = launch.resolve().config.logging.run_directory
+def slurm_script(launch: Launch, path: Path, name: str) -> str:
+    """Return the batch script of a run, to be written to `path`; `name` is the job's."""
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
     resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
     return Template(templates.PRETRAIN).substitute(
-        name=Path(directory).name,
+        name=name,
         nodes=launch.nodes,
         ranks_per_node=launch.ranks_per_node,
         resources="\n".join(f"#SBATCH {option}" for option in resources),
@@ -105,9 +104,10 @@ class HostFiles:
         return HostFiles(script, script.with_name("hostfile"), script.with_name("deepspeed_env"))
 
 
-def hosts_script(launch: Launch, files: HostFiles, port: int) -> str:
-    """Return the script that starts a run on the hosts of a file by ssh, and again after failures."""
-    directory = launch.resolve().config.logging.run_directory
+def hosts_script(launch: Launch, files: HostFiles, port: int, directory: str) -> str:
+    """Return the script that starts a run on the hosts of a file by ssh, and again after failures; `directory` is its
+    run folder.
+    """
     return Template(templates.HOSTS).substitute(
         path=files.script,
         command=launch.command,

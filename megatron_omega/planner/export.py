@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_omega.config.load import dump_config
 from megatron_omega.errors import ConfigError
+from megatron_omega.launching.scripts import Launch, slurm_script
 from megatron_omega.planner.estimate import Estimate
 
 BUCKET = 200_000_000
@@ -36,33 +37,6 @@ ZERO: Mapping[int, Mapping[str, Any]] = {
 }
 """The settings of ds_configs/, by stage."""
 
-SLURM = """\
-#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node={per_node}
-#SBATCH --gpus-per-node={per_node}
-#SBATCH --exclusive
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@120
-#SBATCH --output=%x-%j.log
-
-# {label}: {seconds:.2f} s a step predicted on {nodes} x {per_node} {hardware}.
-# Start it in the repository: sbatch {path}
-set -euo pipefail
-export OMP_NUM_THREADS=8
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-
-srun --kill-on-bad-exit=1 python pretrain_omega.py --config {config} --deepspeed_config {deepspeed} &
-steps=$!
-trap 'kill -USR1 "$steps" 2>/dev/null || true' USR1
-code=0
-wait "$steps" || code=$?
-while kill -0 "$steps" 2>/dev/null; do wait "$steps" && code=0 || code=$?; done
-[ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"  # stopped in time, checkpoint saved: continue later
-exit "$code"
-"""
-
 
 def write_plan(estimate: Estimate, directory: Path) -> list[Path]:
     """Write run.yaml, deepspeed.json and train.slurm into `directory`; return their paths.
@@ -85,14 +59,13 @@ def write_plan(estimate: Estimate, directory: Path) -> list[Path]:
 
 def _slurm(estimate: Estimate, run: Path, deepspeed: Path, slurm: Path) -> str:
     per_node = min(estimate.hardware.facts.per_node, estimate.candidate.world_size)
-    return SLURM.format(
-        name=Path(estimate.config.logging.run_directory).name,
-        nodes=-(-estimate.candidate.world_size // per_node),
-        per_node=per_node,
-        label=estimate.candidate.label,
-        seconds=estimate.step_seconds,
-        hardware=estimate.hardware.name,
-        config=run,
-        deepspeed=deepspeed,
-        path=slurm,
+    nodes = -(-estimate.candidate.world_size // per_node)
+    where = f"{nodes} x {per_node} {estimate.hardware.name}"
+    launch = Launch(
+        ("--config", str(run), "--deepspeed_config", str(deepspeed)),
+        nodes,
+        per_node,
+        command=f"tools/plan.py; {estimate.candidate.label}: {estimate.step_seconds:.2f} s a step predicted on {where}",
+        options=("--exclusive",),
     )
+    return slurm_script(launch, slurm, Path(estimate.config.logging.run_directory).name)

@@ -49,5 +49,5 @@ def write_script(folder: Path, program: str, *arguments: str) -> Path:
         words, 2, 2, command="a test", device="cpu", time="00:10:00", cpus_per_rank=1, program=program,
         options=(f"--output={folder}/log.txt",),
     )  # fmt: skip
-    path.write_text(slurm_script(launch, path).replace("#SBATCH --output=%x-%j.out\n", ""))
+    path.write_text(slurm_script(launch, path, "run").replace("#SBATCH --output=%x-%j.out\n", ""))
     return path

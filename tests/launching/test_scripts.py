@@ -1,0 +1,82 @@
+"""The scripts that are written: those in examples/ are the generator's, and what cannot run is refused before."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, run_python
+
+from megatron_omega.launching import scripts
+
+TOOL = runpy.run_path(str(ROOT / "tools/launch.py"), run_name="launch_tool")
+SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("examples/*/slurm.sbatch"))
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
+    """Call the tool in this process, in the checkout; return its exit code and what it printed."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["tools/launch.py", *words])
+    code = TOOL["main"]()
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+def test_examples_are_what_the_tool_writes(
+    script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / script).read_text()
+    command = re.search(r"^# Written by: tools/launch.py (.*)$", text, re.MULTILINE)
+    assert command
+    assert call(capsys, monkeypatch, *shlex.split(command[1]), "--dry-run") == (0, text)
+
+
+def test_the_large_model_is_for_64_hosts_of_8() -> None:
+    text = (ROOT / "examples/omega-11.9b/slurm.sbatch").read_text()
+    assert "#SBATCH --nodes=64\n#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n" in text
+
+
+def test_a_script_for_hosts_that_the_run_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    target = tmp_path / "script"
+    words = ["slurm", "--nodes", "3", "--ranks-per-node", "1", "--output", target, "--model.hiden_size", "3"]
+    done = run_python("tools/launch.py", *words, "--config", "examples/omega-tiny/run.yaml")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "hiden_size" in done.stderr and "3 processes" in done.stderr
+    assert not target.exists()
+
+
+def test_a_missing_option_is_named() -> None:
+    done = run_python("tools/launch.py", "slurm", "--config", "examples/omega-tiny/run.yaml")
+    assert done.returncode == 2 and "--nodes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_hosts_by_ssh(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    path = tmp_path / "hosts.sh"
+    words = ["hostfile", "--hosts", "a", "b", "--ranks-per-node", "4", "--output", str(path), "--port", "3333"]
+    code, said = call(capsys, monkeypatch, *words, "--config", "examples/omega-tiny/run.yaml", "--training.seed", "7")
+    assert code == 0
+    assert (tmp_path / "hostfile").read_text() == "a slots=4\nb slots=4\n"
+    assert (tmp_path / "deepspeed_env").read_text().startswith(f"PATH={Path(sys.executable).parent}:")
+    text = path.read_text()
+    assert "--master_port 3333" in text and "--training.seed 7" in text and "runs/omega-tiny/stop" in text
+    assert f"DS_ENV_FILE={tmp_path}/deepspeed_env" in text
+    assert said.count("--no_ssh --node_rank") == 2 and "--master_addr a " in said
+    assert "hf_secret" not in said
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+
+
+def test_values_with_blanks_survive_the_script() -> None:
+    words = ("--data.corpora", "[{prefix: a b}]", "--logging.run_directory", "it's")
+    launch = scripts.Launch(words, 1, 1, command="a test", program="PROGRAM")
+    text = scripts.slurm_script(launch, Path("x"), "name")
+    line = next(line for line in text.splitlines() if line.startswith("run="))
+    shown = subprocess.run(
+        ["bash", "-c", f"{line}; printf '%s\\n' \"${{run[@]}}\""], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == list(words)
