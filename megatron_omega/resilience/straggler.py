@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Work
+from torch.distributed import ProcessGroup, Work
 
 from megatron_omega.parallel.topology import Layout
 from megatron_omega.resilience.places import Places
@@ -29,6 +29,10 @@ SHARE = 0.75
 """Share of the last steps in which a straggler is the slowest of its peers."""
 FACTOR = 1.1
 """Least median of its busy time over its peers'."""
+_MESSAGES = (
+    "allreduce", "broadcast", "reduce", "allgather", "_allgather_base", "gather", "scatter", "reduce_scatter",
+    "_reduce_scatter_base", "alltoall", "alltoall_base", "send", "recv", "barrier",
+)  # fmt: skip
 _SAMPLED = 10
 """On a GPU every so many steps are measured: waiting is seen there only by a device that stands still."""
 
@@ -106,16 +110,20 @@ class BusyClock:
     """Measures how long this thread is busy: neither waiting in torch.distributed, whoever calls it, nor for a core."""
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
-        """`synchronise` lets the device finish; None on a CPU, whose calls do not return before they are done."""
+        """`synchronise` lets the device finish what it was given; None on a CPU, whose calls return when they are done.
+
+        A device is let finish before every message, which belongs to busy time, and after every wait, which does not.
+        """
         self._synchronise = synchronise
+        self._replaced: list[tuple[type, str, Any]] = []
+        """(class, name, what stood there) of every method that has a clock around it."""
         self._thread = threading.get_ident()
         self._queue = QueueClock()
-        self._wait: Callable[..., Any] | None = None
         self._began = self._idle = 0.0
 
     @property
     def is_running(self) -> bool:
-        return self._wait is not None
+        return bool(self._replaced)
 
     def start(self) -> None:
         """Measure from now on: put a clock around `Work.wait`, through which every wait goes."""
@@ -127,15 +135,19 @@ class BusyClock:
                 return wait(work, *arguments, **options)
             return clock._time(lambda: wait(work, *arguments, **options))
 
-        Work.wait = timed  # pyright: ignore[reportAttributeAccessIssue]
-        self._wait = wait
+        self._replace(Work, "wait", timed)
+        if self._synchronise is not None:
+            for name in _MESSAGES:
+                self._let_finish_before(name, self._synchronise)
         self._began, self._idle = self._now(), 0.0
 
     def stop(self) -> float:
         """Measure no more; return the busy seconds."""
-        if self._wait is None:
+        if not self.is_running:
             return 0.0
-        Work.wait, self._wait = self._wait, None
+        for owner, name, method in self._replaced:
+            setattr(owner, name, method)
+        self._replaced.clear()
         return self._now() - self._began - self._idle
 
     def close(self) -> None:
@@ -143,17 +155,38 @@ class BusyClock:
         self.stop()
         self._queue.close()
 
+    def _let_finish_before(self, name: str, synchronise: Callable[[], None]) -> None:
+        issue = getattr(ProcessGroup, name)
+
+        def issued(*arguments: Any, **options: Any) -> Any:
+            synchronise()
+            return issue(*arguments, **options)
+
+        self._replace(ProcessGroup, name, issued)
+
+    def _replace(self, owner: type, name: str, method: Callable[..., Any]) -> None:
+        self._replaced.append((owner, name, vars(owner)[name]))  # as it stands there: what getattr gives does not bind
+        setattr(owner, name, method)
+
     def _now(self) -> float:
+        """Return the time after the device has finished, without what this thread waited for a core."""
         if self._synchronise is not None:
             self._synchronise()
+        return self._time_now()
+
+    def _time_now(self) -> float:
         return time.perf_counter() - self._queue.seconds()
 
     def _time(self, wait: Callable[[], Any]) -> Any:
-        begin = self._now()
+        begin = self._time_now()
         try:
             return wait()
         finally:
             self._idle += self._now() - begin
+
+
+def _finish_stream() -> None:
+    torch.cuda.current_stream().synchronize()
 
 
 class StragglerWatch(Hook):
@@ -164,7 +197,7 @@ class StragglerWatch(Hook):
         is_gpu = torch.cuda.is_available()
         self._layout, self._places, self._tell = layout, places, tell
         self._stragglers = Stragglers(layout, window)
-        self._clock = BusyClock(torch.cuda.synchronize if is_gpu else None)
+        self._clock = BusyClock(_finish_stream if is_gpu else None)
         self._every = _SAMPLED if is_gpu else 1
 
     def on_step_begin(self, step: int) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed import HashStore, Work  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, ProcessGroup, Work  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_omega.parallel.topology import Layout
 from megatron_omega.resilience.places import Places
@@ -27,6 +27,7 @@ def test_factors_compare_peers_of_one_stage() -> None:
     assert factors([1.0, 2.0], Layout(pipeline=2)) == []
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 7), st.floats(1.15, 5.0), st.integers(0, 2**32))
 def test_a_slow_rank_is_named_once(slow: int, factor: float, seed: int) -> None:
     noise, judge, named = random.Random(seed), Stragglers(GRID, 20), []
@@ -38,6 +39,7 @@ def test_a_slow_rank_is_named_once(slow: int, factor: float, seed: int) -> None:
     assert named[0][1] == pytest.approx(factor, rel=0.05)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.floats(0, 3))
 def test_noise_is_no_straggler(seed: int, spread: float) -> None:
     noise, judge = random.Random(seed), Stragglers(GRID, 20)
@@ -66,7 +68,7 @@ def one_rank() -> Any:
 
 
 def test_every_wait_of_this_thread_goes_through_the_clock(one_rank: None) -> None:
-    clock, before, ticks = BusyClock(), Work.wait, []
+    clock, before, ticks = BusyClock(), vars(Work)["wait"], []
     clock._time = lambda wait: (ticks.append(threading.get_ident()), wait())[1]  # pyright: ignore
     clock.start()
     tensor = torch.ones(2)
@@ -75,10 +77,25 @@ def test_every_wait_of_this_thread_goes_through_the_clock(one_rank: None) -> Non
     other = threading.Thread(target=lambda: dist.all_reduce(tensor))
     other.start()
     other.join()
-    assert clock.stop() >= 0 and Work.wait is before
+    assert clock.stop() >= 0 and vars(Work)["wait"] is before
     dist.all_reduce(tensor)
     assert len(ticks) == 2
     clock.close()
+
+
+def test_a_device_is_let_finish_before_messages_and_after_waits(one_rank: None) -> None:
+    story: list[str] = []
+    clock = BusyClock(lambda: story.append("finish"))
+    issue = vars(ProcessGroup)["allreduce"]
+    clock.start()
+    story.clear()
+    work = dist.all_reduce(torch.ones(2), async_op=True)
+    assert story == ["finish"] and work is not None
+    work.wait()
+    assert story == ["finish", "finish"]
+    clock.close()
+    dist.all_reduce(torch.ones(2))
+    assert vars(ProcessGroup)["allreduce"] is issue
 
 
 def test_the_watch_names_host_place_and_factor(one_rank: None) -> None:
