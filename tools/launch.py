@@ -13,9 +13,7 @@ import argparse
 import logging
 import os
 import shlex
-import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -120,27 +118,9 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
         return 0
     path.write_text(text)
     if arguments.submit:
-        jobs = _submit(path, arguments.chain)
+        jobs = scripts.submit(path, arguments.chain)
         print(f"submitted: {', '.join(jobs)}", file=sys.stderr)
     return 0
-
-
-def _submit(path: Path, chain: int) -> list[str]:
-    """Submit the script once, or as a chain: each job starts where the one before did not succeed."""
-    jobs: list[str] = []
-    name = f"chain-{time.time_ns()}"
-    for _ in range(max(1, chain)):
-        words = ["sbatch", "--parsable"]
-        words += [f"--export=ALL,OMEGA_CHAIN={name}", "--no-requeue"] if chain else []
-        words += [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        try:
-            done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise ConfigError("sbatch is not on this machine's path; submit the script where Slurm is") from None
-        if done.returncode:
-            raise ConfigError(f"sbatch refused {path}: {done.stderr.strip()}")
-        jobs.append(done.stdout.strip().partition(";")[0])
-    return jobs
 
 
 def begin(run: list[str]) -> int:

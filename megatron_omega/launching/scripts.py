@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,3 +129,24 @@ def without_ssh(launch: Launch, hosts: Sequence[str], files: HostFiles, port: in
         f"--master_port {port} --no_local_rank {launch.program} {shlex.join(launch.arguments)}"
         for rank in range(len(hosts))
     ]
+
+
+def submit(path: Path | str, chain: int = 0) -> list[str]:
+    """Submit the script once, or as a chain: each job starts where the one before did not succeed.
+
+    Return the numbers of the jobs. Raises ConfigError where Slurm refuses.
+    """
+    jobs: list[str] = []
+    name = f"chain-{time.time_ns()}"
+    for _ in range(max(1, chain)):
+        words = ["sbatch", "--parsable"]
+        words += [f"--export=ALL,OMEGA_CHAIN={name}", "--no-requeue"] if chain else []
+        words += [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        try:
+            done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise ConfigError("sbatch is not on this machine's path; submit the script where Slurm is") from None
+        if done.returncode:
+            raise ConfigError(f"sbatch refused {path}: {done.stderr.strip()}")
+        jobs.append(done.stdout.strip().partition(";")[0])
+    return jobs

@@ -17,11 +17,11 @@ STUB = ROOT / "tests/launching/stub.py"
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Five hosts: two or four for jobs, the others to take their place."""
+    """Six hosts: four for jobs, two to take the place of those that fail."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with Lab(tmp_path_factory.mktemp("lab") / "site", hosts=5) as lab:
+    with Lab(tmp_path_factory.mktemp("lab") / "site", hosts=6) as lab:
         yield lab
 
 

@@ -171,6 +171,14 @@ class Lab:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def hosts_of(self, job: str) -> list[str]:
+        """Return the hosts of a running job."""
+        return self.expand(self.facts(job)["NodeList"])
+
+    def expand(self, hosts: str) -> list[str]:
+        """Return the names in a node list."""
+        return self.run("scontrol", "show", "hostnames", hosts).split()
+
     def state(self, job: str) -> str:
         return self.facts(job)["JobState"]
 

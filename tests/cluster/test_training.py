@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, TinyCorpus
+from tiny import TinyCorpus
 
 from cluster.conftest import write_script
 from cluster.lab import Lab
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cluster]
+STEPS = 30
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {"PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -91,13 +92,40 @@ def test_a_launcher_trains(
     assert len(found) == 2 and found == expected.setdefault("losses", found)
 
 
+def submit(lab: Lab, corpus: TinyCorpus, folder: Path, *options: str) -> str:
+    """Submit the batch script of a run of some steps; return the job once its first checkpoint is there."""
+    arguments = [*run_arguments(corpus, folder, steps=STEPS), "--checkpoint.interval_steps=5", *options]
+    job = lab.submit(write_script(folder, "pretrain_omega.py", *arguments), **ENVIRONMENT)
+    lab.until((folder / "checkpoints/step-00000005/manifest.json").exists)
+    return job
+
+
+def assert_completed_in_two_turns(lab: Lab, job: str, folder: Path) -> list[str]:
+    """Return the hosts of both turns of a job that had to be started twice."""
+    log = folder / "log.txt"
+    assert lab.wait(job) == "COMPLETED", log.read_text()
+    lines = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
+    starts = [line for line in lines if line["event"] == "start"]
+    assert [start["restart"] for start in starts] == [0, 1], log.read_text()
+    assert starts[1]["checkpoint"] >= "step-00000005"
+    assert len(losses(folder)) == STEPS
+    return [start["hosts"] for start in starts]
+
+
 def test_a_preempted_training_goes_on(lab: Lab, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    """The batch script, signalled as Slurm does before the time limit; data workers must live through that, too."""
-    arguments = [*run_arguments(tiny_corpus, tmp_path, steps=200), "--data.num_workers=1"]
-    job = lab.submit(write_script(tmp_path, "pretrain_omega.py", *arguments), **ENVIRONMENT)
-    lab.until((tmp_path / "checkpoints/step-00000001/manifest.json").exists)
+    """Signalled as Slurm does before the time limit: every process of the job, the data workers too."""
+    job = submit(lab, tiny_corpus, tmp_path, "--data.num_workers=1")
     lab.run("scancel", "--signal=USR1", job)
-    lab.until(lambda: "has saved" in (tmp_path / "log.txt").read_text())
-    starts = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
-    lab.run("scancel", job)
-    assert ROOT and starts
+    assert_completed_in_two_turns(lab, job, tmp_path)
+    assert "has saved" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_training_outlives_a_host(lab: Lab, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
+    job = submit(lab, tiny_corpus, tmp_path)
+    host = lab.hosts_of(job)[-1]
+    lab.crash(host)
+    try:
+        hosts = assert_completed_in_two_turns(lab, job, tmp_path)
+        assert host not in lab.expand(hosts[1])
+    finally:
+        lab.boot(host)

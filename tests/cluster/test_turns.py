@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cluster.conftest import STUB, write_script
 from cluster.lab import Lab
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cluster]
 Submit = Callable[..., str]
+CHAIN = "import sys; from megatron_omega.launching.scripts import submit; print(*submit(sys.argv[1], chain=3))"
 
 
 def starts(folder: Path) -> list[dict[str, object]]:
@@ -66,3 +69,37 @@ def test_a_mistake_does_not_come_back(lab: Lab, submit_stub: Submit, tmp_path: P
     job = submit_stub(exit=[3, code])
     assert lab.wait(job) == "FAILED"
     assert lab.facts(job)["ExitCode"] == f"{code}:0" and len(starts(tmp_path)) == 1, log(tmp_path)
+
+
+def test_a_run_outlives_a_network(lab: Lab, submit_stub: Submit, tmp_path: Path) -> None:
+    job = submit_stub(hold=2)
+    until_holding(lab, tmp_path, 2)
+    host = lab.hosts_of(job)[-1]
+    lab.cut(host)
+    try:
+        assert lab.wait(job) == "COMPLETED", log(tmp_path)
+        first, second = starts(tmp_path)
+        assert host in lab.expand(str(first["hosts"])) and host not in lab.expand(str(second["hosts"]))
+        assert second["checkpoint"] == "step-00000002"
+    finally:
+        lab.plug(host)
+
+
+@pytest.mark.parametrize(("plan", "states"), [
+    ({"hold": 2}, ["FAILED", "COMPLETED", "CANCELLED"]),
+    ({"exit": [1, 4]}, ["FAILED", "FAILED", "FAILED"]),
+], ids=["a stop", "a mistake"])  # fmt: skip
+def test_a_chain_goes_on_after_a_stop_and_not_after_a_mistake(
+    lab: Lab, submit_stub: Submit, tmp_path: Path, plan: dict[str, object], states: list[str]
+) -> None:
+    """Where jobs may not requeue themselves: each link starts where the one before did not succeed."""
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    script = write_script(tmp_path, str(STUB), "--config", "examples/omega-tiny/run.yaml")
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"}
+    said = lab.run("python", "-c", CHAIN, script, **environment)
+    jobs = said.split()
+    if "hold" in plan:
+        until_holding(lab, tmp_path, 2)
+        lab.run("scancel", "--signal=USR1", jobs[0])
+    assert [lab.wait(job) for job in jobs] == states, log(tmp_path)
+    assert len(starts(tmp_path)) == (2 if "hold" in plan else 1)
