@@ -17,12 +17,14 @@ from megatron_omega import accounting
 from megatron_omega.config.check import num_stages
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.sources import open_sources
 from megatron_omega.planner import report
 from megatron_omega.planner.candidates import Candidate, of_config
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
 from megatron_omega.planner.stages import stages_of
+from megatron_omega.resilience.preflight import disk_findings, gather_findings
 
 GPU, CPU = "h100-80g", "cpu"
 
@@ -80,6 +82,13 @@ class Preview:
             decoder_seq_length=data.decoder_seq_length,
         )
 
+    @cached_property
+    def findings(self) -> list[str]:
+        """What would keep the run from starting on this machine."""
+        return gather_findings(
+            {"corpus": lambda: open_sources(self.config) and None, "disk": lambda: disk_findings(self.config)}
+        )[0]
+
     @property
     def stages(self) -> Iterator[StageLayers]:
         """Yield the pieces of the layer list, in its order."""
@@ -119,6 +128,9 @@ def _text(preview: Preview) -> Iterator[str]:
     yield from _layout_lines(preview)
     yield ""
     yield from _cost_lines(preview)
+    yield ""
+    yield "# preflight"
+    yield from (f"- {finding}" for finding in preview.findings or ["nothing would keep it from starting here"])
     if preview.resolved.notices:
         yield ""
         yield "# notices"
@@ -176,5 +188,6 @@ def _data(preview: Preview) -> dict[str, Any]:
         "training_flops_per_token": accounting.training_flops_per_token(preview.config),
         "hardware": preview.estimate.hardware.name,
         "estimate": report.as_data(preview.estimate, preview.assumptions),
+        "preflight": preview.findings,
         "notices": list(preview.resolved.notices),
     }

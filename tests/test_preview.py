@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_omega import accounting
-from megatron_omega.config.arguments import Arguments, Override
+from megatron_omega.config.arguments import Arguments, Override, parse_arguments
 from megatron_omega.config.load import ResolvedRun, load_config, resolve_run
 from megatron_omega.environment import announced_world_size
 from megatron_omega.preview import Preview, describe
@@ -46,7 +46,6 @@ def test_stages_are_told_in_words() -> None:
         "embedding, encoder 0",
         "encoder 1, bridge, decoder 0-1, head, output",
     ]
-    assert "not at parallel.stage_boundaries" in describe(resolved(parallel__stage_boundaries="[2]"))
 
 
 def test_a_v_holds_two_stages_on_each_rank() -> None:
@@ -75,8 +74,17 @@ def test_a_dry_run_needs_no_torch() -> None:
     program = (
         "import sys, pretrain_omega; "
         f"pretrain_omega.main(['--config', {str(PRESETS[0])!r}, '--dry-run', '--json']); "
-        "heavy = {'torch', 'numpy', 'deepspeed', 'matplotlib'} & set(sys.modules); sys.exit(', '.join(heavy) or 0)"
+        "heavy = {'torch', 'deepspeed', 'matplotlib', 'datasets'} & set(sys.modules); sys.exit(', '.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "layout" in json.loads(done.stdout)
+
+
+def test_what_would_keep_it_from_starting_is_said(tmp_path: Path) -> None:
+    arguments = ["--model.encoder_layers", "2", "--model.decoder_layers", "2", "--data.tokenizer", f"{tmp_path}/none.model",
+                 "--data.corpora", f"[{{prefix: {tmp_path}/none}}]", "--logging.run_directory", str(tmp_path)]  # fmt: skip
+    run = resolve_run(parse_arguments(["--dry-run", *arguments]))
+    found = json.loads(describe(run, as_json=True))["preflight"]
+    assert len(found) == 1 and f"{tmp_path}/none" in found[0]
+    assert f"# preflight\n- {found[0]}" in describe(run)
