@@ -29,6 +29,7 @@ STRANGERS: dict[str, set[str]] = {
     "training": {"model", "data"},
     "checkpoint": {"model", "data"},
     "monitoring": {"model", "data"},
+    "resilience": {"model", "data"},
 }
 """Rooms that do not know each other although the floors would allow it."""
 
