@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -162,6 +163,7 @@ class Engine:
         self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
         if is_pipeline:
             _agree_on_norm_groups(self.deepspeed.optimizer, topology)
+            _clear_gradients_once_taken(self.deepspeed.optimizer)
 
     @property
     def is_pipeline(self) -> bool:
@@ -381,3 +383,16 @@ def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _clear_gradients_once_taken(optimizer: Any) -> None:
+    """Let bf16 gradients be cleared after the optimizer added them to its own, and not before the next backward pass.
+
+    "Before" is when that pass reaches what the module returned. The loss is outside of it: what it gives straight to a
+    parameter (the token table, where the last stage needs it for the loss only) comes earlier, and would be lost.
+    """
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    take = optimizer.update_hp_grads
+    optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)
+    optimizer.backward_prologue = lambda: None

@@ -27,6 +27,7 @@ from megatron_omega.verification import (
 pytestmark = pytest.mark.distributed
 STEPS = 10
 SMALLER = [Override("model.ffn_hidden_size", "192")]
+IN_THE_LOSS_ONLY = "tp2-pp2-cut4"  # the last stage uses the token table for nothing else
 LAYOUTS = every_layout(load_config(ROOT / "examples/omega-tiny/run.yaml").model)
 
 
@@ -52,7 +53,7 @@ def test_bf16_stays_within_its_tolerance(tiny_corpus: TinyCorpus, tmp_path: Path
     bf16 = [Override("precision.dtype", "bf16")]
     config = check_layout(tiny_corpus.run_yaml, parse_layout("tp1"), bf16, steps=STEPS, folder=tmp_path)
     rows = train(tiny_corpus, "tp1", tmp_path, *bf16)
-    verdict = compare("bf16", rows, train(tiny_corpus, "tp2-pp2", tmp_path, *bf16), tolerance_of(config))
+    verdict = compare("bf16", rows, train(tiny_corpus, IN_THE_LOSS_ONLY, tmp_path, *bf16), tolerance_of(config))
     assert verdict.passed, verdict.differences
 
 
