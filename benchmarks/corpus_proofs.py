@@ -37,8 +37,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.preprocessing import ROOT, cut, measure, ours
+from megatron_omega.config.schema import Corpus, DataConfig, ModelConfig, RunConfig
 from megatron_omega.data.indexed import HEADER_BYTES, IndexedShard, token_dtype
 from megatron_omega.data.preprocessing.merge import write_merged_index
+from megatron_omega.data.sources import open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 
@@ -225,7 +227,29 @@ def prove_damage(source: Path, model: Path, folder: Path, seed: int, times: int 
     measure([*train, "--megabytes", "1", "--vocab-size", "1000"])
     line = is_refused(check_command(bad, other))
     results.append(say(bool(line), f"another tokenizer: {line}"))
+    refused = 0
+    for _ in range(20):
+        data = bytearray(files["bin"])
+        data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
+        write("bin", data)
+        refused += is_refused_in_training(bad, model)
+    results.append(say(refused == 20, f"an epoch of samples meets {refused} of 20 bits flipped in .bin"))
+    write("bin", files["bin"])
+    is_kept_out = is_refused_in_training(bad, other) and not is_refused_in_training(bad, model)
+    results.append(say(is_kept_out, "training refuses another tokenizer, and takes the shard when it is whole"))
     return all(results)
+
+
+def is_refused_in_training(prefix: Path, model: Path) -> bool:
+    """Return whether training on a shard ends with one finding before its first epoch is over."""
+    data = DataConfig(tokenizer=str(model), corpora=(Corpus(prefix=str(prefix)),), split=(1.0, 0.0, 0.0))
+    try:
+        source = open_sources(RunConfig(model=ModelConfig(vocab_size=1 << 16), data=data)).train
+        for number in range(len(source)):
+            source.window(number)
+    except DataError as error:
+        return len(error.findings) == 1
+    return False
 
 
 class Endless:
