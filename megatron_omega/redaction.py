@@ -42,7 +42,11 @@ def is_secret_name(name: str) -> bool:
 
 def secrets_of(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the secret values of an environment, the longest first."""
-    found = {value for name, value in environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST}
+    found = {
+        value
+        for name, value in environ.items()
+        if _VARIABLE.search(name) and len(value) >= _SHORTEST and not (value.isdecimal() and "TOKEN" in name.upper())
+    }  # MAX_TOKENS=1000000 is a number
     return sorted(found, key=lambda value: (-len(value), value))
 
 

@@ -217,7 +217,7 @@ class StragglerWatch(Hook):
                 f"{self._places.name(rank)} is a straggler: busy {factor:.2f} times as long as its peers in most "
                 f"of the last steps, up to step {report.step}; everybody waits for it"
             )
-            details = {"hosts": [self._places.hosts[rank]], "factor": factor, "busy_seconds": busy}
+            details = {"step": report.step, "hosts": [self._places.hosts[rank]], "factor": factor, "busy_seconds": busy}
             self._tell(Fault("straggler", message, (rank,), details))
 
     def on_close(self) -> None:

@@ -19,7 +19,7 @@ from megatron_omega.local_launch import run_ranks
 from megatron_omega.verification import arguments_for, parse_layout, train_rank
 
 pytestmark = pytest.mark.distributed
-STEPS, BATCH, CHECKPOINT = 14, 8, 4
+STEPS, BATCH, CHECKPOINT = 13, 4, 4
 POISONED = range(9 * BATCH, 12 * BATCH)
 """The samples of steps 10, 11 and 12; a checkpoint falls among them."""
 TIMES = ("step_seconds", "tokens_per_second", "mfu")
@@ -61,7 +61,7 @@ def run(corpus: TinyCorpus, label: str, folder: Path, function: Any, samples: ra
     arguments = arguments_for(corpus.run_yaml, layout, [], steps=STEPS, folder=folder)
     own = {
         "checkpoint.interval_steps": str(CHECKPOINT), "checkpoint.asynchronous": "true",
-        "resilience.spike_window": "16", "resilience.spike_z_score": "5", "logging.tensorboard": "true",
+        "batch.global_batch_size": str(BATCH), "resilience.spike_window": "16", "resilience.spike_z_score": "5", "logging.tensorboard": "true",
     }  # fmt: skip
     overrides = (*arguments.overrides, *(Override(*pair) for pair in (own | settings).items()))
     run_ranks(
