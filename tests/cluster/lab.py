@@ -17,6 +17,8 @@ from tiny import ROOT
 HERE = Path(__file__).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "pdsh", "sshd", "ssh", "ip", "nsenter", "unshare", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client munge pdsh openssh-server"
+LIVING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
+"""States of a job that is not at its end."""
 SLURM_CONF = """\
 ClusterName=lab
 SlurmctldHost=head(10.77.0.1)
@@ -182,10 +184,14 @@ class Lab:
     def state(self, job: str) -> str:
         return self.facts(job)["JobState"]
 
+    def states(self, array: str) -> list[str]:
+        """Return the states of an array's elements."""
+        words = self.run("scontrol", "--oneliner", "show", "job", array).split()
+        return [word.removeprefix("JobState=") for word in words if word.startswith("JobState=")]
+
     def wait(self, job: str, seconds: float = 240) -> str:
         """Return the state in which a job ended."""
-        living = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
-        self.until(lambda: self.state(job) not in living, seconds)
+        self.until(lambda: self.state(job) not in LIVING, seconds)
         return self.state(job)
 
     def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import TinyCorpus, run_python
 
-from cluster.lab import Lab
+from cluster.lab import LIVING, Lab
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cluster]
 
@@ -31,7 +31,10 @@ def test_a_part_that_fails_cancels_the_join_and_the_same_command_goes_on(
     array, merge = submit(lab, tiny_corpus, tmp_path)
     assert lab.wait(merge) == "CANCELLED"
     assert not (tmp_path / "parts_text_document.idx").exists()
-    assert lab.run("scontrol", "show", "job", array).count("JobState=COMPLETED") == 2
+    lab.until(lambda: not {*lab.states(array)} & LIVING)
+    assert sorted(lab.states(array)) == ["COMPLETED", "COMPLETED", "FAILED"]
+    said = "".join(path.read_text() for path in tmp_path.glob("log-*"))
+    assert "Traceback" not in said, said
     finished = tmp_path / "parts-00000-of-00003_text_document.bin"
     before = finished.stat().st_mtime_ns
 
