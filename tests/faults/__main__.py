@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -19,11 +20,11 @@ YES_NO = {True: "yes", False: "no", None: "-"}
 def main() -> int:
     """Return 0 where every fault came out as it has to."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--only", default="", help="faults whose name matches this regular expression")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of ranks and moments (default: the time)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    chosen = {name: fault for name, fault in FAULTS.items() if arguments.only in name}
+    chosen = {name: fault for name, fault in FAULTS.items() if re.search(arguments.only, name)}
     outcomes: dict[str, Outcome] = {}
     begin = time.monotonic()
     with Laboratory(seed=arguments.seed) as lab:
