@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -164,11 +166,12 @@ def check_layout(
 
 
 def train_rank(arguments: Arguments) -> None:
-    """Train as one rank of the run that `arguments` describe."""
+    """Train as one rank of the run that `arguments` describe. DeepSpeed prints to stdout, which is the tool's own."""
     from megatron_omega.build import train
 
     place = complete_environment()
-    train(resolve_run(arguments, place.world_size), place)
+    with redirect_stdout(sys.stderr):
+        train(resolve_run(arguments, place.world_size), place)
 
 
 def measure(
