@@ -101,6 +101,12 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def write_unchecked(descriptor: int, block: memoryview) -> str:
+    """Write a block without hashing it."""
+    tensor_file._write_all(descriptor, block)
+    return "0" * 16
+
+
 def drop_cache(folder: Path) -> None:
     """Make the next read of every file of `folder` come from the disk."""
     os.sync()
@@ -207,18 +213,19 @@ class Bench:
         return seconds(lambda: dcp.state_dict_loader.load(state, checkpoint_id=self.directory / "dcp", no_dist=True))
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time of a save."""
+        """Return the CPU time of a save as runs make them: in the background, its copy to memory included."""
         self.forget()
         begin = time.process_time()
-        self.save(asynchronous=False)
+        self.save(asynchronous=True)
+        assert self.store.wait() is None
         return time.process_time() - begin
 
     def cpu_seconds_without_checksums(self) -> float:
-        real, tensor_file.checksum = tensor_file.checksum, lambda data: "0" * 16
+        real, tensor_file._write_block = tensor_file._write_block, write_unchecked
         try:
             return self.cpu_seconds()
         finally:
-            tensor_file.checksum = real
+            tensor_file._write_block = real
 
     def close(self) -> None:
         shutil.rmtree(self.source.parent)

@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
+_PIECE_BYTES = 2**20
 MAXIMUM_HEADER_BYTES = 100 * 2**20
 _DTYPES = {torch.float32: "F32"}
 
@@ -61,8 +62,7 @@ def write_tensors(path: Path, entries: Sequence[Entry], *, block_bytes: int = BL
         for entry in entries:
             sums = []
             for block in _blocks(entry.data, block_bytes):
-                sums.append(checksum(block))
-                _write_all(file.fileno(), block)
+                sums.append(_write_block(file.fileno(), block))
             blocks[entry.key] = tuple(sums)
         os.fsync(file.fileno())
         size = file.tell()
@@ -87,6 +87,16 @@ def _blocks(data: Tensor, block_bytes: int) -> Iterator[memoryview]:
     for begin in range(0, data.numel(), step):
         block = data[begin : begin + step].detach().cpu().contiguous()
         yield block.view(torch.uint8).numpy().data
+
+
+def _write_block(descriptor: int, block: memoryview) -> str:
+    """Write a block and return its checksum; in pieces, so that writing finds in the cache what hashing has read."""
+    total = xxhash.xxh3_64()
+    for begin in range(0, len(block), _PIECE_BYTES):
+        piece = block[begin : begin + _PIECE_BYTES]
+        total.update(piece)
+        _write_all(descriptor, piece)
+    return total.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
