@@ -32,7 +32,15 @@ from megatron_omega.monitoring.plot import MOST_POINTS, plot_losses, series
 from megatron_omega.monitoring.progress import describe_step
 from megatron_omega.monitoring.trackers import run_id
 from megatron_omega.training.hooks import Hook, Hooks
-from megatron_omega.training.state import EvaluationReport, RunContext, StepReport, TrainState
+from megatron_omega.training.state import (
+    BadStep,
+    EvaluationReport,
+    Fault,
+    Rollback,
+    RunContext,
+    StepReport,
+    TrainState,
+)
 
 REPORT = StepReport(
     step=1, loss=5.5, lm_loss=5.0, mlm_loss=6.0, grad_norm=0.75, learning_rate=1e-3, consumed_samples=8,
@@ -294,6 +302,47 @@ def test_long_curves_are_thinned() -> None:
     steps, values = series(rows, "loss")
     assert MOST_POINTS // 2 < len(steps) <= MOST_POINTS
     assert values == [float(step) for step in steps]
+
+
+def test_steps_done_again_after_a_rollback_replace_the_old(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    hooks = Hooks([EventsFile(), MetricsFile(), TensorBoard()])
+    hooks.on_start(context(tmp_path))
+    for step in range(1, 6):
+        hooks.on_step_end(replace(REPORT, step=step, loss=float(step)))
+    hooks.on_rollback(Rollback("why", 5, 2, 1, TrainState(step=2, left_out=((24, 40),))))
+    for step in range(3, 5):
+        hooks.on_step_end(replace(REPORT, step=step, loss=10.0 * step))
+    hooks.on_close()
+    expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(row["step"], row["loss"]) for row in read_objects(tmp_path / "metrics.jsonl")] == expected
+    back = next(row for row in read_objects(tmp_path / "events.jsonl") if row["event"] == "rollback")
+    assert (back["step"], back["to_step"], back["lost_steps"], back["left_out"]) == (5, 2, 3, [[24, 40]])
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+
+
+def test_trouble_is_said_in_words(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
+    bar, documents = ProgressBar(LoggingConfig(progress_bar=False)), [{"shard": "s", "document": 3}]
+    events = EventsFile(lambda samples: documents if samples == [range(8, 16)] else [])
+    for hook in (bar, events):
+        hook.on_start(context(tmp_path))
+        hook.on_bad_step(BadStep(9, "loss spike", 9.5, 9.0, 12.34, 1.0, 2, ((8, 16),)))
+        hook.on_bad_step(BadStep(10, "gradient not finite", 2.5, 2.0, 0.1, math.inf, 3, ((16, 24),)))
+        hook.on_fault(Fault("silent_fault", "the weights of rank 3 differ", (3,), {"hosts": ["n1"]}))
+        hook.on_rollback(Rollback("3 bad steps in a row", 10, 6, 1, TrainState(step=6)))
+        hook.on_rollback(Rollback("3 bad steps in a row", 10, 10, 2, TrainState(step=10)))
+    assert lines.messages[0].startswith("step 9 was skipped: loss spike: LM loss 9.0000, 12.3 robust deviations above")
+    assert "step 10 was skipped: gradient not finite, loss 2.5000 (bad step 3 in a row" in lines.messages[1]
+    assert lines.messages[2:4] == [
+        "the weights of rank 3 differ", "3 bad steps in a row: back to the checkpoint of step 6 (rollback 1)",
+    ]  # fmt: skip
+    assert "no checkpoint to go back to" in lines.messages[4]
+    rows = [row for row in read_objects(tmp_path / "events.jsonl") if row["event"] != "start"]
+    assert [row["event"] for row in rows] == ["bad_step", "bad_step", "silent_fault", "rollback", "rollback"]
+    assert (rows[0]["documents"], rows[1]["documents"], rows[1]["grad_norm"]) == (documents, [], None)
+    assert (rows[2]["ranks"], rows[2]["hosts"]) == ([3], ["n1"])
 
 
 def test_only_the_main_rank_writes() -> None:
