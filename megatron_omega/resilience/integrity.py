@@ -68,8 +68,9 @@ def differing(sums: Sequence[Sequence[int]], layout: Layout, *, has_masters: boo
     `is_sharded`, ZeRO-3), of the own master, and of the parameters that tensor-parallel ranks hold alike.
     """
     found: list[Copy] = []
+    owners = len(sums[0]) - 2
     for ranks in layout.groups("data"):
-        for owner, owning_rank in enumerate(ranks):
+        for owner, owning_rank in enumerate(ranks[:owners]):
             holders = [owning_rank] if is_sharded else ranks
             copies = {Copy(rank): sums[rank][owner] for rank in holders}
             if has_masters:

@@ -58,6 +58,15 @@ def test_who_is_named() -> None:
     assert "the working weights of rank 6 (host n1, pp 1 dp 1 tp 0) differ" in describe_difference([Copy(6)], places)
 
 
+def test_the_minority_of_replicas_without_masters_is_named() -> None:
+    rows = [[5, 0, 0] for _ in range(4)]  # ZeRO-0: one sum of all weights, no master
+    assert differing(rows, Layout(data=4), has_masters=False, is_sharded=False) == []
+    rows[2][0] = 6
+    assert differing(rows, Layout(data=4), has_masters=False, is_sharded=False) == [Copy(2)]
+    tensor = [[rank, 0, 7 + (rank == 3)] for rank in range(4)]
+    assert differing(tensor, Layout(tensor=4), has_masters=False, is_sharded=False) == [Copy(3)]
+
+
 CASES = [
     {"world": 2, "zero": 0, "named": (0, 1)},  # two copies, no master: nothing tells
     {"world": 2, "zero": 1, "named": (1,)},
