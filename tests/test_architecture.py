@@ -18,7 +18,7 @@ FLOORS: dict[str, int] = {
     "parallel": 1, "data": 1, "planner": 1,
     "model": 2,
     "training": 3, "checkpoint": 3, "monitoring": 3, "resilience": 3, "generation": 3,
-    "build": 4, "calibration": 4, "dry_run": 4, "local_launch": 4, "preview": 4, "verification": 4,
+    "build": 4, "calibration": 4, "dry_run": 4, "evaluation": 4, "local_launch": 4, "preview": 4, "verification": 4,
 }  # fmt: skip
 """Floor of every room. A room imports its own floor and those below."""
 

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="such as --sbatch=--partition=gpu"
     )
+    slurm.add_argument("--evaluate", action="store_true", help="measure the validation loss instead of training")
     slurm.add_argument("--submit", action="store_true", help="submit it, too")
     slurm.add_argument(
         "--chain", type=int, default=0, metavar="N",
@@ -106,13 +107,14 @@ def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
 
 def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write and print the batch script; submit it where asked."""
-    path = arguments.output or _beside_config(run, "slurm.sbatch")
+    path = arguments.output or _beside_config(run, "evaluate.sbatch" if arguments.evaluate else "slurm.sbatch")
     launch = scripts.Launch(
         tuple(run), arguments.nodes, arguments.ranks_per_node, command=_command(), device=arguments.device,
         time=arguments.time, cpus_per_rank=arguments.cpus_per_rank, options=tuple(arguments.sbatch),
+        is_evaluation=arguments.evaluate,
     )  # fmt: skip
     name = Path(launch.resolve().config.logging.run_directory).name
-    text = scripts.slurm_script(launch, path, name)
+    text = scripts.slurm_script(launch, path, f"{name}-evaluate" if arguments.evaluate else name)
     print(text, end="")
     if arguments.dry_run:
         return 0

@@ -36,6 +36,8 @@ class Launch:
     options: tuple[str, ...] = ()
     """Further options of sbatch, such as --partition=gpu."""
     program: str = PROGRAM
+    is_evaluation: bool = False
+    """Measure the validation loss instead of training."""
 
     @property
     def ranks(self) -> int:
@@ -63,7 +65,8 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
     """Return the batch script of a run, to be written to `path`; `name` is the job's."""
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
     resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
-    return Template(templates.PRETRAIN).substitute(
+    return Template(templates.EVALUATE if launch.is_evaluation else templates.PRETRAIN).substitute(
+        signal="" if launch.is_evaluation else "#SBATCH --signal=USR1@180\n",
         name=name,
         nodes=launch.nodes,
         ranks_per_node=launch.ranks_per_node,

@@ -1,6 +1,6 @@
 """The text of every script that is written for a cluster. `$name` is filled in; `$$` is the shell's own dollar."""
 
-PRETRAIN = """\
+_HEAD = """\
 #!/usr/bin/env bash
 #SBATCH --job-name=$name
 #SBATCH --nodes=$nodes
@@ -10,9 +10,13 @@ $resources
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=USR1@180
-# Start from the root of the checkout: sbatch $path [--section.field value ...]
+$signal# Start from the root of the checkout: sbatch $path [--section.field value ...]
 # Written by: $command
+"""
+
+PRETRAIN = (
+    _HEAD
+    + """\
 # Three minutes before the time limit the ranks are told to save. What every exit code leads to: docs/launching.md
 set -u
 source .venv/bin/activate
@@ -38,6 +42,18 @@ if [ -n "$$again" ] && [ -z "$${OMEGA_CHAIN:-}" ]; then # in a chain the next jo
 fi
 exit $$code
 """
+)
+
+EVALUATE = (
+    _HEAD
+    + """\
+# The loss of the newest checkpoint, or of --load PATH, on the validation part of the corpus.
+set -eu
+source .venv/bin/activate
+export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
+srun --kill-on-bad-exit=1 --wait=60 python -u tools/evaluate.py $arguments "$$@"
+"""
+)
 
 HOSTS = """\
 #!/usr/bin/env bash

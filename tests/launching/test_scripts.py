@@ -15,7 +15,9 @@ from tiny import ROOT, run_python
 from megatron_omega.launching import scripts
 
 TOOL = runpy.run_path(str(ROOT / "tools/launch.py"), run_name="launch_tool")
-SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("examples/*/slurm.sbatch"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT) for name in ("slurm", "evaluate") for path in ROOT.glob(f"examples/*/{name}.sbatch")
+)
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
@@ -26,7 +28,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     return code, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_examples_are_what_the_tool_writes(
     script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
