@@ -84,7 +84,13 @@ class Laboratory:
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         directory = directory or self.folder / (name or f"run-{self._count}")
         return Run(
-            self.corpus.run_yaml, directory, pipeline * data * tensor, (*words, *overrides), faults, environment or {}
+            self.corpus.run_yaml,
+            directory,
+            self.folder,
+            pipeline * data * tensor,
+            (*words, *overrides),
+            faults,
+            environment or {},
         )
 
     def reference(self, *overrides: str, layout: str | None = None) -> Run:

@@ -99,6 +99,7 @@ class Run:
 
     config: Path
     directory: Path
+    logs: Path
     world_size: int
     overrides: Sequence[str] = ()
     faults: Sequence[Mapping[str, Any]] = ()
@@ -109,8 +110,7 @@ class Run:
     def start(self, *, leave_out: Sequence[int] = (), port: int | None = None) -> Attempt:
         """Start all ranks but those left out."""
         self.attempts += 1
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        log_path = self.directory.parent / f"{self.directory.name}-{self.attempts}.log"
+        log_path = self.logs / f"{self.directory.name}-{self.attempts}.log"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         arguments = ["--config", str(self.config), "--logging.run_directory", str(self.directory), *self.overrides]
