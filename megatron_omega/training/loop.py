@@ -298,7 +298,6 @@ class Trainer:
         else:
             raise OmegaError(f"{reason}; there is no checkpoint to go back to: start again, from the initial weights")
         back = replace(back, rollbacks=state.rollbacks + 1)
-        self._validation_loss = None
         if self.guard is not None:
             self.guard.forget()
         self.hook.on_rollback(Rollback(reason, state.step, back.step, back.rollbacks, back))
@@ -345,7 +344,7 @@ class Trainer:
             state.to_json(),
             step=state.step,
             asynchronous=asynchronous,
-            validation_loss=self._validation_loss,
+            validation_loss=self._validation_loss if state.validated_step == state.step else None,
         )
         self._saved_step = state.step
         self._saving = (self.store.directory / f"step-{state.step:08d}", state.step)
