@@ -30,6 +30,8 @@ from megatron_omega.resilience.wire import Line, Message
 TICK_SECONDS = 0.2
 GREETING_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
+FINDINGS_SECONDS = 20.0
+"""How long the rest may take to arrive when one rank has said already that the run cannot start."""
 GRACE_SECONDS = 1.0
 DUMP_SECONDS = 4.0
 END_SECONDS = 3.0
@@ -187,7 +189,8 @@ class Hub:
         return self._judge_progress([seat for seat in seats if not seat.is_done], now)
 
     def _judge_start(self, seats: list[_Seat], waited: float) -> Verdict | None:
-        if len(seats) < self._world_size:
+        findings = any(seat.findings for seat in seats)
+        if len(seats) < self._world_size and not (findings and waited > FINDINGS_SECONDS):
             if waited < self._start_timeout:
                 return None
             return verdicts.absence_verdict([seat.member for seat in seats], self._world_size, self._start_timeout)

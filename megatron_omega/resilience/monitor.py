@@ -7,6 +7,7 @@ monitor. It ends soon after its rank, whatever happens, and never outlives the r
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -129,17 +131,20 @@ class Monitor:
         is_local = facts["master"] in ("localhost", "::1") or facts["master"].startswith("127.")
         listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=4096)
         hub = Hub(listener, facts["world_size"], token, directory, facts["start_timeout"])
-        address = directory / ADDRESS_FILE
-        self._server = threading.Thread(target=_serve, args=(hub, address), name="hub")
-        with contextlib.suppress(OSError):  # a folder that cannot be written is a finding of the rank's own
-            directory.mkdir(parents=True, exist_ok=True)
-            _publish(address, {"port": listener.getsockname()[1], "token": token})
+        published = None
+        for address in _address_files(directory):
+            with contextlib.suppress(OSError):
+                address.parent.mkdir(parents=True, exist_ok=True)
+                _publish(address, {"port": listener.getsockname()[1], "token": token})
+                published = address
+                break
+        self._server = threading.Thread(target=_serve, args=(hub, published), name="hub")
         facts |= {"port": listener.getsockname()[1], "token": token}
         self._server.start()
 
     def _try_to_connect(self, selector: selectors.BaseSelector, waited: float) -> None:
         facts = self._facts
-        address = facts if "port" in facts else _read_address(Path(facts["run_directory"]) / ADDRESS_FILE)
+        address = facts if "port" in facts else _read_address(Path(facts["run_directory"]))
         if address is not None:
             with contextlib.suppress(OSError):
                 host = "127.0.0.1" if "port" in facts else facts["master"]
@@ -234,12 +239,19 @@ class Monitor:
                 os.kill(self._parent, number)
 
 
-def _serve(hub: Hub, address: Path) -> None:
+def _address_files(run_directory: Path) -> list[Path]:
+    """Return where ranks look for the hub: the run folder; where that cannot be written, a place of this host."""
+    key = hashlib.sha256(f"{os.getuid()} {run_directory}".encode()).hexdigest()[:16]
+    return [run_directory / ADDRESS_FILE, Path(tempfile.gettempdir()) / f"omega-monitor-{key}.json"]
+
+
+def _serve(hub: Hub, address: Path | None) -> None:
     try:
         hub.serve()
     finally:
-        with contextlib.suppress(OSError):
-            address.unlink()
+        if address is not None:
+            with contextlib.suppress(OSError):
+                address.unlink()
 
 
 def _publish(path: Path, values: Message) -> None:
@@ -250,11 +262,11 @@ def _publish(path: Path, values: Message) -> None:
     unfinished.replace(path)
 
 
-def _read_address(path: Path) -> Message | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _read_address(run_directory: Path) -> Message | None:
+    for path in _address_files(run_directory):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+    return None
 
 
 def _process_state(pid: int) -> str:

@@ -137,12 +137,12 @@ def not_a_number(lab: Laboratory) -> Outcome:
 
 def poisoned_window(lab: Laboratory) -> Outcome:
     """Three steps of data that teach nothing: refused, then left behind, after which the run passes."""
-    steps = ["--training.train_steps", "16", "--resilience.spike_window", "8", "--resilience.spike_limit", "3"]
-    first, last = 8 * 9, 8 * 12  # the samples of steps 10 to 12
+    steps = ["--training.train_steps", "24", "--resilience.spike_window", "8", "--resilience.spike_limit", "3"]
+    first, last = 8 * 16, 8 * 19  # the samples of steps 17 to 19
     run = lab.run(*steps, faults=[{"kind": "poison", "samples": [first, last]}])
     ending = run.finish(most_starts=1)
     refused = [event["step"] for event in run.events("bad_step")]
-    problems = [] if refused == [10, 11, 12] else [f"refused steps {refused}, not 10 to 12"]
+    problems = [] if refused == [17, 18, 19] else [f"refused steps {refused}, not 17 to 19"]
     problems += [] if len(run.events("rollback")) == 1 else [f"{len(run.events('rollback'))} rollbacks, not one"]
     problems += [] if any(event.get("documents") for event in run.events("bad_step")) else ["no documents are named"]
     return Outcome(None, run.is_complete, None, tuple(problems), last_words(ending.log, 1))

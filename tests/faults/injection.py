@@ -22,6 +22,8 @@ from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, StepReport
 
 INJECTED = "injected on purpose"
+RAREST = 999
+"""Last piece of the vocabulary: the one that text uses least."""
 
 
 def injectors(faults: Sequence[Mapping[str, Any]], rank: int) -> list[Hook]:
@@ -144,7 +146,7 @@ class Injector(Hook):
 
 
 def poison_samples(first: int, last: int) -> None:
-    """Replace the labels of the samples [first, last): the model is asked for noise."""
+    """Replace the labels of the samples [first, last): the model is asked for what text never says."""
     build = loader.build_batch
 
     def poisoned(source: Any, indices: Sequence[int]) -> Batch:
@@ -152,7 +154,7 @@ def poison_samples(first: int, last: int) -> None:
         if not any(first <= index < last for index in indices):
             return batch
         labels = batch.lm_labels.copy()
-        labels[labels >= 0] = 7 + 13 * (indices[0] % 17)
+        labels[labels >= 0] = RAREST - indices[0] % 17
         return replace(batch, lm_labels=labels)
 
     loader.build_batch = poisoned
