@@ -74,6 +74,7 @@ class Hub:
         self._run_directory = run_directory
         self._start_timeout = start_timeout_seconds
         self._seats: dict[int, _Seat] = {}
+        self._seat_of: dict[Line, _Seat] = {}
         self._failures: list[Failure] = []
         self._deadline: float | None = None
         self._dumps_until: float | None = None
@@ -121,7 +122,7 @@ class Hub:
 
     def _hear(self, line: Line) -> None:
         messages = line.receive()
-        seat = next((seat for seat in self._seats.values() if seat.line is line), None)
+        seat = self._seat_of.get(line)
         if messages is None:
             self._selector.unregister(line.connection)
             line.close()
@@ -138,9 +139,10 @@ class Hub:
         if message.get("token") != self._token:
             return
         member = Member(message["rank"], message["place"], message["host"], message["pid"])
-        self._seats[member.rank] = _Seat(
+        seat = _Seat(
             member, line, message["findings"], message["finding_code"], message["fingerprint"], time.monotonic()
         )
+        self._seats[member.rank] = self._seat_of[line] = seat
 
     def _note(self, seat: _Seat, message: Message) -> None:
         seat.heard = time.monotonic()

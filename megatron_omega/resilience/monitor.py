@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import secrets
 import selectors
 import signal
@@ -128,6 +129,7 @@ class Monitor:
         facts = self._facts
         directory = Path(facts["run_directory"])
         token = secrets.token_hex(8)
+        _allow_many_files()
         is_local = facts["master"] in ("localhost", "::1") or facts["master"].startswith("127.")
         listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=4096)
         hub = Hub(listener, facts["world_size"], token, directory, facts["start_timeout"])
@@ -243,6 +245,13 @@ def _address_files(run_directory: Path) -> list[Path]:
     """Return where ranks look for the hub: the run folder; where that cannot be written, a place of this host."""
     key = hashlib.sha256(f"{os.getuid()} {run_directory}".encode()).hexdigest()[:16]
     return [run_directory / ADDRESS_FILE, Path(tempfile.gettempdir()) / f"omega-monitor-{key}.json"]
+
+
+def _allow_many_files() -> None:
+    """Every rank is a connection: the usual limit of 1,024 open files is too low for a large run."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _serve(hub: Hub, address: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_omega.resilience.beacon import Beacon
+from megatron_omega.resilience.hub import Hub
 from megatron_omega.resilience.sentinel import STACK_SIGNAL
 from megatron_omega.resilience.wire import Line, Message
 
@@ -179,3 +181,27 @@ def test_the_stack_signal_is_nobody_elses() -> None:
     assert signal.SIGRTMIN < STACK_SIGNAL < signal.SIGRTMAX
     with tempfile.TemporaryFile() as file:
         assert file.fileno() > 2
+
+
+def test_a_hub_takes_a_thousand_ranks(tmp_path: Path) -> None:
+    count = 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 3 * count:
+        pytest.skip(f"only {hard} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    hub = threading.Thread(target=Hub(listener, count, "token", tmp_path, 60.0).serve)
+    hub.start()
+    lines = [Line(socket.create_connection(listener.getsockname())) for _ in range(count)]
+    for rank, line in enumerate(lines):
+        line.send("hello", token="token", rank=rank, place="here", host=f"h{rank // 8}", pid=1, findings=[],
+                  finding_code=2, fingerprint={"code": "same"})  # fmt: skip
+    for line in lines:
+        line.connection.settimeout(30.0)
+        assert {"kind": "go"} in (line.receive() or [])
+        line.send("done")
+    hub.join(timeout=30.0)
+    assert not hub.is_alive()
+    for line in lines:
+        line.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
