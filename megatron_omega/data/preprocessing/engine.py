@@ -89,7 +89,7 @@ def _make(inputs: list[InputFile] | Stream, options: Options, tokenizer: Tokeniz
 def _unbroken(reports: dict[int, PartReport]) -> list[PartReport]:
     """Return, in order, the reports before the first gap; records behind a gap have no line numbers yet."""
     first = min(reports, default=0)
-    return list(itertools.takewhile(bool, (reports.get(number) for number in itertools.count(first))))
+    return [reports[number] for number in itertools.takewhile(reports.__contains__, itertools.count(first))]
 
 
 def _make_missing(

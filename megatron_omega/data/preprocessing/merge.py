@@ -93,7 +93,7 @@ def _first_of_equals(shards: Sequence[IndexedShard], output: str) -> Kept:
             raise DataError(f"{shard.prefix} has documents of several sequences; merge it without --dedup")
         with path.open("wb") as file:
             for document in range(len(shard)):
-                file.write(xxhash.xxh3_128_digest(shard.document(document)))
+                file.write(xxhash.xxh3_128_digest(shard.document(document).data))
     kept = first_occurrences(paths)
     remove_files(paths)
     return kept
