@@ -105,7 +105,9 @@ def compare(corpus: Path, model: Path, arguments: argparse.Namespace, folder: Pa
     for _ in range(arguments.rounds):
         for name, command in contenders.items():
             shutil.rmtree(folder / "rival", ignore_errors=True)
-            found[name].append(measure(command))
+            run = measure(command)
+            print(f"  {name}: {run['cpu']:.1f} CPU-s, {run['wall']:.1f} s, {run['megabytes']:.0f} MB", file=sys.stderr)
+            found[name].append(run)
     table = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
@@ -133,6 +135,8 @@ def exactness(corpus: Path, model: Path) -> dict[str, float]:
             text = json.loads(line)["text"]
             documents += 1
             differing += fast.encode(text) != reference.encode(text)
+            if documents % 5000 == 0:
+                print(f"  {differing} of {documents:,} so far", file=sys.stderr)
     print(f"{fast.name}: {differing} of {documents:,} documents differ from SentencePiece")
     return {"documents": documents, "differing": differing}
 
