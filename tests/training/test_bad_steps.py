@@ -38,7 +38,7 @@ def step_refused_or_left_out(cases: list[dict[str, Any]]) -> list[dict[str, Any]
                 "pipeline_schedule": schedule,
             },
             precision={"dtype": case.get("dtype", "fp32")},
-            batch={"micro_batch_size": 1, "global_batch_size": 8},
+            batch={"micro_batch_size": 1, "global_batch_size": 4},
         )  # fmt: skip
         ends = []
         for is_refused in (True, False):
@@ -49,7 +49,7 @@ def step_refused_or_left_out(cases: list[dict[str, Any]]) -> list[dict[str, Any]
                 asked.append(loss)
                 return False
 
-            batches = [replica_batches(config, engine, start) for start in (0, 8, 16)]
+            batches = [replica_batches(config, engine, start) for start in (0, 4, 8)]
             engine.train_step(batches[0], learning_rate=1e-2, accept=lambda loss: True)
             if is_refused:
                 second = engine.train_step(batches[1], learning_rate=1e-2, accept=accept)

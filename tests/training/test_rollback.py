@@ -61,7 +61,7 @@ def run(corpus: TinyCorpus, label: str, folder: Path, function: Any, samples: ra
     arguments = arguments_for(corpus.run_yaml, layout, [], steps=STEPS, folder=folder)
     own = {
         "checkpoint.interval_steps": str(CHECKPOINT), "checkpoint.asynchronous": "true",
-        "batch.global_batch_size": str(BATCH), "resilience.spike_window": "16", "resilience.spike_z_score": "5", "logging.tensorboard": "true",
+        "batch.global_batch_size": str(BATCH), "resilience.spike_window": "16", "resilience.spike_z_score": "3", "logging.tensorboard": "true",
     }  # fmt: skip
     overrides = (*arguments.overrides, *(Override(*pair) for pair in (own | settings).items()))
     run_ranks(
@@ -86,7 +86,7 @@ def test_a_poisoned_window_is_left_out(tiny_corpus: TinyCorpus, tmp_path: Path) 
     events = rows(found / "events.jsonl")
     bad = [event for event in events if event["event"] == "bad_step"]
     assert [event["step"] for event in bad] == [10, 11, 12]
-    assert all(event["cause"] == "loss spike" and event["z_score"] > 5 for event in bad)
+    assert all(event["cause"] == "loss spike" and event["z_score"] > 3 for event in bad)
     assert all(document["source"].startswith(str(tiny_corpus.text)) for event in bad for document in event["documents"])
     (back,) = [event for event in events if event["event"] == "rollback"]
     assert (back["step"], back["to_step"]) == (12, 8)
