@@ -33,7 +33,7 @@ def submit_stub(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., str]]:
     def submit(*options: str, environment: dict[str, str] | None = None, **plan: object) -> str:
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         script = write_script(tmp_path, str(STUB), "--config", "examples/omega-tiny/run.yaml")
-        jobs.append(lab.submit(*options, script, **(environment or {})))
+        jobs.append(lab.submit(*options, script, environ=environment or {}))
         return jobs[-1]
 
     yield submit

@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from tiny import ROOT
 
 HERE = Path(__file__).parent
+NOTHING: Mapping[str, str] = MappingProxyType({})
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "pdsh", "sshd", "ssh", "ip", "nsenter", "unshare", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client munge pdsh openssh-server"
 LIVING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
@@ -147,26 +149,28 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def enter(self, *words: object, **environment: str) -> list[str]:
+    def enter(self, *words: object, environ: Mapping[str, str] = NOTHING) -> list[str]:
         """Return the command that runs `words` on the head, in the checkout."""
         (first,) = psutil.Process(self._site.pid).children()
         spaces = ["nsenter", "--target", str(first.pid), "--net", "--mount", "--pid", "--uts", "--ipc"]
-        environment = {"SLURM_CONF": f"{self.folder}/slurm.conf", "HOME": "/root"} | environment
+        environment = {"SLURM_CONF": f"{self.folder}/slurm.conf", "HOME": "/root", **environ}
         return [*spaces, "env", f"--chdir={ROOT}", *(f"{k}={v}" for k, v in environment.items()), *map(str, words)]
 
-    def run(self, *words: object, check: bool = True, seconds: float = 240, **environment: str) -> str:
+    def run(
+        self, *words: object, check: bool = True, seconds: float = 240, environ: Mapping[str, str] = NOTHING
+    ) -> str:
         """Run a command on the head; return what it said on stdout."""
         try:
-            command = self.enter(*words, **environment)
+            command = self.enter(*words, environ=environ)
         except (psutil.Error, ValueError):
             return ""  # not started yet
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def submit(self, *words: object, **environment: str) -> str:
+    def submit(self, *words: object, environ: Mapping[str, str] = NOTHING) -> str:
         """Submit a batch job; return its number."""
-        return self.run("sbatch", "--parsable", *words, **environment).strip()
+        return self.run("sbatch", "--parsable", *words, environ=environ).strip()
 
     def facts(self, job: str) -> dict[str, str]:
         """Return what `scontrol show job` says."""

@@ -18,7 +18,8 @@ def submit(lab: Lab, corpus: TinyCorpus, folder: Path) -> tuple[str, str]:
     options = f"--cpus-per-task=1 --output={folder}/log-%j.txt"
     path = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
     words = ["examples/corpus-slurm/submit.sh", corpus.text, folder / "parts", corpus.tokenizer, "3"]
-    said = lab.run("bash", *words, SBATCH_OPTIONS=options, OPTIONS="--chunk-megabytes 0.2", PATH=path)
+    environ = {"SBATCH_OPTIONS": options, "OPTIONS": "--chunk-megabytes 0.2", "PATH": path}
+    said = lab.run("bash", *words, environ=environ)
     array, merge = said.removeprefix("array ").partition(":")[0].split(", then ")
     return array, merge
 

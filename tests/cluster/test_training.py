@@ -43,34 +43,34 @@ def by_pdsh(lab: Lab, run: list[str], folder: Path) -> None:
     """Write hostfile and script with the tool, and start the script on the head."""
     script = folder / "hosts.sh"
     words = ["--hosts", "n1", "n2", "--ranks-per-node", "2", "--port", "29611", "--output", script, *run]
-    lab.run("python", "tools/launch.py", "hostfile", *words, **ENVIRONMENT)
-    lab.run("bash", script, **ENVIRONMENT)
+    lab.run("python", "tools/launch.py", "hostfile", *words, environ=ENVIRONMENT)
+    lab.run("bash", script, environ=ENVIRONMENT)
 
 
 def without_ssh(lab: Lab, run: list[str], folder: Path) -> None:
     """One launcher on each host, which starts its ranks and speaks with nobody."""
     words = f"deepspeed --hostfile {lab.folder}/hostfile --no_ssh --master_addr n1 --master_port 29612 --no_local_rank"
     command = f'exec {words} --node_rank "$SLURM_NODEID" pretrain_omega.py {shlex.join(run)}'
-    lab.run("srun", "--nodes=2", "--nodelist=n1,n2", "--ntasks-per-node=1", "bash", "-c", command, **ENVIRONMENT)
+    lab.run("srun", "--nodes=2", "--nodelist=n1,n2", "--ntasks-per-node=1", "bash", "-c", command, environ=ENVIRONMENT)
 
 
 def by_deepspeed_slurm(lab: Lab, run: list[str], folder: Path) -> None:
     """DeepSpeed calls srun, and drops the meeting point on the way."""
     words = ["--launcher", "slurm", "--hostfile", lab.folder / "hostfile", "--no_ssh_check", "--master_addr", "n1"]
     allocation = ["salloc", "--nodes=2", "--nodelist=n1,n2", "--ntasks-per-node=2"]
-    lab.run(*allocation, "deepspeed", *words, "--no_local_rank", "pretrain_omega.py", *run, **ENVIRONMENT)
+    lab.run(*allocation, "deepspeed", *words, "--no_local_rank", "pretrain_omega.py", *run, environ=ENVIRONMENT)
 
 
 def by_torchrun(lab: Lab, run: list[str], folder: Path) -> None:
     """One agent on each host; they meet on the first."""
     words = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29613"]
     task = ["srun", "--nodes=2", "--nodelist=n1,n2", "--ntasks-per-node=1"]
-    lab.run(*task, "torchrun", *words, "pretrain_omega.py", *run, **ENVIRONMENT)
+    lab.run(*task, "torchrun", *words, "pretrain_omega.py", *run, environ=ENVIRONMENT)
 
 
 def by_srun(lab: Lab, run: list[str], folder: Path) -> None:
     """Nothing between Slurm and the ranks."""
-    lab.run("srun", "--nodes=2", "--ntasks-per-node=2", "python", "pretrain_omega.py", *run, **ENVIRONMENT)
+    lab.run("srun", "--nodes=2", "--ntasks-per-node=2", "python", "pretrain_omega.py", *run, environ=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_launcher_trains(
 def submit(lab: Lab, corpus: TinyCorpus, folder: Path, *options: str) -> str:
     """Submit the batch script of a run of some steps; return the job once its first checkpoint is there."""
     arguments = [*run_arguments(corpus, folder, steps=STEPS), "--checkpoint.interval_steps=5", *options]
-    job = lab.submit(write_script(folder, "pretrain_omega.py", *arguments), **ENVIRONMENT)
+    job = lab.submit(write_script(folder, "pretrain_omega.py", *arguments), environ=ENVIRONMENT)
     lab.until((folder / "checkpoints/step-00000005/manifest.json").exists)
     return job
 

@@ -96,7 +96,7 @@ def test_a_chain_goes_on_after_a_stop_and_not_after_a_mistake(
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     script = write_script(tmp_path, str(STUB), "--config", "examples/omega-tiny/run.yaml")
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"}
-    said = lab.run("python", "-c", CHAIN, script, **environment)
+    said = lab.run("python", "-c", CHAIN, script, environ=environment)
     jobs = said.split()
     if "hold" in plan:
         until_holding(lab, tmp_path, 2)
