@@ -24,6 +24,7 @@ from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
 from megatron_omega.planner.stages import stages_of
+from megatron_omega.redaction import redact
 from megatron_omega.resilience.preflight import disk_findings, gather_findings
 
 GPU, CPU = "h100-80g", "cpu"
@@ -104,7 +105,7 @@ class Preview:
 def describe(resolved: ResolvedRun, *, as_json: bool = False) -> str:
     """Return what would run, as text or as one JSON object."""
     preview = Preview(resolved)
-    return json.dumps(_data(preview)) if as_json else "\n".join(_text(preview))
+    return redact(json.dumps(_data(preview)) if as_json else "\n".join(_text(preview)))
 
 
 def _runs(names: Sequence[str]) -> Iterator[str]:
