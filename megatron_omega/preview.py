@@ -24,7 +24,7 @@ from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
 from megatron_omega.planner.stages import stages_of
-from megatron_omega.redaction import redact
+from megatron_omega.redaction import redact, redacted
 from megatron_omega.resilience.preflight import disk_findings, gather_findings
 
 GPU, CPU = "h100-80g", "cpu"
@@ -105,7 +105,7 @@ class Preview:
 def describe(resolved: ResolvedRun, *, as_json: bool = False) -> str:
     """Return what would run, as text or as one JSON object."""
     preview = Preview(resolved)
-    return redact(json.dumps(_data(preview)) if as_json else "\n".join(_text(preview)))
+    return json.dumps(_data(preview)) if as_json else "\n".join(_text(preview))
 
 
 def _runs(names: Sequence[str]) -> Iterator[str]:
@@ -122,9 +122,9 @@ def _runs(names: Sequence[str]) -> Iterator[str]:
 
 def _text(preview: Preview) -> Iterator[str]:
     yield "# configuration"
-    yield dump_config(preview.config)
+    yield redact(dump_config(preview.config))
     yield "# DeepSpeed"
-    yield json.dumps(preview.resolved.deepspeed.values, indent=2)
+    yield json.dumps(redacted(preview.resolved.deepspeed.values), indent=2)
     yield ""
     yield from _layout_lines(preview)
     yield ""
@@ -175,8 +175,8 @@ def _cost_lines(preview: Preview) -> Iterator[str]:
 def _data(preview: Preview) -> dict[str, Any]:
     c = preview.candidate
     return {
-        "config": preview.config.model_dump(mode="json"),
-        "deepspeed": preview.resolved.deepspeed.values,
+        "config": redacted(preview.config.model_dump(mode="json")),
+        "deepspeed": redacted(preview.resolved.deepspeed.values),
         "layout": {
             "tensor_parallel_size": c.tensor,
             "pipeline_parallel_size": c.pipeline,

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_omega.errors import ConfigError
 from megatron_omega.launching.judge import STOPPED, SUCCESS, End, Verdict, judge
-from megatron_omega.redaction import redact
+from megatron_omega.redaction import redacted
 
 MAX_RESTARTS = 20
 """Failures in a row without a new checkpoint between them, after which a run is not started again."""
@@ -118,7 +118,7 @@ class Turn:
             **facts,
         }
         with (self.run_directory / "launches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(redact(json.dumps(line)) + "\n")
+            file.write(json.dumps(redacted(line)) + "\n")
 
     def _lines(self) -> list[Mapping[str, Any]]:
         try:
