@@ -6,12 +6,14 @@ there is no success, the first rank to fail is the cause; those that follow lost
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 SUCCESS = "SUCCESS"
 """File of the run folder that rank 0 writes last."""
 DONE, BUG, STOPPED, HANG, LOST = 0, 1, 75, 76, 137
+_REQUESTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
 USERS = {2: "the configuration", 3: "the data", 4: "a checkpoint"}
 
 
@@ -45,8 +47,8 @@ def shell_code(returned: int) -> int:
     >>> shell_code(-9), shell_code(247), shell_code(75)
     (137, 137, 75)
     """
-    signal = -returned if returned < 0 else 256 - returned
-    return 128 + signal if 0 < signal <= 64 else returned
+    number = -returned if returned < 0 else 256 - returned
+    return 128 + number if 0 < number <= 64 else returned
 
 
 def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = False) -> Verdict:
@@ -62,10 +64,9 @@ def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = Fals
         return Verdict(
             users[0].code, f"rank {users[0].rank} says that {USERS[users[0].code]} is wrong (its words are above)"
         )
-    if stopped := [end for end in failed if end.code == STOPPED]:
-        return _of_first(stopped[0])  # all have saved; a signal may still end one on its way out
     if failed:
-        return _of_first(failed[0])
+        # A request to stop may end a rank that is on its way out already: others say what it was about.
+        return _of_first(next((end for end in failed if end.code not in _REQUESTED), failed[0]))
     if launcher_code:
         return _of_first(End(-1, shell_code(launcher_code)))
     return Verdict(

@@ -29,6 +29,9 @@ def ends(*codes: int) -> list[End]:
         ((75, 75), 0, False, 75, False),
         ((75, 143), 143, False, 75, False),  # ended by the launcher while leaving
         ((143, 75), 143, False, 75, False),
+        ((1, 75), 1, False, 1, False),  # a bug, then asked to stop by the launcher before the first step
+        ((137, 75), 137, False, 137, True),
+        ((143,), 143, False, 137, True),
         ((137, 1), 137, False, 137, True),  # a lost peer, then an exception about it
         ((1, 143), 143, False, 1, False),  # a bug, then ended by the launcher
         ((76, 137), 137, False, 76, True),

@@ -20,8 +20,8 @@ SUPERVISOR = ["tools/launch.py", "local", "--ranks", "2"]
 TORCHRUN = [
     "-m",
     "torch.distributed.run",
+    "--standalone",
     "--nproc-per-node=2",
-    "--master-port=0",
     "--max-restarts=3",
     "pretrain_omega.py",
 ]
