@@ -34,6 +34,7 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     """
     if "RANK" not in environ and "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ:
         _map_slurm(environ)
+    _leave_old_store(environ)
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in environ]
     if len(missing) == 1:
         raise ConfigError(f"{missing[0]} is not set but its counterpart is; start with deepspeed, torchrun or srun")
@@ -117,6 +118,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _leave_old_store(environ: MutableMapping[str, str]) -> None:
+    """Meet on a new port where torchrun started this process again.
+
+    Its agent keeps the store of the first start open, with the addresses of ranks that are gone (torch 2.13). Where
+    there are several agents they count restarts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed.
+    """
+    restarts = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    is_one_agent = environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if restarts and is_one_agent and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        port = int(environ["MASTER_PORT"]) + restarts
+        environ["MASTER_PORT"] = str(port if port < 2**16 else port - 2 * restarts)
+        environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def _map_slurm(environ: MutableMapping[str, str]) -> None:

@@ -37,6 +37,24 @@ def test_slurm_is_mapped_to_what_the_batch_script_exported() -> None:
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.7", "1234")
 
 
+def by_torchrun(restarts: int, port: int, agents: int = 1) -> dict[str, str]:
+    environ = {
+        "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "GROUP_WORLD_SIZE": str(agents),
+    }  # fmt: skip
+    complete_environment(environ)
+    return environ
+
+
+def test_started_again_by_torchrun_ranks_leave_the_store_of_the_dead() -> None:
+    ports = [by_torchrun(restarts, 40000)["MASTER_PORT"] for restarts in range(4)]
+    assert len({*ports}) == 4 and by_torchrun(0, 40000)["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    assert by_torchrun(1, 40000)["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+    assert by_torchrun(2, 65535)["MASTER_PORT"] == "65533"
+    assert by_torchrun(1, 40000, agents=2)["MASTER_PORT"] == "40000"
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_half_a_launcher_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is not set but its counterpart is"):
