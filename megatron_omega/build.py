@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def _trainer(
     for choice in (*kernels.choices, engine.optimizer_choice):
         log.info(choice)
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
-    monitoring, places = Hooks(_monitoring(config, sources, topology)), gather_places(topology.layout)
+    monitoring, places = Hooks(_monitoring(config, sources, topology)), gather_places(topology.layout, store.peers)
     return Trainer(
         config,
         engine,
@@ -201,7 +200,7 @@ def _trainer(
             max_minutes=config.resilience.max_minutes,
             stop_signal=lambda: sentinel.stop_signal,
             started=sentinel.started,
-            timeout=timedelta(seconds=config.parallel.timeout_seconds),
+            device=engine.device,
         ).agreed,
     )
 

@@ -59,8 +59,8 @@ class CheckpointStore:
         self._identity = dict(identity)
         self._run_config = dict(run_config)
         self._on_failure = on_failure
-        self._peers = Peers(timeout=timeout)
-        self._token = str(self._peers.agree(secrets.token_hex(4)))
+        self.peers = Peers(timeout=timeout)
+        self._token = str(self.peers.agree(secrets.token_hex(4)))
         self._keeper = Keeper(self.directory, config)
         self._binding: Binding | None = None
         self._thread: threading.Thread | None = None
@@ -84,7 +84,7 @@ class CheckpointStore:
         fails is logged, cleaned up and returned by the next `wait`; it raises nothing here.
         """
         self.wait()
-        if not self._is_tidy and self._peers.is_first:
+        if not self._is_tidy and self.peers.is_first:
             remove_unfinished(self.directory, token=self._token)
         self._is_tidy = True
         in_background = self._config.asynchronous if asynchronous is None else asynchronous
@@ -103,7 +103,7 @@ class CheckpointStore:
         Raises CheckpointError, and deletes nothing, where `step` itself has no whole checkpoint.
         """
         self.wait()
-        problems = self._peers.agree(self._forget_after(step) if self._peers.is_first else None)
+        problems = self.peers.agree(self._forget_after(step) if self.peers.is_first else None)
         if problems:
             raise CheckpointError(*cast(list[str], problems))
 
@@ -127,7 +127,7 @@ class CheckpointStore:
 
     def _bind(self, engine: Engine) -> Binding:
         if self._binding is None or self._binding.engine is not engine:
-            self._binding = Binding(engine, self._peers, self._topology)
+            self._binding = Binding(engine, self.peers, self._topology)
             check_masters(self._binding.holdings)
         return self._binding
 
@@ -154,7 +154,7 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot) -> None:
         begin = time.perf_counter()
         try:
-            path = write_checkpoint(self.directory, snapshot, self._peers, token=self._token)
+            path = write_checkpoint(self.directory, snapshot, self.peers, token=self._token)
         except Exception as error:  # whatever it is, training goes on: the next interval tries again
             self._error = (
                 error if isinstance(error, CheckpointError) else CheckpointError(f"the save failed: {error!r}")
@@ -164,7 +164,7 @@ class CheckpointStore:
                 self._on_failure(self._error)
             return
         logger.info("saved %s in %.1f s", path, time.perf_counter() - begin)
-        if self._peers.is_first:
+        if self.peers.is_first:
             self._tidy(snapshot.head["step"])
 
     def _tidy(self, step: int) -> None:
@@ -202,12 +202,12 @@ class CheckpointStore:
         found = [str(path) for path in list_checkpoints(directory, up_to_step=up_to_step)]
         if not found and directory != self.directory:
             found = [str(directory)]
-        return [Path(path) for path in cast(list[str], self._peers.agree(cast(JSON, found)))]
+        return [Path(path) for path in cast(list[str], self.peers.agree(cast(JSON, found)))]
 
     def _usable(self, paths: Sequence[Path], damage: list[str], *, needs_optimizer: bool = True) -> Iterator[Path]:
         """Yield those of `paths` that are structurally whole and of this model; append what is wrong with others."""
         for path in paths:
-            verdict = cast(dict[str, Any], self._peers.agree(self._judge(path) if self._peers.is_first else None))
+            verdict = cast(dict[str, Any], self.peers.agree(self._judge(path) if self.peers.is_first else None))
             if verdict["foreign"]:
                 raise CheckpointError(*verdict["foreign"])
             damage += verdict["damage"]
@@ -234,7 +234,7 @@ class CheckpointStore:
             raise CheckpointError(f"no usable checkpoint in {path}: {reasons[0]}", *reasons[1:])
 
     def _warn(self, message: str, *values: object) -> None:
-        if self._peers.is_first:
+        if self.peers.is_first:
             logger.warning(message, *values)
 
     # ---- loading
@@ -301,7 +301,7 @@ class CheckpointStore:
                 fill(binding, reader, KINDS[:1] if weights_only else KINDS)
         except CheckpointError as error:
             problems = list(error.findings)
-        everywhere = cast(list[list[str]], self._peers.exchange(cast(JSON, problems)))
+        everywhere = cast(list[list[str]], self.peers.exchange(cast(JSON, problems)))
         problems = sorted({problem for found in everywhere for problem in found})
         if not problems:
             refresh_working_weights(engine.optimizer)

@@ -6,8 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
+from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.parallel.topology import Layout
 
 
@@ -24,10 +23,6 @@ class Places:
         return f"rank {rank} (host {self.hosts[rank]}, pp {place.pipeline} dp {place.data} tp {place.tensor})"
 
 
-def gather_places(layout: Layout) -> Places:
+def gather_places(layout: Layout, peers: Peers) -> Places:
     """Return the places of all ranks. Collective."""
-    hosts: list[str | None] = [socket.gethostname()]
-    if dist.is_initialized():
-        hosts = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
-    return Places(layout, [str(host) for host in hosts])
+    return Places(layout, [str(host) for host in peers.exchange(socket.gethostname())])

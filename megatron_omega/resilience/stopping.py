@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,22 +26,21 @@ class StopRequests:
         max_minutes: float | None,
         stop_signal: Callable[[], int],
         started: float,
-        timeout: timedelta,
+        device: torch.device,
     ) -> None:
-        """`started`: monotonic time at which the process began, seconds."""
+        """`started`: monotonic time at which the process began, seconds; `device`: where the ranks' group reduces."""
         self._file = run_directory / STOP_FILE
         self._is_main = is_main
         self._deadline = None if max_minutes is None else started + 60 * max_minutes
         self._max_minutes = max_minutes
         self._stop_signal = stop_signal
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+        self._device = device
 
     def agreed(self) -> str | None:
         """Return why the run is to stop now, the same on all ranks, or None. Collective."""
-        request = torch.tensor([self._own()])
-        if self._group is not None:
-            dist.all_reduce(request, op=dist.ReduceOp.MAX, group=self._group)
+        request = torch.tensor([self._own()], device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(request, op=dist.ReduceOp.MAX)
         number = int(request)
         if number == 0:
             return None

@@ -10,7 +10,7 @@ from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, StepReport
 
 _REMEMBERED_STEPS = 50
-_MEASURED_STEPS = 3
+_MEASURED_STEPS = 2
 _FACTOR = 3.0
 _MARGIN_SECONDS = 4.0
 
@@ -26,10 +26,13 @@ class Patience:
         self._configured = configured_seconds
         self._unknown = unknown_seconds
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._is_warm = False
 
     def observe(self, step_seconds: float) -> None:
-        """Take a finished step into account."""
-        self._seconds.append(step_seconds)
+        """Take a finished step into account; the first one, which warms up, is not like the others."""
+        if self._is_warm:
+            self._seconds.append(step_seconds)
+        self._is_warm = True
 
     @property
     def allowed_seconds(self) -> float:

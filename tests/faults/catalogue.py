@@ -109,7 +109,7 @@ def read_only(lab: Laboratory) -> Outcome:
     mounted = (
         os.geteuid() == 0
         and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(place)], check=False, capture_output=True
+            ["mount", "-t", "tmpfs", "-o", "ro,size=1g", "none", str(place)], check=False, capture_output=True
         ).returncode
     )
     if not mounted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from synthetic import replica_batches, small_config, start_engine
 from torch import Tensor
 
 from megatron_omega.checkpoint.engine_state import engine_holdings
+from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.local_launch import run_ranks
 from megatron_omega.parallel.sharding import declared_parameters
 from megatron_omega.parallel.topology import Layout
@@ -90,7 +92,9 @@ def find_flips(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         engine = start_engine(config, case["zero"])
         layout = engine.topology.layout
-        guard = Integrity(engine.deepspeed, layout, gather_places(layout), interval_steps=1)
+        guard = Integrity(
+            engine.deepspeed, layout, gather_places(layout, Peers(timeout=timedelta(minutes=1))), interval_steps=1
+        )
         batches = replica_batches(config, engine)
         for _ in range(2):
             engine.train_step(batches, learning_rate=1e-2)
