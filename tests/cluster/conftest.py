@@ -51,3 +51,9 @@ def write_script(folder: Path, program: str, *arguments: str) -> Path:
     )  # fmt: skip
     path.write_text(slurm_script(launch, path, "run").replace("#SBATCH --output=%x-%j.out\n", ""))
     return path
+
+
+def starts(folder: Path) -> list[dict[str, object]]:
+    """Return the starts of the run: the hosts each was on, the checkpoint each went on from."""
+    lines = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "start"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import TinyCorpus
 
-from cluster.conftest import write_script
+from cluster.conftest import starts, write_script
 from cluster.lab import Lab
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cluster]
@@ -104,12 +104,11 @@ def assert_completed_in_two_turns(lab: Lab, job: str, folder: Path) -> list[str]
     """Return the hosts of both turns of a job that had to be started twice."""
     log = folder / "log.txt"
     assert lab.wait(job) == "COMPLETED", log.read_text()
-    lines = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
-    starts = [line for line in lines if line["event"] == "start"]
-    assert [start["restart"] for start in starts] == [0, 1], log.read_text()
-    assert starts[1]["checkpoint"] >= "step-00000005"
+    found = starts(folder)
+    assert [start["restart"] for start in found] == [0, 1], log.read_text()
+    assert str(found[1]["checkpoint"]) >= "step-00000005"
     assert len(losses(folder)) == STEPS
-    return [start["hosts"] for start in starts]
+    return [str(start["hosts"]) for start in found]
 
 
 def test_a_preempted_training_goes_on(lab: Lab, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
@@ -120,12 +119,25 @@ def test_a_preempted_training_goes_on(lab: Lab, tiny_corpus: TinyCorpus, tmp_pat
     assert "has saved" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_training_outlives_a_host(lab: Lab, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    job = submit(lab, tiny_corpus, tmp_path)
-    host = lab.hosts_of(job)[-1]
-    lab.crash(host)
+def test_runs_outlive_a_host_without_power_and_one_without_network(
+    lab: Lab, submit_stub: Callable[..., str], tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Slurm takes its time to give a host up, so both at once: a training loses power, a run of stubs the network."""
+    stub = submit_stub(hold=2)
+    lab.until((tmp_path / "checkpoints/step-00000002/manifest.json").exists)
+    folder = tmp_path / "training"
+    folder.mkdir()
+    training = submit(lab, tiny_corpus, folder)
+    dark, silent = lab.hosts_of(training)[-1], lab.hosts_of(stub)[-1]
+    lab.crash(dark)
+    lab.cut(silent)
     try:
-        hosts = assert_completed_in_two_turns(lab, job, tmp_path)
-        assert host not in lab.expand(hosts[1])
+        hosts = assert_completed_in_two_turns(lab, training, folder)
+        assert dark in lab.expand(hosts[0]) and dark not in lab.expand(hosts[1])
+        assert lab.wait(stub) == "COMPLETED", (tmp_path / "log.txt").read_text()
+        first, second = starts(tmp_path)
+        assert silent in lab.expand(str(first["hosts"])) and silent not in lab.expand(str(second["hosts"]))
+        assert second["checkpoint"] == "step-00000002"
     finally:
-        lab.boot(host)
+        lab.plug(silent)
+        lab.boot(dark)
