@@ -95,7 +95,7 @@ def test_a_launcher_trains(
 def submit(lab: Lab, corpus: TinyCorpus, folder: Path, *options: str) -> str:
     """Submit the batch script of a run of some steps; return the job once its first checkpoint is there."""
     arguments = [*run_arguments(corpus, folder, steps=STEPS), "--checkpoint.interval_steps=5", *options]
-    job = lab.submit(write_script(folder, "pretrain_omega.py", *arguments), environ=ENVIRONMENT)
+    job = lab.submit("--exclusive", write_script(folder, "pretrain_omega.py", *arguments), environ=ENVIRONMENT)
     lab.until((folder / "checkpoints/step-00000005/manifest.json").exists)
     return job
 
@@ -123,12 +123,13 @@ def test_runs_outlive_a_host_without_power_and_one_without_network(
     lab: Lab, submit_stub: Callable[..., str], tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
     """Slurm takes its time to give a host up, so both at once: a training loses power, a run of stubs the network."""
-    stub = submit_stub(hold=2)
+    stub = submit_stub("--exclusive", hold=2)
     lab.until((tmp_path / "checkpoints/step-00000002/manifest.json").exists)
     folder = tmp_path / "training"
     folder.mkdir()
     training = submit(lab, tiny_corpus, folder)
     dark, silent = lab.hosts_of(training)[-1], lab.hosts_of(stub)[-1]
+    assert dark != silent
     lab.crash(dark)
     lab.cut(silent)
     try:
