@@ -78,6 +78,8 @@ def _of_first(end: End) -> Verdict:
     who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
     if end.code == STOPPED:
         return Verdict(STOPPED, "the run was asked to stop and has saved")
+    if end.code in _REQUESTED:
+        return Verdict(STOPPED, "the run was asked to stop, before its start or on its way out")
     if end.code == HANG:
         return Verdict(HANG, f"{who} found that ranks hang")
     if end.code == LOST and end.rank >= 0:

@@ -32,7 +32,7 @@ def test_a_preempted_run_goes_on_where_it_was(lab: Lab, submit_stub: Submit, tmp
     lab.run("scancel", "--signal=USR1", job, check=False)  # a second one does no harm, if there is still whom to tell
     assert lab.wait(job) == "COMPLETED", log(tmp_path)
     assert [start["checkpoint"] for start in starts(tmp_path)] == ["", "step-00000003"]
-    assert "asked to stop and has saved" in log(tmp_path) and "restart 1" in log(tmp_path)
+    assert "the run was asked to stop" in log(tmp_path) and "restart 1" in log(tmp_path)
     assert lab.facts(job)["Restarts"] == "1"
 
 

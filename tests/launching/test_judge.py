@@ -31,7 +31,7 @@ def ends(*codes: int) -> list[End]:
         ((143, 75), 143, False, 75, False),
         ((1, 75), 1, False, 1, False),  # a bug, then asked to stop by the launcher before the first step
         ((137, 75), 137, False, 137, True),
-        ((143,), 143, False, 137, True),
+        ((138, 138), 138, False, 75, False),  # a second signal met ranks that had saved
         ((137, 1), 137, False, 137, True),  # a lost peer, then an exception about it
         ((1, 143), 143, False, 1, False),  # a bug, then ended by the launcher
         ((76, 137), 137, False, 76, True),
