@@ -23,13 +23,14 @@ from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.sources import SampleSource, Sources, open_sources
 from megatron_omega.environment import ProcessPlace, network_findings, require_repeatable_libraries
 from megatron_omega.errors import ConfigError, Preempted
+from megatron_omega.launching.judge import SUCCESS
 from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE, Kernels, apex_notice, select_kernels
 from megatron_omega.model.omega import Omega
 from megatron_omega.model.pipeline import build_pipeline
 from megatron_omega.monitoring import monitoring_hooks
-from megatron_omega.monitoring.files import SUCCESS, mark_success
+from megatron_omega.monitoring.files import mark_success
 from megatron_omega.monitoring.forecast import Forecast, peak_bytes
 from megatron_omega.parallel.topology import Layout, Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called

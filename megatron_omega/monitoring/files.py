@@ -14,14 +14,13 @@ import orjson
 import psutil
 
 from megatron_omega.errors import OmegaError
+from megatron_omega.launching.judge import SUCCESS
 from megatron_omega.redaction import redacted
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-SUCCESS = "SUCCESS"
-"""Marker of a run that reached its last step. Written last; what counts as success, more than any exit code."""
 
 
 def mark_success(run_directory: Path, step: int) -> None:

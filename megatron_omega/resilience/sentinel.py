@@ -114,6 +114,9 @@ class Sentinel:
         self._thread.join(timeout=1.0)
         for function, arguments in reversed(self._restore):
             function(*arguments)
+        if isinstance(error, Preempted):
+            for number in STOP_SIGNALS:  # all is saved: a second request is granted already
+                signal.signal(number, signal.SIG_IGN)
         if self._line is not None:
             faulthandler.unregister(STACK_SIGNAL)
             self._line.close()

@@ -17,8 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.launching.judge import SUCCESS
 from megatron_omega.local_launch import free_port
-from megatron_omega.monitoring.files import METRICS, SUCCESS, read_objects
+from megatron_omega.monitoring.files import METRICS, read_objects
 from megatron_omega.resilience.monitor import ADDRESS_FILE
 
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build", "faults.injection"]
