@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Build a corpus of real documents from Debian's documentation packages, without installing any of them.
 
-    benchmarks/fetch_corpus.py /tmp/corpus            -> /tmp/corpus/corpus.jsonl, some 400 MB, mostly technical English
+    benchmarks/fetch_corpus.py /tmp/corpus            -> /tmp/corpus/corpus.jsonl, 61,152 documents, 475 MB
 
-Needs a Debian system with apt-get and dpkg-deb; downloads some 280 MB. One JSON object a line: {"source", "text"};
-exact duplicates are left out and the order is a fixed shuffle. --packages NAME ... takes others, say only `debian-faq`.
+Needs a Debian system with apt-get and dpkg-deb; downloads some 280 MB, takes five CPU-minutes. One JSON object a line:
+{"source", "text"}; exact duplicates are left out and the order is a fixed shuffle. --packages NAME ... takes
+others, say only `debian-faq`.
 """
 
 from __future__ import annotations
