@@ -148,6 +148,9 @@ def arguments_for(
         "checkpoint.resume": "false",
         "logging.run_directory": str(run),
         "logging.tensorboard": "false",
+        # What a run does about differences between ranks and about odd losses would hide what is measured here.
+        "resilience.integrity_interval_steps": "0",
+        "resilience.spike_z_score": "0",
         "logging.progress_bar": "false",
     }
     words = [*overrides, *(Override(*pair) for pair in (own | dict(layout.settings)).items())]
