@@ -15,7 +15,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed reshape-matrix faults hangs chaos clean
+.PHONY: help setup demo test lint format unit distributed cluster reshape-matrix faults hangs chaos clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -48,7 +48,10 @@ unit: setup ## Run the tests that need one process each
 	$(BIN)/python -m pytest -q -n 2 -m "not distributed"
 
 distributed: setup ## Run the tests that start several ranks
-	$(BIN)/python -m pytest -q -m distributed
+	$(BIN)/python -m pytest -q -m "distributed and not cluster"
+
+cluster: setup ## Run the tests on a Slurm cluster in namespaces (root; apt-get install what .ci/run names)
+	$(BIN)/python -m pytest -q -m cluster
 
 reshape-matrix: setup ## Save under every layout, resume under every other, and print the matrix
 	$(BIN)/python tests/checkpoint/reshape_matrix.py
