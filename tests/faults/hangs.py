@@ -27,7 +27,7 @@ def true_frame(pid: int) -> tuple[str, int, str]:
     threads: list[dict[str, Any]] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     main = next(thread for thread in threads if thread["os_thread_id"] == pid)
     frame = main["frames"][0]
-    return Path(frame["filename"]).name, frame["line"], frame["name"]
+    return Path(frame["filename"]).name, frame["line"], frame["name"].rpartition(".")[2]
 
 
 def trial(lab: Laboratory, number: int) -> tuple[bool, str]:
