@@ -5,6 +5,7 @@ Every rank is the entry point's own code path with a launcher's variables; only 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from megatron_omega.local_launch import free_port
 from megatron_omega.monitoring.files import METRICS, read_objects
 from megatron_omega.resilience.monitor import ADDRESS_FILE
 
+PR_SET_PDEATHSIG = 1
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build", "faults.injection"]
 
 
@@ -146,7 +148,8 @@ class Run:
 
 
 def rank_main(arguments: list[str], environ: dict[str, str], log_path: str, faults: list[dict[str, Any]]) -> None:
-    """Be one rank: the entry point's steps, with hooks that hurt."""
+    """Be one rank: the entry point's steps, with hooks that hurt. Ends with the fork server, and so with the test."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
