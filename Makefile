@@ -56,13 +56,13 @@ cluster: setup ## Run the tests on a Slurm cluster in namespaces (root; apt-get 
 reshape-matrix: setup ## Save under every layout, resume under every other, and print the matrix
 	$(BIN)/python tests/checkpoint/reshape_matrix.py
 
-faults: setup ## Do every fault to real training and print what became of each (about 20 minutes)
+faults: setup ## Do every fault to real training and print what became of each
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults
 
 hangs: setup ## Stop a random rank at a random moment, 10 times, and see whether the verdict names it
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.hangs
 
-chaos: setup ## Do 25 random faults to one run, which has to end as if nothing had happened (about 25 minutes)
+chaos: setup ## Do 25 random faults to one run, which has to end as if nothing had happened
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.chaos
 
 format: setup ## Format the sources

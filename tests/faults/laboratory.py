@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tiny import TinyCorpus, make_tiny_corpus
 
 from faults.ranks import Attempt, Ending, Run, losses, weights_digest
@@ -145,7 +144,3 @@ def demand(ending: Ending, *, code: int, pattern: str, within: float | None = No
     if ending.log.count("Traceback (most recent call last)") > tracebacks:
         found.append(f"{ending.log.count('Traceback (most recent call last)')} tracebacks")
     return found
-
-
-def as_yaml(values: Any) -> str:
-    return yaml.safe_dump(values, default_flow_style=True).strip()
