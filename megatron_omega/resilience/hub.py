@@ -227,6 +227,7 @@ class Hub:
 
     def _resume_stopped(self, seats: list[_Seat]) -> None:
         """Let stopped processes go on for the moment in which they write their stacks; others have written theirs."""
+        stopped = [seat.dump for seat in seats]
         for seat in seats:
             seat.dump = None
             seat.line.send("dump", resume=True)
@@ -235,9 +236,9 @@ class Hub:
             for key, _ in self._selector.select(TICK_SECONDS):
                 if key.fileobj is not self._listener:
                     self._hear(key.data)
-        for seat in seats:
-            if seat.dump is not None:
-                seat.dump = replace(seat.dump, state="T")
+        for seat, standing in zip(seats, stopped, strict=True):
+            if seat.dump is not None and standing is not None:  # it may have moved on then: only its stack counts
+                seat.dump = replace(standing, frames=seat.dump.frames)
 
     # ---- ending
 

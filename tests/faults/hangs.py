@@ -40,7 +40,7 @@ def trial(lab: Laboratory, number: int) -> tuple[bool, str]:
     now = time.monotonic()
     file, line, function = true_frame(attempt.pid(rank))
     ending: Ending = attempt.wait(since=now)
-    named = re.search(r"hang: rank (\d+) .*\n  at (?:.*/)?([^/:]+):(\d+) in (\w+|<\w+>)", ending.log)
+    named = re.search(r"hang: rank (\d+) .*\n  at (?:\S*/)?([^/:\s]+):(\d+) in (\w+|<\w+>)", ending.log)
     found = named and (int(named[1]), named[2], int(named[3]), named[4])
     is_right = found == (rank, file, line, function) and set(ending.codes) == {76}
     truth = f"rank {rank} at {file}:{line} in {function}, {ending.seconds:.1f} s"
