@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config import yaml_text
 from megatron_omega.errors import ConfigError, exit_cleanly
 from megatron_omega.planner.forecast import CALIBRATED
@@ -20,7 +21,7 @@ from megatron_omega.planner.forecast import CALIBRATED
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--output", type=Path, default=CALIBRATED, help=f"hardware file to write (default: {CALIBRATED})"
     )

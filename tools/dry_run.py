@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, exit_cleanly
 from megatron_omega.planner.candidates import Candidate, obstacle, parse_label
@@ -26,7 +27,7 @@ from megatron_omega.planner.ranking import nothing_fits, rank
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="run.yaml of the model")
     parser.add_argument(
         "--gpus", type=int, nargs="+", required=True, help="numbers of accelerators: the best layout of each"

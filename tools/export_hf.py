@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_omega.checkpoint.catalogue import check_structure
 from megatron_omega.checkpoint.export import DTYPES, is_export, write_export
 from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import CheckpointError, ConfigError, exit_cleanly
 from megatron_omega.generation.comparison import Comparison, compare_export
 from megatron_omega.generation.loading import find_weights, open_tokenizer
@@ -30,7 +31,7 @@ logger = get_logger(__name__)
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder"
     )

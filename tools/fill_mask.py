@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import exit_cleanly
 from megatron_omega.generation.fill_mask import Filled, fill_mask
 from megatron_omega.generation.loading import load_text_model
@@ -23,7 +24,7 @@ from megatron_omega.log import configure_logging
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
     )

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import DataError, exit_cleanly
 from megatron_omega.generation.decoding import generate, stream_text
 from megatron_omega.generation.loading import TextModel, load_text_model
@@ -27,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
     )

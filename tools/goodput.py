@@ -14,13 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import DataError, exit_cleanly
 from megatron_omega.monitoring.files import EVENTS
 from megatron_omega.resilience.goodput import describe, goodput_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object: every figure under its name")
     arguments = parser.parse_args()

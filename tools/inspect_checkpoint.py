@@ -32,14 +32,13 @@ from megatron_omega.checkpoint.inspection import (
 )
 from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import CheckpointError, exit_cleanly
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("directory", type=Path, help="a step-... folder, or a folder of them")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare all checksums")
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint, tensor by tensor")
@@ -50,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool."""
-    options = build_parser().parse_args(arguments)
     with exit_cleanly():
+        options = build_parser().parse_args(arguments)
         if options.diff is not None:
             paths = newest_checkpoint(options.directory), newest_checkpoint(options.diff)
             with open_checkpoint(paths[0]) as reader, open_checkpoint(paths[1]) as other:

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.indexed import IndexedShard
@@ -37,7 +38,7 @@ from megatron_omega.training.batch_size import Interval, consumed_after, samples
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="shards, without .bin and .idx")
     parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
     parser.add_argument("--show", type=int, metavar="DOCUMENT", help="print one document")

@@ -16,10 +16,10 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.errors import ConfigError, exit_cleanly
 from megatron_omega.launching import scripts
 from megatron_omega.launching.judge import LOST, Verdict
@@ -29,14 +29,9 @@ from megatron_omega.log import configure_logging, get_logger
 log = get_logger()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; tools/launch.py {self.prog.split()[-1]} --help lists the options")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = _Parser(
+    parser = CommandLine(
         description=(__doc__ or "").split("\n")[0], epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.data.preprocessing.merge import merge_shards
 from megatron_omega.errors import DataError, exit_cleanly
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes, or .idx files, or a folder of shards, or globs"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, exit_cleanly
 from megatron_omega.planner import report
@@ -27,7 +28,7 @@ from megatron_omega.planner.ranking import Ranking, best_per_grid, nothing_fits,
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="run.yaml of the model to train")
     parser.add_argument("--gpus", type=int, required=True, help="number of accelerators")
     parser.add_argument("--gpu", required=True, help="accelerator, by its name in the hardware file")

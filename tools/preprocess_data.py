@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.data.corpus import InputFile, expand_inputs
 from megatron_omega.data.hub import hub_blocks, line_blocks, local_files
 from megatron_omega.data.preprocessing.engine import preprocess
@@ -32,7 +33,7 @@ STREAM_BLOCK_BYTES = 16 << 20
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input")
     source.add_argument("--input", nargs="+", help="files, quoted globs or folders; - reads lines of JSON from stdin")
     source.add_argument("--dataset", help="Hugging Face data set: a local folder, or NAME[:CONFIGURATION] on the hub")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.data.corpus import Document, InputFile, expand_inputs, plan_units, read_unit
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_omega.errors import DataError, exit_cleanly
@@ -26,7 +27,7 @@ MAX_RECORD_BYTES = 64 << 20
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="jsonl, parquet, Arrow or text files, globs, folders")
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=32768, help="pieces, specials included (default 32768)")

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config.arguments import Override, read_overrides
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, HangError, exit_cleanly
@@ -49,7 +50,7 @@ REFERENCE = "tp1-pp1-dp1-zero1"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any --section.field value of the run's configuration may follow, e.g. --precision.dtype bf16.",
@@ -121,8 +122,8 @@ def print_table(verdicts: list[Verdict], steps: int) -> None:
 def main() -> int:
     """Verify, print, and return the exit code."""
     parser = build_parser()
-    options, rest = parser.parse_known_args()
     with exit_cleanly():
+        options, rest = parser.parse_known_args()
         try:
             verdicts = verify(options, rest, parser)
         except TimeoutError as error:

@@ -11,10 +11,11 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from megatron_omega.command_line import CommandLine
 from megatron_omega.config.schema import RunConfig, Section
 from megatron_omega.errors import ConfigError
 
@@ -103,11 +104,6 @@ class Arguments:
     """Print for a program to read."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; --help lists every option")
-
-
 class _Collect(argparse.Action):
     """Append (setting, text) to the overrides, so that their order is kept."""
 
@@ -117,7 +113,7 @@ class _Collect(argparse.Action):
 
 def build_parser(program: str | None = None) -> argparse.ArgumentParser:
     """Return the parser: the run's own options, then one for each setting, grouped by section."""
-    parser = _Parser(
+    parser = CommandLine(
         prog=program,
         allow_abbrev=False,
         usage="%(prog)s --config YAML [--deepspeed_config JSON] [--dry-run] [--section.field VALUE ...]",

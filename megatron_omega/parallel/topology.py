@@ -32,6 +32,9 @@ class Coordinate(NamedTuple):
     data: int
     tensor: int
 
+    def __str__(self) -> str:
+        return f"pp {self.pipeline}, dp {self.data}, tp {self.tensor}"
+
 
 @dataclass(frozen=True)
 class Layout:

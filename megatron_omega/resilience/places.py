@@ -18,9 +18,8 @@ class Places:
     hosts: Sequence[str]
 
     def name(self, rank: int) -> str:
-        """Return `rank 3 (host n1, pp 0 dp 1 tp 1)`."""
-        place = self.layout.coordinate(rank)
-        return f"rank {rank} (host {self.hosts[rank]}, pp {place.pipeline} dp {place.data} tp {place.tensor})"
+        """Return `rank 3 (pp 0, dp 1, tp 1) on n1`."""
+        return f"rank {rank} ({self.layout.coordinate(rank)}) on {self.hosts[rank]}"
 
 
 def gather_places(layout: Layout, peers: Peers) -> Places:

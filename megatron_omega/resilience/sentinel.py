@@ -29,6 +29,7 @@ from typing_extensions import Self
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.environment import ProcessPlace, meeting_host
 from megatron_omega.errors import OmegaError, Preempted
+from megatron_omega.parallel.topology import Coordinate
 from megatron_omega.redaction import redact
 from megatron_omega.resilience.beacon import Beacon
 from megatron_omega.resilience.monitor import IGNORED_SIGNALS
@@ -210,7 +211,7 @@ def _coordinates(config: RunConfig, place: ProcessPlace) -> str:
     rest, tensor = divmod(place.rank, parallel.tensor_parallel_size)
     replicas = place.world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     pipeline, data = divmod(rest, max(1, replicas))
-    return f"pp {pipeline}, dp {data}, tp {tensor}"
+    return str(Coordinate(pipeline, data, tensor))
 
 
 def _as_error(findings: Sequence[str], code: int) -> OmegaError:

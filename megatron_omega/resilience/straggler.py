@@ -7,6 +7,7 @@ core. Peers are the ranks of one pipeline stage, which have the same work.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import threading
@@ -26,7 +27,9 @@ from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import Fault, StepReport
 
 SHARE = 0.75
-"""Share of the last steps in which a straggler is the slowest of its peers."""
+"""Least share of the last steps in which a straggler is the slowest of its peers."""
+CHANCE = 1e-6
+"""Among few peers somebody is often the slowest by chance: it has to be less likely than this."""
 FACTOR = 1.1
 """Least median of its busy time over its peers'."""
 _MESSAGES = (
@@ -51,6 +54,25 @@ def factors(busy: Sequence[float], layout: Layout) -> list[tuple[int, float]]:
     return found
 
 
+def times_needed(window: int, peers: int) -> int:
+    """Return how often of `window` steps one of `peers` must be the slowest to be a straggler.
+
+    >>> times_needed(20, 2), times_needed(20, 4), times_needed(20, 8)
+    (20, 16, 15)
+    """
+    often = math.ceil(SHARE * window)
+    while often < window and _tail(often, window, 1 / peers) > CHANCE:
+        often += 1
+    return often
+
+
+def _tail(least: int, window: int, probability: float) -> float:
+    """Return how likely at least `least` of `window` independent events are."""
+    return sum(
+        math.comb(window, n) * probability**n * (1 - probability) ** (window - n) for n in range(least, window + 1)
+    )
+
+
 class Stragglers:
     """Judges busy times. Pure: every rank that sees the same times names the same ranks."""
 
@@ -58,6 +80,7 @@ class Stragglers:
         """`window`: steps over which a rank must be slow to be named."""
         self._layout, self._window = layout, window
         stages = sum(len(ranks) > 1 for ranks in layout.groups("data", "tensor"))
+        self._needed = times_needed(window, layout.data * layout.tensor)
         self._steps: list[deque[tuple[int, float]]] = [deque(maxlen=window) for _ in range(stages)]
         self._named: set[int] = set()
 
@@ -71,7 +94,7 @@ class Stragglers:
             steps.append(found)
             times_slowest = {rank: [factor for who, factor in steps if who == rank] for rank, _ in steps}
             for rank, seen in times_slowest.items():
-                is_slow = len(seen) >= SHARE * self._window and statistics.median(seen) >= FACTOR
+                is_slow = len(seen) >= self._needed and statistics.median(seen) >= FACTOR
                 if is_slow and rank not in self._named:
                     fresh.append((rank, statistics.median(seen)))
                     self._named.add(rank)

@@ -159,7 +159,7 @@ def flipped_bit(lab: Laboratory) -> Outcome:
 
 def straggler(lab: Laboratory) -> Outcome:
     """A rank is 200 ms late in each step: it is named, and nothing else changes."""
-    steps = ("--training.train_steps", "24", "--resilience.straggler_window", "10")
+    steps = ("--training.train_steps", "28", "--resilience.straggler_window", "16")
     rank = lab.random.randrange(8)
     run = lab.run(*steps, faults=[{"kind": "late", "rank": rank, "step": 3, "seconds": 0.2}])
     run.finish(most_starts=1)

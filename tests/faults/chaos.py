@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ledger = [{"kind": "ledger", "step": 0}]
         run = lab.run(*settings, faults=[*plan.inside, *ledger], name="chaos")
         starts = live_through(run, plan, most_starts=3 * options.faults)
-        fired = Counter(path.name.split("-")[1] for path in run.directory.glob("fired-*") if "-all" not in path.name)
+        fired = Counter(path.name.split("-")[1] for path in run.directory.glob("fired-*"))
         plan.done += fired
         skips = [fault for fault in plan.inside if fault["kind"] in SKIPPING]
         calm = lab.run(*settings, faults=skips, name="calm")
@@ -139,6 +139,7 @@ def report(run: Run, calm: Run, plan: Plan, starts: int, options: Any, seconds: 
     once = sorted(samples) == list(range(8 * options.steps))
     skips = [(event["step"], event["event"]) for kind in ("bad_step", "skipped_step") for event in run.events(kind)]
     rows = {
+        f"{options.faults} faults done": sum(plan.done.values()) == options.faults,
         "complete": complete,
         "losses of all steps bit-equal": complete and losses(run) == losses(calm),
         "final weights and moments bit-equal": same_weights,

@@ -57,7 +57,7 @@ def test_who_is_named() -> None:
     rows[6] = [1, 2, 2, 8]  # no replica says otherwise, but the other three of its stage hold 7
     assert differing(rows, layout, has_masters=True, is_sharded=False) == [Copy(6)]
     places = Places(layout, [f"n{rank // 4}" for rank in range(8)])
-    assert "the working weights of rank 6 (host n1, pp 1 dp 1 tp 0) differ" in describe_difference([Copy(6)], places)
+    assert "the working weights of rank 6 (pp 1, dp 1, tp 0) on n1 differ" in describe_difference([Copy(6)], places)
 
 
 def test_the_minority_of_replicas_without_masters_is_named() -> None:

@@ -39,7 +39,7 @@ def test_a_slow_rank_is_named_once(slow: int, factor: float, seed: int) -> None:
     assert named[0][1] == pytest.approx(factor, rel=0.05)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30, derandomize=True)  # a rare chance stays a chance: the same ones each time
 @given(st.integers(0, 2**32), st.floats(0, 3))
 def test_noise_is_no_straggler(seed: int, spread: float) -> None:
     noise, judge = random.Random(seed), Stragglers(GRID, 20)
@@ -110,4 +110,4 @@ def test_the_watch_names_host_place_and_factor(one_rank: None) -> None:
     watch.on_close()
     (fault,) = told
     assert fault.ranks == (0,) and fault.details["factor"] == 1.5
-    assert "rank 0 (host here, pp 0 dp 0 tp 0) is a straggler: busy 1.50 times as long" in fault.message
+    assert "rank 0 (pp 0, dp 0, tp 0) on here is a straggler: busy 1.50 times as long" in fault.message
