@@ -126,7 +126,7 @@ def after_step(attempt: Attempt, step: int, *, jitter: float = 0.0) -> float:
     return time.monotonic()
 
 
-def last_words(log: str, count: int = 6) -> str:
+def last_words(log: str, count: int = 10) -> str:
     """Return the last lines of a log that say something."""
     return "\n".join([line for line in log.splitlines() if line.strip()][-count:])
 
