@@ -9,6 +9,7 @@ megatron-core is optional (pip install --no-deps megatron-core==0.16.1); without
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from megatron_omega.data.indexed import HEADER_BYTES, IndexedShard, header
 from megatron_omega.data.objectives import span_example
 from megatron_omega.data.permutation import Permutation
 from megatron_omega.data.samples import Windows, WindowShape
+from megatron_omega.data.search import last_not_above
 from megatron_omega.data.sources import open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 
@@ -117,8 +119,14 @@ def bijection() -> None:
     print(f"permutation of 10^7: bijection {is_bijection}, {each:.0f} ns a draw, one by one {single:.1f} us")
 
 
+def start_of(document: int, length: int) -> int:
+    """Return where a document of a made-up corpus begins: lengths vary, and their sums wander as those of texts do."""
+    wander = 30_000 * length * math.sin(math.pi * document / GIGA) * math.sin(document / 1.7e7)  # sqrt(10^9) lengths
+    return document * length + int(wander) + document * 7919 % (length // 2) if document else 0
+
+
 def billion_documents(folder: Path, length: int = 1000) -> None:
-    """A shard of 10^9 documents of equal length in sparse files: only the index entries that are read exist."""
+    """A shard of 10^9 documents in sparse files: only the index entries that are read exist."""
     prefix = folder / "giga"
     pointers_at = HEADER_BYTES + 4 * GIGA
     with (folder / "giga.bin").open("wb") as file:
@@ -130,23 +138,24 @@ def billion_documents(folder: Path, length: int = 1000) -> None:
     def fill(documents: set[int]) -> None:
         with (folder / "giga.idx").open("r+b") as file:
             for document in sorted(number for number in documents if 0 <= number < GIGA):
+                place, following = start_of(document, length), start_of(document + 1, length)
                 file.seek(HEADER_BYTES + 4 * document)
-                file.write(length.to_bytes(4, "little"))
+                file.write((following - place).to_bytes(4, "little"))
                 file.seek(pointers_at + 8 * document)
-                file.write((2 * length * document).to_bytes(8, "little"))
+                file.write((2 * place).to_bytes(8, "little"))
             file.seek(pointers_at + 8 * GIGA + 8 * GIGA)
             file.write(GIGA.to_bytes(8, "little"))
 
     permutation = Permutation(GIGA * length // 2048, 99)
-    starts = [permutation[number] * 2048 for number in range(200)]
-    probed = {GIGA - 1}
-    for start in starts:  # the documents that a binary search for each window looks at
-        low, high = 0, GIGA
-        while low < high:
-            middle = (low + high) // 2
-            probed.add(middle)
-            low, high = (middle + 1, high) if length * middle <= start else (low, middle)
-        probed |= set(range(low - 1, low + 4))
+    probed = {0, GIGA - 1}
+
+    def noted(document: int) -> int:
+        probed.add(document)
+        return start_of(document, length)
+
+    for number in range(200):  # the documents that a search for each window looks at
+        found = last_not_above(noted, permutation[number] * 2048, 0, GIGA, GIGA * length)
+        probed |= set(range(found - 1, found + 12))
     fill(probed)
     times = [microseconds(lambda _: IndexedShard(prefix), 1) for _ in range(20)]
     shard = IndexedShard(prefix)

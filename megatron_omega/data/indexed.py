@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_omega.data.checksums import CheckedFile, block_range, num_blocks
+from megatron_omega.data.search import last_not_above
 from megatron_omega.errors import DataError
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
@@ -136,13 +137,18 @@ class IndexedShard:
         return document
 
     def find_weighted(self, position: int, weight: int, documents: range) -> int:
-        """Return the last of `documents` with start + document · weight <= position, by binary search."""
+        """Return the last of `documents` with start + document · weight <= position. The first has to be one such."""
         pointers, itemsize = self._pointers, self._itemsize
-        if self.is_one_sequence_per_document:
-            place = bisect_right(documents, position, key=lambda number: pointers[number] // itemsize + number * weight)
-        else:
-            place = bisect_right(documents, position, key=lambda number: self.start(number) + number * weight)
-        return documents.start + place - 1
+
+        def place(number: int) -> int:
+            return pointers[number] // itemsize + number * weight
+
+        def place_by_bounds(number: int) -> int:
+            return self.start(number) + number * weight
+
+        value = place if self.is_one_sequence_per_document else place_by_bounds
+        end = self.num_tokens + documents.stop * weight
+        return last_not_above(value, position, documents.start, documents.stop, end)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.integer]:
         """Return tokens start..stop of the whole shard, a view on the file."""
