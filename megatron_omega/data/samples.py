@@ -1,4 +1,4 @@
-"""Windows of a corpus: window k -> spans of documents, by binary search on the memory-mapped pointers.
+"""Windows of a corpus: window k -> spans of documents, by a search of the memory-mapped pointers.
 
 A sample is a window of fixed length on the concatenated corpus, where every document counts for its tokens plus a
 constant `overhead` (what its specials and its alignment cost in a packed row): windows with many short documents hold
