@@ -48,7 +48,7 @@ unit: setup ## Run the tests that need one process each
 	$(BIN)/python -m pytest -q -n 2 -m "not distributed"
 
 distributed: setup ## Run the tests that start several ranks
-	$(BIN)/python -m pytest -q -m "distributed and not cluster"
+	$(BIN)/python -m pytest -q -n 2 -m "distributed and not cluster"
 
 cluster: setup ## Run the tests on a Slurm cluster in namespaces (root; apt-get install what .ci/run names)
 	$(BIN)/python -m pytest -q -m cluster
