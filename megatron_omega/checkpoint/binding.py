@@ -98,15 +98,16 @@ def require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str,
 def fill(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
     """Read this rank's part of `kinds` into the engine's masters and moments. Raises CheckpointError at any damage."""
     optimizer = base_optimizer(binding.engine)
+    wanted, reads = 0, []
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        reads = []
-        for kind in kinds:  # in the order of the files, so that the disk reads ahead
+        for kind in kinds:  # block by block in the order of the files, so that the disk reads ahead
             for mine in binding.holdings:
                 flat = mine.flat if kind == "weight" else prefill_adam(optimizer, mine.flat)[kind]
                 region = mine.holding.region
-                reads.append(pool.submit(reader.read_into, mine.part(flat), mine.info.name, kind, region))
-        for read in reads:
-            read.result()
+                reads += map(pool.submit, reader.reads(mine.part(flat), mine.info.name, kind, region))
+                wanted += region.count
+        copied = sum(read.result() for read in reads)
+    assert copied == wanted, f"{copied} of {wanted} elements found"
     if len(kinds) > 1:
         for mine in binding.holdings:
             set_adam_step(optimizer, mine.flat, reader.manifest.parameters[mine.info.name].step)

@@ -22,6 +22,7 @@ from megatron_omega.parallel.sharding import ParameterInfo, declared_parameters,
 
 Engine = Any  # deepspeed.DeepSpeedEngine or PipelineEngine: their types do not describe what is needed here
 
+_CHECKED_ELEMENTS = 4096
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -211,10 +212,11 @@ def _loss_scaler_state(optimizer: Any) -> dict[str, float]:
 
 
 def check_masters(holdings: Sequence[EngineHolding]) -> None:
-    """Check that every working weight is the cast of its master: that the masters are where we think they are."""
+    """Check that working weights are casts of their masters, at the beginning of each: that all are where we think."""
     for mine in holdings:
-        working = mine.working()
-        same = torch.equal(working, mine.part(mine.flat).to(working.device, working.dtype))
+        working = mine.working()[:_CHECKED_ELEMENTS]
+        master = mine.part(mine.flat)[:_CHECKED_ELEMENTS]
+        same = torch.equal(working, master.to(working.device, working.dtype))
         assert same, f"{mine.info.name}: the working weight is not the cast of what is taken for its master"
 
 

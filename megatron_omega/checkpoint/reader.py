@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +27,7 @@ from megatron_omega.checkpoint.manifest import (
     tensor_key,
 )
 from megatron_omega.checkpoint.mapping import Region, box_of, copy_overlap, offset_inside, overlaps, whole
-from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile, checksum
+from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile
 from megatron_omega.errors import CheckpointError
 
 _OPEN_FILES = 64
@@ -80,15 +81,24 @@ class CheckpointReader:
 
     def read_into(self, destination: Tensor, name: str, kind: Kind, region: Region) -> None:
         """Fill the 1-D tensor `destination` with the elements of `region`. Raises CheckpointError at any damage."""
+        copied = sum(read() for read in self.reads(destination, name, kind, region))
+        assert copied == region.count == destination.numel(), f"{copied} of {region.count} elements of {name} found"
+
+    def reads(self, destination: Tensor, name: str, kind: Kind, region: Region) -> list[Callable[[], int]]:
+        """Return what together does `read_into`: a call for each block, in the order of the file, for any thread.
+
+        Each returns the number of elements it has copied.
+        """
         entry = self.manifest.parameters[name]
         if kind not in self.manifest.kinds:
             raise CheckpointError(f"{self.path} holds no optimizer state ({kind} of {name}); load its weights only")
-        copied = 0
-        for fragment in entry.fragments:
-            for index, block in enumerate(self._blocks(entry.region(fragment))):
-                if overlaps(block, region):
-                    copied += self._read_part(destination, region, name, kind, fragment, index, block)
-        assert copied == region.count == destination.numel(), f"{copied} of {region.count} elements of {name} found"
+        found = [
+            (fragment, index, block)
+            for fragment in entry.fragments
+            for index, block in enumerate(self._blocks(entry.region(fragment)))
+            if overlaps(block, region)
+        ]
+        return [partial(self._read_part, destination, region, name, kind, *part) for part in found]
 
     def _read_part(
         self, destination: Tensor, region: Region, name: str, kind: Kind, fragment: Fragment, index: int, block: Region
@@ -123,8 +133,7 @@ class CheckpointReader:
             place = file.places.get(key)
             if place is None or place.size_bytes != fragment.count * ELEMENT_BYTES:
                 raise DamagedFile(f"does not hold {fragment.count:,} elements")
-            file.read_into(view, place.offset + index * self.manifest.block_bytes)
-            if checksum(view) != fragment.blocks[kind][index]:
+            if file.read_block(view, place.offset + index * self.manifest.block_bytes) != fragment.blocks[kind][index]:
                 raise DamagedFile(f"has changed bytes (checksum of block {index})")
         except DamagedFile as error:
             raise CheckpointError(f"{self.path / entry.name} {error}; tensor {key}") from error

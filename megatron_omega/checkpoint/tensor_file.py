@@ -125,7 +125,6 @@ class TensorFile:
         self.close = weakref.finalize(self, os.close, descriptor)
         try:
             self._check_size(size_bytes)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self.places = self._read_header(size_bytes, header_checksum)
         except BaseException:
             self.close()
@@ -151,6 +150,18 @@ class TensorFile:
             begin, end = row["data_offsets"]
             places[key] = Place(8 + length + begin, end - begin)
         return places
+
+    def read_block(self, buffer: memoryview, offset: int) -> str:
+        """Fill `buffer` from byte `offset` and return its checksum; in pieces, so that hashing finds them in the cache.
+
+        Raises DamagedFile where the file ends too early.
+        """
+        total = xxhash.xxh3_64()
+        for begin in range(0, len(buffer), _PIECE_BYTES):
+            piece = buffer[begin : begin + _PIECE_BYTES]
+            self.read_into(piece, offset + begin)
+            total.update(piece)
+        return total.hexdigest()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` of the file. Raises DamagedFile where the file ends too early."""
