@@ -5,7 +5,7 @@
     python benchmarks/checkpoint.py memory [--million-parameters 100] [--directory DIR]
 
 `cost` runs one process. Throughputs are of the bytes that reach the disk (with fsync) or leave it (cache dropped), next
-to `dd` of as many bytes on the same disk in the same run; times are medians of interleaved repetitions, CPU times the least.
+to `dd` of as many bytes on the same disk in the same run; times are medians of interleaved runs, CPU times their least.
 `memory` saves under TP 4 and loads under TP 2: the peak of each rank beside its share of the state.
 """
 

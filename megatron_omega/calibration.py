@@ -1,7 +1,9 @@
 """Measure what this machine can do: matrix products, attention, memory, kernel launches, collectives.
 
 Compute is timed in CPU time of one thread (GPU: in events), so that a busy machine does not blur it; collectives by
-the wall, the best of several. The result is an entry of a hardware file.
+the wall, the best of several. On a CPU the model's own layers of several shapes are timed, too, on as many cores as
+ranks will use, and the rates fitted to them: small kernels by themselves run out of the caches, layers do not. The
+result is an entry of a hardware file.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,9 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
-from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, HardwareFile, Link, read_hardware
-from megatron_omega.planner.work import FORWARD_TRAFFIC
+from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
+from megatron_omega.model.context import ModelContext, Recompute
+from megatron_omega.model.layers import DecoderLayer, EncoderLayer
+from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
+from megatron_omega.planner.stages import layer_seconds
+from megatron_omega.planner.work import FORWARD_TRAFFIC, layer_works
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = [
@@ -31,6 +41,9 @@ PRODUCTS = [
     (512, 64, 64),
 ]
 MESSAGES = [2**12, 2**16, 2**20, 2**22]
+LAYERS = [(24, 48, 2, 16), (96, 768, 8, 128), (256, 1024, 8, 128), (192, 1536, 8, 256), (512, 8192, 16, 64)]
+"""Hidden size, FFN size, heads and tokens of the layers that are timed."""
+LAYER_REPEATS = 8
 
 
 def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None) -> HardwareFile:
@@ -67,7 +80,98 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         cores=cores,
         efficiency=efficiency,
     )
-    return HardwareFile(efficiency=efficiency, accelerators={name: facts}, links={"measured": link})
+    if cores is not None:
+        facts = _fit_layers(Hardware(name, facts, link, link, "measured"), min(ranks, cores))
+    return HardwareFile(efficiency=facts.efficiency, accelerators={name: facts}, links={"measured": link})
+
+
+def layer_config(shape: tuple[int, int, int, int], recompute: Recompute) -> RunConfig:
+    """Return an Omega whose layers have this shape."""
+    hidden, inner, heads, tokens = shape
+    model = ModelConfig(
+        hidden_size=hidden, ffn_hidden_size=inner, num_attention_heads=heads, encoder_layers=1, decoder_layers=1,
+        vocab_size=128, local_window=tokens // 4, axial_width=8,
+    )  # fmt: skip
+    data = DataConfig(encoder_seq_length=tokens, decoder_seq_length=tokens)
+    parallel, precision = ParallelConfig(recompute=recompute), PrecisionConfig(dtype="fp32")
+    return RunConfig(model=model, data=data, parallel=parallel, precision=precision)
+
+
+def _fit_layers(hardware: Hardware, processes: int) -> AcceleratorFacts:
+    """Return the facts with the rates that describe the timed layers best, in relative error.
+
+    The share of the measured peak, the half length and the bandwidth are searched on a grid; the cost of a launch
+    follows from each by least squares.
+    """
+    works = [
+        work[kind]
+        for shape in LAYERS
+        for recompute in ("none", "full")
+        for work in [layer_works(layer_config(shape, recompute))]
+        for kind in ("encoder", "decoder")
+    ]
+    measured = np.array(_on_every_core(_time_layers, processes)).mean(axis=0)
+
+    def planned(facts: AcceleratorFacts) -> NDArray[np.float64]:
+        machine = replace(hardware, facts=facts)
+        times = [layer_seconds(work, machine, "fp32", 4, 1) for work in works]
+        return np.array([part for seconds in times for part in (seconds.forward, seconds.backward)])
+
+    best = (float("inf"), hardware.facts)
+    for scale, half, bandwidth in product(
+        np.linspace(0.5, 1.3, 17), (0, 8, 16, 32, 48, 64, 96, 128), np.geomspace(3, 60, 16)
+    ):
+        facts = _scaled(hardware.facts, float(scale), float(half), float(bandwidth) * 1e9)
+        free, micro = (planned(facts.model_copy(update={"launch_seconds": cost})) for cost in (1e-12, 1e-6))
+        launches = (micro - free) / measured
+        cost = max(0.1, float((launches * (1 - free / measured)).sum() / (launches**2).sum()))
+        error = float((np.log((free + cost * (micro - free)) / measured) ** 2).mean())
+        if error < best[0]:
+            best = error, facts.model_copy(update={"launch_seconds": cost * 1e-6})
+    return best[1]
+
+
+def _scaled(facts: AcceleratorFacts, scale: float, half: float, bandwidth: float) -> AcceleratorFacts:
+    """Return facts with other peaks, half length and bandwidth; attention stays as fast as it was."""
+    peaks = {dtype: peak * scale for dtype, peak in facts.peak_flops.items()}
+    efficiency = {"product_half": half, "attention": facts.efficiency.attention / scale}
+    changes = {"peak_flops": peaks, "memory_bandwidth": bandwidth}
+    return facts.model_copy(update=changes | {"efficiency": facts.efficiency.model_copy(update=efficiency)})
+
+
+def _on_every_core(function: Callable[..., None], processes: int) -> list[list[float]]:
+    """Call `function(rank, barrier, results)` in several processes at once; return what each put into `results`."""
+    context = mp.get_context("spawn")
+    with context.Manager() as manager:
+        results, barrier = manager.dict(), manager.Barrier(processes)
+        mp.spawn(function, (barrier, results), nprocs=processes)  # pyright: ignore[reportPrivateImportUsage]
+        return list(results.values())
+
+
+def _time_layers(rank: int, barrier: Any, results: dict[int, list[float]]) -> None:
+    """Time forward and backward passes of encoder and decoder layers, all processes at the same shape at a time."""
+    torch.set_num_threads(1)
+    found: list[float] = []
+    for shape, recompute in product(LAYERS, ("none", "full")):
+        context = ModelContext.of(layer_config(shape, recompute))
+        hidden, _, _, tokens = shape
+        state, memory = (torch.randn(1, tokens, hidden, requires_grad=True) for _ in range(2))
+        segments = torch.ones(1, tokens, dtype=torch.long)
+        encoder = partial(EncoderLayer("encoder.layers.0", context), state, segments)
+        decoder = partial(DecoderLayer("decoder.layers.0", context), state, segments, memory, segments)
+        for layer in (encoder, decoder):
+            barrier.wait()
+            times = np.array([_forward_and_backward(layer) for _ in range(LAYER_REPEATS)])
+            found += np.quantile(times, 0.25, axis=0).tolist()
+    results[rank] = found
+
+
+def _forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:
+    begin = time.process_time()
+    output = layer()
+    middle = time.process_time()
+    output.backward(torch.ones_like(output))
+    return middle - begin, time.process_time() - middle
 
 
 def _formats(device: str) -> list[str]:

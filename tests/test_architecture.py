@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = "megatron_omega"
 
 FLOORS: dict[str, int] = {
-    "errors": 0, "log": 0, "config": 0, "accounting": 0, "environment": 0, "launching": 0, "redaction": 0,
+    "errors": 0, "log": 0, "config": 0, "accounting": 0, "environment": 0, "launching": 0, "redaction": 0, "command_line": 0,
     "parallel": 1, "data": 1, "planner": 1,
     "model": 2,
     "training": 3, "checkpoint": 3, "monitoring": 3, "resilience": 3, "generation": 3,

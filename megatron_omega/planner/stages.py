@@ -13,7 +13,16 @@ from megatron_omega.planner import activations
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import Hardware
-from megatron_omega.planner.work import BACKWARD_LAUNCHES, BACKWARD_TRAFFIC, FORWARD_TRAFFIC, Collective, Messages, Work
+from megatron_omega.planner.work import (
+    BACKWARD_HOST,
+    BACKWARD_LAUNCHES,
+    BACKWARD_TRAFFIC,
+    CHECKPOINT_HOST,
+    FORWARD_TRAFFIC,
+    Collective,
+    Messages,
+    Work,
+)
 
 USES_TABLE = ("embedding", "bridge", "output")
 
@@ -153,18 +162,21 @@ def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tens
     products = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.products)
     again = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.recomputed)
     masks, share = work.attention_bytes, work.expected
+    launches_backward, checkpoint = BACKWARD_LAUNCHES, (0, 0)
+    if hardware.facts.is_cpu:  # where nothing runs beside launching, its true cost counts
+        launches_backward, checkpoint = BACKWARD_HOST, CHECKPOINT_HOST if work.is_checkpointed else (0, 0)
     products_backward = 0.0 if work.forms_gradients else 2 * products
     forward = kernels(
         (3 * products if work.forms_gradients else products) * share,
         work.attention_flops,
         work.traffic * share + masks,
-        work.launches,
+        work.launches + checkpoint[0],
     )
     backward = kernels(
         products_backward + again,
         2.5 * work.attention_flops + work.recomputed_attention_flops,
         work.traffic * share * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic + 2 * masks,
-        work.launches * BACKWARD_LAUNCHES + work.recomputed_launches,
+        work.launches * launches_backward + work.recomputed_launches + checkpoint[1],
     )
     sent_forward, sent_backward = messages(work.forward_messages), messages(work.backward_messages)
     return Seconds(forward + sent_forward, backward + sent_backward, sent_forward + sent_backward)

@@ -24,6 +24,10 @@ BRANCH_LAUNCHES: dict[Branch, int] = {"full": 10, "causal": 10, "local": 20, "ax
 """Kernels of a branch's forward pass, counted on the real code."""
 BACKWARD_LAUNCHES = 1.15
 """Kernels of a backward pass per kernel of the forward."""
+BACKWARD_HOST = 0.8
+"""What a host spends on launching a backward pass, per launch of the forward: autograd does not go through Python."""
+CHECKPOINT_HOST = (100, 150)
+"""What `torch.utils.checkpoint` costs a host, forward and backward, in launches: random states, above all."""
 
 
 class Collective(NamedTuple):
@@ -70,6 +74,8 @@ class Work:
     launches: int = 0
     """Kernels of the forward pass."""
     recomputed_launches: int = 0
+    is_checkpointed: bool = False
+    """Whether the whole layer is recomputed, by `torch.utils.checkpoint`."""
     forward_messages: Messages = field(default_factory=Counter)
     backward_messages: Messages = field(default_factory=Counter)
     kept: int = 0
@@ -186,6 +192,7 @@ def _layer(config: RunConfig, shape: Shape, tensor_rank: int, *, encoder: bool) 
         recomputed_traffic=int(FORWARD_TRAFFIC * (whole - kept)),
         launches=launches,
         recomputed_launches=launches if is_full else 6 if recompute in ("ffn", "swiglu") else 0,
+        is_checkpointed=is_full,
         forward_messages=forward,
         backward_messages=backward,
         kept=kept,
