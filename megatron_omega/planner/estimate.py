@@ -6,6 +6,7 @@ pipeline on a virtual clock (or its closed form, for ranking), then gradients, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +23,10 @@ from megatron_omega.planner.work import Work, layer_works, pipeline_messages, ta
 
 EXACT_INSTRUCTIONS = 40_000
 """Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
+PARTITION_HOST = 600
+"""What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; profiled on the real engine."""
+COPIES = {0: 0, 1: 0, 2: 1, 3: 2}
+"""How often DeepSpeed and gloo copy what they send, by ZeRO stage: joined, and cloned."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,8 @@ class Planner:
             mine = [estimate.stages[s] for s in stages_of(c, rank)]
             parameters = sum(stage.parameters(estimate.config, works) for stage in mine)
             parameters += table if any(stage.has_table for stage in mine) else 0
-            dp_seconds = max(dp_seconds, _data_seconds(estimate, parameters, busy))
+            sending = _data_seconds(estimate, parameters, busy) + _partition_seconds(estimate, mine)
+            dp_seconds = max(dp_seconds, sending)
             optimizer = max(optimizer, _optimizer_seconds(estimate, parameters))
         tied = tied_ranks(c, estimate.stages)
         if len(tied) > 1:
@@ -274,10 +280,15 @@ def _makespan(estimate: Estimate) -> float:
 def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
     """Seconds of data-parallel communication that computation does not hide.
 
-    Stages 2 and 3 send while the backward pass runs (stage 3: and the forward pass), the last piece after its end.
+    Stages 2 and 3 send while the backward pass runs (stage 3: and the forward pass), the last piece after its end. On a
+    CPU nothing is hidden: the core that sends is the one that computes.
     """
     c, m = estimate.candidate, estimate.micro_batches
     sent = data_bytes(estimate.config, c, parameters, m)
+    copying = 0.0
+    if estimate.hardware.facts.is_cpu:
+        busy = 0.0
+        copying = estimate.hardware.traffic_seconds(COPIES[c.zero_stage] * 2 * sum(sent.values()))
 
     def seconds(kind: CollectiveKind) -> float:
         return estimate.hardware.collective_seconds(kind, sent[kind], c.data, c.tensor)
@@ -287,8 +298,16 @@ def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
         return seconds("all_reduce") + gather
     if c.zero_stage == 2:
         reduced = seconds("all_reduce")
-        return max(reduced - busy / 2, reduced / m * 0.1) + gather
-    return max(seconds("reduce_scatter") + gather - busy, 0.0) + gather / m * 0.1
+        return max(reduced - busy / 2, reduced / m * 0.1) + gather + copying
+    return max(seconds("reduce_scatter") + gather - busy, 0.0) + gather / m * 0.1 + copying
+
+
+def _partition_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
+    """Seconds that ZeRO-3 costs the host of a rank, which a CPU does not hide: its hooks around every module."""
+    if estimate.candidate.zero_stage < 3 or not estimate.hardware.facts.is_cpu:
+        return 0.0
+    layers = sum(stage.counts["encoder"] + stage.counts["decoder"] for stage in stages)
+    return layers * estimate.micro_batches * PARTITION_HOST * estimate.hardware.facts.launch_seconds
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:
