@@ -1,9 +1,9 @@
 """Measure what this machine can do: matrix products, attention, memory, kernel launches, collectives.
 
 Compute is timed in CPU time of one thread (GPU: in events), so that a busy machine does not blur it; collectives by
-the wall, the best of several. On a CPU the model's own layers of several shapes are timed, too, on as many cores as
-ranks will use, and the rates fitted to them: small kernels by themselves run out of the caches, layers do not. The
-result is an entry of a hardware file.
+the wall, between ranks that compute. On a CPU the model's own layers of several shapes are timed, too, on as many cores
+as ranks will use, and the rates fitted to them: small kernels by themselves run out of the caches, layers in turn do
+not. The result is an entry of a hardware file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ PRODUCTS = [
 MESSAGES = [2**12, 2**16, 2**20, 2**22]
 LAYERS = [(24, 48, 2, 16), (96, 768, 8, 128), (256, 1024, 8, 128), (192, 1536, 8, 256), (512, 8192, 16, 64)]
 """Hidden size, FFN size, heads and tokens of the layers that are timed."""
-LAYER_REPEATS = 8
+LAYERS_IN_TURN = 3
+LAYER_ROUNDS = 4
 
 
 def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None) -> HardwareFile:
@@ -157,12 +158,14 @@ def _time_layers(rank: int, barrier: Any, results: dict[int, list[float]]) -> No
         hidden, _, _, tokens = shape
         state, memory = (torch.randn(1, tokens, hidden, requires_grad=True) for _ in range(2))
         segments = torch.ones(1, tokens, dtype=torch.long)
-        encoder = partial(EncoderLayer("encoder.layers.0", context), state, segments)
-        decoder = partial(DecoderLayer("decoder.layers.0", context), state, segments, memory, segments)
-        for layer in (encoder, decoder):
+        for kind, rest in ((EncoderLayer, ()), (DecoderLayer, (memory, segments))):
+            layers = [kind(f"timed.{number}", context) for number in range(LAYERS_IN_TURN)]
+            calls = [partial(layer, state, segments, *rest) for layer in layers]
+            for call in calls:  # the first pass allocates
+                _forward_and_backward(call)
             barrier.wait()
-            times = np.array([_forward_and_backward(layer) for _ in range(LAYER_REPEATS)])
-            found += np.quantile(times, 0.25, axis=0).tolist()
+            times = [_forward_and_backward(call) for _ in range(LAYER_ROUNDS) for call in calls]
+            found += np.median(times, axis=0).tolist()
     results[rank] = found
 
 
@@ -294,17 +297,20 @@ def _collectives(ranks: int) -> Link:
 
 
 def _time_messages(rank: int, ranks: int, port: int, seconds: dict[int, float]) -> None:
+    """Time all-reduces between ranks that compute, as a model's do: they never arrive at quite the same time."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    left, right = torch.rand(256, 512), torch.rand(512, 512)
     for size in MESSAGES:
-        tensor = torch.zeros(size // 4)
-        times = []
-        for _ in range(12):
+        tensor, times = torch.zeros(size // 4), []
+        dist.all_reduce(tensor)
+        for _ in range(100):
+            torch.mm(left, right)
             begin = time.perf_counter()
             dist.all_reduce(tensor)
             times.append(time.perf_counter() - begin)
         if rank == 0:
-            seconds[size] = min(times)
+            seconds[size] = float(np.median(times))
     dist.destroy_process_group()
 
 

@@ -23,8 +23,8 @@ from megatron_omega.planner.work import Work, layer_works, pipeline_messages, ta
 
 EXACT_INSTRUCTIONS = 40_000
 """Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
-PARTITION_HOST = 600
-"""What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; profiled on the real engine."""
+PARTITION_HOST = 900
+"""What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; fitted to real steps (docs/planner.md)."""
 COPIES = {0: 0, 1: 0, 2: 1, 3: 2}
 """How often DeepSpeed and gloo copy what they send, by ZeRO stage: joined, and cloned."""
 
