@@ -12,12 +12,12 @@ from functools import cached_property
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.planner import memory, schedule
+from megatron_omega.planner import schedule
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import CollectiveKind, Hardware
-from megatron_omega.planner.memory import Memory
-from megatron_omega.planner.messages import data_bytes, tied_ranks
+from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
+from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
 from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds, stages_of
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
 
@@ -118,7 +118,7 @@ class Planner:
         self._costs = accounting.layer_costs(config)
         self._works: dict[tuple[object, ...], tuple[dict[str, Work], dict[str, Seconds], Shape]] = {}
         self._stages: dict[tuple[int, object], list[Stage]] = {}
-        self._kept: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._moments: dict[tuple[object, ...], tuple[int, tuple[Moment, ...]]] = {}
 
     def estimate(self, candidate: Candidate, *, exact: bool = False) -> Estimate:
         """Return the estimate of one legal layout; `exact` runs its schedule on the virtual clock."""
@@ -161,47 +161,37 @@ class Planner:
     def _memory(
         self, config: RunConfig, c: Candidate, stages: list[Stage], rank: int, works: dict[str, Work], shape: Shape
     ) -> Memory:
-        mine = [(index, stages[index]) for index in stages_of(c, rank)]
+        mine = [stages[index] for index in stages_of(c, rank)]
         micro_batches = config.batch.global_batch_size // (c.micro_batch * c.data)
-        parameters = sum(stage.parameters(config, works) for _, stage in mine)
-        if any(stage.has_table for _, stage in mine):
+        parameters = sum(stage.parameters(config, works) for stage in mine)
+        if any(stage.has_table for stage in mine):
             parameters += table_parameters(config)
-        held = memory.states(
-            parameters, dtype=config.precision.dtype, zero_stage=c.zero_stage, data_parallel_size=c.data,
-            copies_messages=self.hardware.facts.is_cpu,
-        )  # fmt: skip
-        activations = working = travelling = 0
-        for index, stage in mine:
-            count = in_flight(c, micro_batches, index)
-            kept, sent = self._stage_bytes(config, c, stages, index, works, shape)
-            activations += count * kept
-            travelling += count * sent
-            working = max(working, stage.working(works))
-        return replace(
-            held,
-            activations=activations,
-            working=working,
-            buffers=held.buffers + travelling,
-            runtime=memory.runtime(activations + working, is_cpu=self.hardware.facts.is_cpu),
-        )
+        is_cpu = self.hardware.facts.is_cpu
+        persistent = sum(persistent_parameters(config, stage, works) for stage in mine) if c.zero_stage == 3 else 0
+        states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, is_cpu)
+        parts = [
+            InFlight(in_flight(c, micro_batches, index), *self._stage_bytes(config, c, stages, index, works, shape))
+            for index in stages_of(c, rank)
+        ]
+        return fullest(states, parts, micro_batches)
 
     def _stage_bytes(
         self, config: RunConfig, c: Candidate, stages: list[Stage], index: int, works: dict[str, Work], shape: Shape
-    ) -> tuple[int, int]:
-        """Return what a stage keeps, and what it received and waits to have sent, for one micro-batch."""
+    ) -> tuple[int, tuple[Moment, ...]]:
+        """Return what a stage received and waits to have sent for one micro-batch, and its turns in a backward pass."""
         ends = (
             stages[index - 1].kinds[-1] if index else None,
             stages[index + 1].kinds[0] if index + 1 < len(stages) else None,
         )
         key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute, stages[index].signature, ends)
-        if key not in self._kept:
+        if key not in self._moments:
             stage, travelling = stages[index], 0
             if index:
                 travelling += sum(pipeline_messages(config, stages[index - 1].kinds[-1], stage.kinds[0])[0])
             if index + 1 < len(stages):
                 travelling += sum(pipeline_messages(config, stage.kinds[-1], stages[index + 1].kinds[0])[0])
-            self._kept[key] = stage.kept(config, works, shape), travelling
-        return self._kept[key]
+            self._moments[key] = travelling, tuple(stage.backward_moments(config, works, shape))
+        return self._moments[key]
 
     def _breakdown(self, estimate: Estimate, works: dict[str, Work], *, exact: bool) -> Breakdown:
         c, m = estimate.candidate, estimate.micro_batches

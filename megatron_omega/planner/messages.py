@@ -81,10 +81,10 @@ def tied_ranks(candidate: Candidate, stages: Sequence[Stage]) -> list[int]:
 
 
 def persistent_parameters(config: RunConfig, stage: Stage, works: Mapping[str, Work]) -> int:
-    """Return the local parameters of `stage` in tensors of at most `PERSISTENT` elements, the token table apart."""
-    return stage.parameters(config, works) - sum(
-        size * count for kind, count in stage.counts.items() for size in _matrices(config, kind) if size > PERSISTENT
-    )
+    """Return the local parameters of `stage` in tensors of at most `PERSISTENT` elements."""
+    table = table_parameters(config) if stage.has_table else 0
+    large = (size for kind, count in stage.counts.items() for size in count * _matrices(config, kind))
+    return stage.parameters(config, works) + table * (table <= PERSISTENT) - sum(s for s in large if s > PERSISTENT)
 
 
 def _matrices(config: RunConfig, kind: str) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
@@ -13,6 +13,7 @@ from megatron_omega.planner import activations
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import Hardware
+from megatron_omega.planner.memory import Moment
 from megatron_omega.planner.work import (
     BACKWARD_HOST,
     BACKWARD_LAUNCHES,
@@ -22,6 +23,7 @@ from megatron_omega.planner.work import (
     Collective,
     Messages,
     Work,
+    table_parameters,
 )
 
 USES_TABLE = ("embedding", "bridge", "output")
@@ -108,8 +110,25 @@ class Stage:
         uses_encoder_segments = counts["encoder"] or (counts["decoder"] and not config.model.is_decoder_only)
         return kept + activations.segments(shape, encoder=bool(uses_encoder_segments), decoder=bool(counts["decoder"]))
 
-    def working(self, works: Mapping[str, Work]) -> int:
-        return max(works[kind].working for kind in self.counts)
+    def backward_moments(self, config: RunConfig, works: Mapping[str, Work], shape: Shape) -> Iterator[Moment]:
+        """Yield the first and the last layer of every run of equal layers, in the order of a backward pass.
+
+        In between everything is linear, so that one of these is the fullest.
+        """
+        kept = self.kept(config, works, shape)
+        formed = sum(self.learned_positions) * config.model.hidden_size
+        table, seen, uses = table_parameters(config), 0, sum(kind in USES_TABLE for kind in self.kinds)
+        for kind, group in groupby(reversed(self.kinds)):
+            work, count = works[kind], len(list(group))
+            # The table's gradient waits until all that use it have added theirs.
+            working = work.working + table * shape.element * (0 < seen < uses)
+            yield Moment(kept, working, formed)
+            if count > 1:
+                yield Moment(kept - (count - 1) * work.kept, working, formed + (count - 1) * work.parameters)
+            kept -= count * work.kept
+            formed += count * work.parameters
+            seen += kind in USES_TABLE
+            formed += table * (seen == uses > 0 and kind in USES_TABLE)
 
     def seconds(self, times: Mapping[str, Seconds]) -> Seconds:
         """Add up the layers."""

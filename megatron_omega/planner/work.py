@@ -201,9 +201,12 @@ def _layer(config: RunConfig, shape: Shape, tensor_rank: int, *, encoder: bool) 
 
 
 def _gradients(shape: Shape, length: int) -> int:
-    """Bytes of the largest gradients alive at once in a backward pass: those of gate, up and their product."""
+    """Bytes of the largest gradients alive at once in a backward pass: those of gate and up, joined from two halves.
+
+    What has been used is free by then: their product, and the halves of gate and up that are joined last.
+    """
     tokens = shape.micro_batch * length
-    return tokens * 4 * shape.ffn * shape.element + 3 * tokens * shape.hidden * shape.element
+    return tokens * 2 * shape.ffn * shape.element + 3 * tokens * shape.hidden * shape.element
 
 
 def _layer_parameters(config: RunConfig, *, encoder: bool) -> int:
@@ -318,7 +321,7 @@ def _output(config: RunConfig, shape: Shape) -> Work:
         for tokens in chunks:
             forward[Collective("all_reduce", tokens * FP32)] += 1  # row maxima
             forward[Collective("all_reduce", 2 * tokens * FP32)] += 1  # sums of exponentials and label logits
-    logits = max(chunks) * rows * FP32
+    logits = max(chunks) * rows
     return Work(
         products=tuple(Product(tokens, rows, shape.hidden) for tokens in chunks),
         traffic=10 * sum(chunks) * rows * FP32,
@@ -327,7 +330,8 @@ def _output(config: RunConfig, shape: Shape) -> Work:
         kept=activations.output(config, shape),
         forms_gradients=True,
         expected=_expected_labels(config),
-        working=3 * logits + rows * shape.hidden * FP32 * (2 if config.model.has_mlm_head else 1),
+        # Logits, their gradient, a chunk's product for the table, and the table's gradient in fp32 instead of kept.
+        working=logits * (FP32 + shape.element) + rows * shape.hidden * FP32,
     )
 
 

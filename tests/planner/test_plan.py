@@ -17,7 +17,6 @@ from megatron_omega.config.deepspeed import read_deepspeed_json
 from megatron_omega.config.load import load_config, resolve_run
 from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, RunConfig
 from megatron_omega.errors import ConfigError
-from megatron_omega.planner import memory
 from megatron_omega.planner.candidates import Candidate, grids, obstacle, parse_label, variants
 from megatron_omega.planner.estimate import Planner
 from megatron_omega.planner.export import ZERO, write_plan
@@ -86,16 +85,6 @@ def test_recompute_modes_trade_memory_for_flops() -> None:
     assert kept == sorted(kept, reverse=True) and len({*kept}) == 4
     assert flops == sorted(flops) and flops[0] == flops[1]
     assert kept[3] == 2048 * 960 * 2  # 3.75 MiB a layer
-
-
-def test_states_of_zero_stages_follow_the_textbook() -> None:
-    def total(dtype: str, stage: int, dp: int) -> int:
-        return replace(memory.states(1_000_000, dtype=dtype, zero_stage=stage, data_parallel_size=dp), buffers=0).total
-
-    assert total("fp32", 0, 1) == 16_000_000  # weights, gradients, two moments
-    assert total("bf16", 1, 1) == 20_000_000  # and fp32 master and gradients beside the bf16 ones
-    assert total("bf16", 1, 10) == 8_000_000 + 1_200_000
-    assert total("bf16", 3, 10) < total("bf16", 2, 10) < total("bf16", 1, 10)
 
 
 def test_every_parameter_is_on_exactly_one_rank_the_tied_table_apart() -> None:
