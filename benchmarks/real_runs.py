@@ -2,18 +2,19 @@
 """The planner against real training steps on this machine: memory, messages, step time.
 
     python benchmarks/real_runs.py memory [--model tiny 300m] [--layout tp2-pp1-dp1-mb1-full-zero1 ...]
-    python benchmarks/real_runs.py time --hardware runs/hardware.yaml [--rounds 3]
+    python benchmarks/real_runs.py time [--hardware runs/hardware.yaml] [--rounds 3]
 
 memory: every layout trains two steps in processes of its own. Measured is how much more memory of its own (pages of
 files left out) a rank holds at its fullest than before it has an engine; all libraries are loaded by then, and the C
-library is told to give back what is freed. The bytes
-that the second step handed to its process groups are counted, too. Exit 1 where memory is further than 10% from the
-plan, or bytes differ at all. 16 layouts of one rank take about 2 (tiny) or 8 CPU-minutes (300m), all 72 ten times that.
+library is told to give back what is freed. The bytes that the second step handed to its process groups are counted,
+too. Exit 1 where memory is further than 10% from the plan, or bytes differ at all. All 72 layouts of omega-tiny take
+2.5 minutes, those of 300m half an hour.
 
-time: after `tools/calibrate.py`, steps of several layouts in turn. For a busy machine CPU time is shown, too:
-printed are the CPU-seconds of a step on the busiest rank (median) beside the plan without its waiting, the shortest
-wall time beside the whole plan, and Spearman's correlation of both orders. Exit 1 where a wall time is further than 20%
-from the plan, or its correlation is below 0.8.
+time: steps of several layouts in turn, in every round after a calibration (what `tools/calibrate.py` does): the speed
+of a shared machine drifts. Printed is the shortest step by the wall beside the whole plan, and the CPU-seconds of the
+busiest rank (median) beside the plan without its waiting; of the rounds, the one whose error is in the middle. Exit 1
+where a wall time is further than 20% from the plan, or Spearman's correlation of both orders is below 0.8. With
+--hardware that file is what the plans are of. A round takes 80 seconds.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_omega.calibration import calibrate
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, PrecisionConfig, RunConfig
 from megatron_omega.local_launch import run_ranks
@@ -240,31 +242,53 @@ def _compare_sent(estimate: Estimate, stage: int, sent: Counter[str]) -> dict[st
 
 def compare_time(arguments: argparse.Namespace) -> bool:
     """Time every layout in turn, several rounds, and print it beside the plan; return whether the plan holds."""
-    hardware = find_hardware("cpu", file=read_hardware(arguments.hardware))
     candidates = [parse_label(label) for label in arguments.layout or LAYOUTS_OF_TWO]
-    estimates = [plan(medium(), candidate, hardware) for candidate in candidates]
-    cpu: list[list[float]] = [[] for _ in candidates]
-    wall: list[list[float]] = [[] for _ in candidates]
-    for _ in range(arguments.rounds):
-        for index, (candidate, estimate) in enumerate(zip(candidates, estimates, strict=True)):
-            ranks = run_ranks(time_steps, candidate.world_size, estimate.config, candidate.zero_stage, STEPS)
-            cpu[index] += [max(parts) for parts in zip(*(rank["cpu"] for rank in ranks), strict=True)]
-            wall[index] += [max(parts) for parts in zip(*(rank["wall"] for rank in ranks), strict=True)]
-    planned_cpu = [estimate.step_seconds - estimate.breakdown.bubble for estimate in estimates]
-    planned_wall = [estimate.step_seconds for estimate in estimates]
-    measured_cpu, measured_wall = [statistics.median(times) for times in cpu], [min(times) for times in wall]
-    errors, correlations = [], []
-    for planned, measured in ((planned_cpu, measured_cpu), (planned_wall, measured_wall)):
-        errors.append([plan / found - 1 for plan, found in zip(planned, measured, strict=True)])
-        correlations.append(spearman(measured, planned))
+    rounds = [_time_round(candidates, arguments.hardware) for _ in range(arguments.rounds)]
+    typical: list[dict[str, Timed]] = []
     for index, candidate in enumerate(candidates):
-        print(
-            f"{candidate.label:<32} CPU {measured_cpu[index]:.3f} s, planned {planned_cpu[index]:.3f} "
-            f"({errors[0][index]:+.0%}); wall {measured_wall[index]:.3f} s, planned {planned_wall[index]:.3f} "
-            f"({errors[1][index]:+.0%})"
+        parts = {clock: _median_by_error([found[index][clock] for found in rounds]) for clock in ("CPU", "wall")}
+        typical.append(parts)
+        shown = "; ".join(
+            f"{clock} {timed.measured:.3f} s, planned {timed.planned:.3f} ({timed.error:+.0%})"
+            for clock, timed in parts.items()
         )
-    print(f"Spearman: CPU {correlations[0]:.2f}, wall {correlations[1]:.2f}")
-    return correlations[1] >= 0.8 and max(map(abs, errors[1])) <= 0.2
+        print(f"{candidate.label:<32} {shown}")
+    correlations = {
+        clock: spearman([parts[clock].measured for parts in typical], [parts[clock].planned for parts in typical])
+        for clock in ("CPU", "wall")
+    }
+    print("Spearman: " + ", ".join(f"{clock} {value:.2f}" for clock, value in correlations.items()))
+    return correlations["wall"] >= 0.8 and max(abs(parts["wall"].error) for parts in typical) <= 0.2
+
+
+class Timed(NamedTuple):
+    """A step of one layout, in seconds."""
+
+    measured: float
+    planned: float
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.measured - 1
+
+
+def _time_round(candidates: Sequence[Candidate], file: Path | None) -> list[dict[str, Timed]]:
+    """Calibrate, unless there is a hardware file, and time each layout; return both clocks beside the plan."""
+    hardware = find_hardware("cpu", file=read_hardware(file) if file else calibrate("cpu", "cpu", ranks=2))
+    found = []
+    for candidate in candidates:
+        estimate = plan(medium(), candidate, hardware)
+        ranks = run_ranks(time_steps, candidate.world_size, estimate.config, candidate.zero_stage, STEPS)
+        cpu, wall = (
+            [max(parts) for parts in zip(*(rank[clock] for rank in ranks), strict=True)] for clock in ("cpu", "wall")
+        )
+        working = estimate.step_seconds - estimate.breakdown.bubble
+        found.append({"CPU": Timed(statistics.median(cpu), working), "wall": Timed(min(wall), estimate.step_seconds)})
+    return found
+
+
+def _median_by_error(rounds: list[Timed]) -> Timed:
+    return sorted(rounds, key=lambda timed: timed.error)[len(rounds) // 2]
 
 
 def spearman(first: list[float], second: list[float]) -> float:
@@ -279,7 +303,7 @@ def main() -> None:
     parser.add_argument("what", choices=("memory", "time"))
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="of memory")
     parser.add_argument("--layout", nargs="+", default=[], help="default: every legal one (time: eight of two ranks)")
-    parser.add_argument("--hardware", type=Path, help="of time: what tools/calibrate.py wrote")
+    parser.add_argument("--hardware", type=Path, help="of time: what tools/calibrate.py wrote (default: calibrate)")
     parser.add_argument("--rounds", type=int, default=3, help="of time")
     arguments = parser.parse_args()
     if arguments.what == "memory":

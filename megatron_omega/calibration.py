@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
-from megatron_omega.model.context import ModelContext, Recompute
+from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
+from megatron_omega.parallel.mappings import SERIAL, TensorParallel
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
 from megatron_omega.planner.stages import layer_seconds
 from megatron_omega.planner.work import FORWARD_TRAFFIC, layer_works
@@ -40,9 +42,11 @@ PRODUCTS = [
     (64, 512, 512),
     (512, 64, 64),
 ]
-MESSAGES = [2**12, 2**16, 2**20, 2**22]
+LARGE_MESSAGE = 2**22
 LAYERS = [(24, 48, 2, 16), (96, 768, 8, 128), (256, 1024, 8, 128), (192, 1536, 8, 256), (512, 8192, 16, 64)]
 """Hidden size, FFN size, heads and tokens of the layers that are timed."""
+SHARED_LAYERS = [(96, 768, 8, 128), (192, 1536, 8, 256)]
+"""Of those that ranks share: their heads divide among them."""
 LAYERS_IN_TURN = 3
 LAYER_ROUNDS = 4
 
@@ -59,7 +63,7 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         bandwidth, launch = _bandwidth(device), _launch_seconds(device)
     finally:
         torch.set_num_threads(threads)
-    link = _collectives(ranks) if device == "cpu" else _known_link()
+    link = Link(bytes_per_second=_link_rate(ranks), latency=0.0) if device == "cpu" else _known_link()
     # Peak is what the largest product reaches; the shares of the other kernels are of that.
     peaks = {dtype: max(rate.values()) for dtype, rate in rates.items()}
     peaks[reference] = peak
@@ -82,20 +86,23 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         efficiency=efficiency,
     )
     if cores is not None:
-        facts = _fit_layers(Hardware(name, facts, link, link, "measured"), min(ranks, cores))
+        hardware = Hardware(name, facts, link, link, "measured")
+        hardware = replace(hardware, facts=_fit_layers(hardware, min(ranks, cores)))
+        sharing = max(2, gcd(ranks, SHARED_LAYERS[0][2]))
+        facts, link = hardware.facts, link.model_copy(update={"latency": _fit_latency(hardware, sharing)})
     return HardwareFile(efficiency=facts.efficiency, accelerators={name: facts}, links={"measured": link})
 
 
-def layer_config(shape: tuple[int, int, int, int], recompute: Recompute) -> RunConfig:
-    """Return an Omega whose layers have this shape."""
+def layer_config(shape: tuple[int, int, int, int], **parallel: Any) -> RunConfig:
+    """Return an Omega whose layers have this shape, with these settings of `parallel`."""
     hidden, inner, heads, tokens = shape
     model = ModelConfig(
         hidden_size=hidden, ffn_hidden_size=inner, num_attention_heads=heads, encoder_layers=1, decoder_layers=1,
         vocab_size=128, local_window=tokens // 4, axial_width=8,
     )  # fmt: skip
     data = DataConfig(encoder_seq_length=tokens, decoder_seq_length=tokens)
-    parallel, precision = ParallelConfig(recompute=recompute), PrecisionConfig(dtype="fp32")
-    return RunConfig(model=model, data=data, parallel=parallel, precision=precision)
+    precision = PrecisionConfig(dtype="fp32")
+    return RunConfig(model=model, data=data, parallel=ParallelConfig(**parallel), precision=precision)
 
 
 def _fit_layers(hardware: Hardware, processes: int) -> AcceleratorFacts:
@@ -108,7 +115,7 @@ def _fit_layers(hardware: Hardware, processes: int) -> AcceleratorFacts:
         work[kind]
         for shape in LAYERS
         for recompute in ("none", "full")
-        for work in [layer_works(layer_config(shape, recompute))]
+        for work in [layer_works(layer_config(shape, recompute=recompute))]
         for kind in ("encoder", "decoder")
     ]
     measured = np.array(_on_every_core(_time_layers, processes)).mean(axis=0)
@@ -154,19 +161,25 @@ def _time_layers(rank: int, barrier: Any, results: dict[int, list[float]]) -> No
     torch.set_num_threads(1)
     found: list[float] = []
     for shape, recompute in product(LAYERS, ("none", "full")):
-        context = ModelContext.of(layer_config(shape, recompute))
-        hidden, _, _, tokens = shape
-        state, memory = (torch.randn(1, tokens, hidden, requires_grad=True) for _ in range(2))
-        segments = torch.ones(1, tokens, dtype=torch.long)
-        for kind, rest in ((EncoderLayer, ()), (DecoderLayer, (memory, segments))):
-            layers = [kind(f"timed.{number}", context) for number in range(LAYERS_IN_TURN)]
-            calls = [partial(layer, state, segments, *rest) for layer in layers]
-            for call in calls:  # the first pass allocates
-                _forward_and_backward(call)
+        for layers in _layers(layer_config(shape, recompute=recompute), SERIAL):
+            for layer in layers:  # the first pass allocates
+                _forward_and_backward(layer)
             barrier.wait()
-            times = [_forward_and_backward(call) for _ in range(LAYER_ROUNDS) for call in calls]
+            times = [_forward_and_backward(layer) for _ in range(LAYER_ROUNDS) for layer in layers]
             found += np.median(times, axis=0).tolist()
     results[rank] = found
+
+
+def _layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callable[[], torch.Tensor]]]:
+    """Yield encoder, then decoder layers of one shape, ready to be called."""
+    context = ModelContext.of(config, parallel)
+    tokens, hidden = config.data.encoder_seq_length, config.model.hidden_size
+    mine = tokens // parallel.size if parallel.sequence_parallel else tokens
+    state, memory = (torch.randn(1, length, hidden, requires_grad=True) for length in (mine, tokens))
+    segments = torch.ones(1, tokens, dtype=torch.long)
+    for kind, rest in ((EncoderLayer, ()), (DecoderLayer, (memory, segments))):
+        layers = [kind(f"timed.{number}", context) for number in range(LAYERS_IN_TURN)]
+        yield [partial(layer, state, segments, *rest) for layer in layers]
 
 
 def _forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:
@@ -283,35 +296,76 @@ def _known_link() -> Link:
     return file.links["infiniband-hdr"]
 
 
-def _collectives(ranks: int) -> Link:
-    """Time all-reduces between processes of this machine; fit rate and latency."""
-    with mp.get_context("spawn").Manager() as manager:
-        seconds = manager.dict()
-        mp.spawn(_time_messages, (ranks, _free_port(), seconds), nprocs=ranks)  # pyright: ignore[reportPrivateImportUsage]
-        measured = dict(seconds)
-    small, large = min(measured), max(measured)
-    hops = min(ranks - 1, 2 * (ranks - 1).bit_length())
-    latency = measured[small] / (2 * hops)
-    moved = 2 * (ranks - 1) / ranks * large
-    return Link(bytes_per_second=moved / max(measured[large] - measured[small], 1e-9), latency=latency)
+def _link_rate(ranks: int) -> float:
+    """Bytes per second of a large all-reduce between processes of this machine."""
+    [seconds, *_] = _in_group(_time_message, ranks)
+    return 2 * (ranks - 1) / ranks * LARGE_MESSAGE / seconds[0]
 
 
-def _time_messages(rank: int, ranks: int, port: int, seconds: dict[int, float]) -> None:
-    """Time all-reduces between ranks that compute, as a model's do: they never arrive at quite the same time."""
+def _time_message(rank: int, group: dist.ProcessGroup, barrier: Any, results: dict[int, list[float]]) -> None:
+    tensor = torch.zeros(LARGE_MESSAGE // 4)
+    results[rank] = [float(np.median([_wall(partial(dist.all_reduce, tensor)) for _ in range(20)][1:]))]
+
+
+def _fit_latency(hardware: Hardware, ranks: int) -> float:
+    """Return the seconds of a hop that describe the timed tensor-parallel layers best, in relative error.
+
+    Messages by themselves are too fast: the ranks of a model never arrive at quite the same time.
+    """
+    works = [layer_works(config)[kind] for config in _shared_configs(ranks) for kind in ("encoder", "decoder")]
+    measured = np.array(_in_group(_time_shared_layers, ranks)).max(axis=0)
+
+    def planned(latency: float) -> NDArray[np.float64]:
+        machine = replace(hardware, link=hardware.link.model_copy(update={"latency": latency}))
+        times = [layer_seconds(work, machine, "fp32", 4, ranks) for work in works]
+        return np.array([seconds.forward + seconds.backward for seconds in times])
+
+    hops = (planned(1e-3) - planned(0.0)) / measured
+    return max(0.0, 1e-3 * float((hops * (1 - planned(0.0) / measured)).sum() / (hops**2).sum()))
+
+
+def _time_shared_layers(rank: int, group: dist.ProcessGroup, barrier: Any, results: dict[int, list[float]]) -> None:
+    """Time forward with backward passes of tensor-parallel layers, by the wall."""
+    found: list[float] = []
+    for config in _shared_configs(group.size()):
+        parallel = TensorParallel(group, rank, group.size(), config.parallel.sequence_parallel)
+        for layers in _layers(config, parallel):
+            for layer in layers:  # the first pass allocates
+                _forward_and_backward(layer)
+            barrier.wait()
+            times = [_wall(partial(_forward_and_backward, layer)) for _ in range(LAYER_ROUNDS) for layer in layers]
+            found.append(float(np.median(times)))
+    results[rank] = found
+
+
+def _shared_configs(ranks: int) -> list[RunConfig]:
+    return [
+        layer_config(shape, tensor_parallel_size=ranks, sequence_parallel=is_sequence_parallel)
+        for shape in SHARED_LAYERS
+        for is_sequence_parallel in (False, True)
+    ]
+
+
+def _wall(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def _in_group(function: Callable[..., None], ranks: int) -> list[list[float]]:
+    """Call `function(rank, group, barrier, results)` in ranks of a gloo group; return what each put into `results`."""
+    return _on_every_core(partial(_join_group, function, ranks, _free_port()), ranks)
+
+
+def _join_group(
+    function: Callable[..., None], ranks: int, port: int, rank: int, barrier: Any, results: dict[int, list[float]]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    left, right = torch.rand(256, 512), torch.rand(512, 512)
-    for size in MESSAGES:
-        tensor, times = torch.zeros(size // 4), []
-        dist.all_reduce(tensor)
-        for _ in range(100):
-            torch.mm(left, right)
-            begin = time.perf_counter()
-            dist.all_reduce(tensor)
-            times.append(time.perf_counter() - begin)
-        if rank == 0:
-            seconds[size] = float(np.median(times))
-    dist.destroy_process_group()
+    try:
+        function(rank, dist.group.WORLD, barrier, results)
+    finally:
+        dist.destroy_process_group()
 
 
 def _free_port() -> int:
