@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +25,13 @@ from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest
 from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
 from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.tensor_file import copy_with_checksums
 from megatron_omega.checkpoint.writer import Piece
 from megatron_omega.errors import CheckpointError
 from megatron_omega.parallel.topology import Topology
 
-_READING_THREADS = 4
+_READING_THREADS = 2
+"""One waits for the disk while the other hashes; more break up the stream, and the system stops reading ahead."""
 
 
 class Binding:
@@ -59,15 +63,22 @@ class Binding:
             mine = self.holdings[duty.holding]
             state = optimizer.state.get(mine.flat) or {}
             tensors: dict[Kind, Tensor] = {}
+            checksums: dict[Kind, tuple[str, ...]] = {}
             for kind in KINDS:
                 source = mine.flat if kind == "weight" else state.get(kind)
                 view = (
                     torch.zeros(duty.count) if source is None else mine.part(source).narrow(0, duty.offset, duty.count)
                 )
-                tensors[kind] = self._buffer(kind)[position : position + duty.count].copy_(view) if copy else view
+                tensors[kind] = view
+                if copy:
+                    tensors[kind] = self._buffer(kind)[position : position + duty.count]
+                    if view.device.type == "cpu":
+                        checksums[kind] = copy_with_checksums(view, tensors[kind])
+                    else:  # hashed when it is written, while training goes on
+                        tensors[kind].copy_(view)
             region = mine.holding.region.part(duty.offset, duty.count)
             step = adam_step(optimizer, mine.flat)
-            pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors))
+            pieces.append(Piece(mine.info.name, mine.info.axis, region, step, tensors, checksums))
             position += duty.count
         return pieces
 
@@ -95,19 +106,61 @@ def require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str,
         raise CheckpointError(*lines)
 
 
-def fill(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> None:
-    """Read this rank's part of `kinds` into the engine's masters and moments. Raises CheckpointError at any damage."""
-    optimizer = base_optimizer(binding.engine)
-    wanted, reads = 0, []
+class _Reads:
+    """Blocks to be read, which threads take in turn: in the order of the files, so that the disk reads ahead."""
+
+    def __init__(self, calls: Iterator[Callable[[], int]]) -> None:
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def run(self) -> int:
+        """Read until none is left; return the number of elements."""
+        copied = 0
+        while (call := self._next()) is not None:
+            copied += call()
+        return copied
+
+    def _next(self) -> Callable[[], int] | None:
+        with self._lock:
+            return None if self._is_stopped else next(self._calls, None)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+
+@contextmanager
+def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> Iterator[Callable[[Kind], None]]:
+    """Read this rank's part of `kinds`, one after the other, into the engine's masters and moments, in the background.
+
+    Yields what waits for one kind to be there, or raises CheckpointError at any damage to it. Leaving stops reading.
+    """
+    for mine in binding.holdings if len(kinds) > 1 else ():
+        prefill_adam(base_optimizer(binding.engine), mine.flat)
+    reads = {kind: _Reads(_calls(binding, reader, kind)) for kind in kinds}
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        for kind in kinds:  # block by block in the order of the files, so that the disk reads ahead
-            for mine in binding.holdings:
-                flat = mine.flat if kind == "weight" else prefill_adam(optimizer, mine.flat)[kind]
-                region = mine.holding.region
-                reads += map(pool.submit, reader.reads(mine.part(flat), mine.info.name, kind, region))
-                wanted += region.count
-        copied = sum(read.result() for read in reads)
-    assert copied == wanted, f"{copied} of {wanted} elements found"
-    if len(kinds) > 1:
-        for mine in binding.holdings:
-            set_adam_step(optimizer, mine.flat, reader.manifest.parameters[mine.info.name].step)
+        running = {kind: [pool.submit(reads[kind].run) for _ in range(_READING_THREADS)] for kind in kinds}
+
+        def wait(kind: Kind) -> None:
+            copied, wanted = sum(run.result() for run in running[kind]), sum(mine.count for mine in binding.holdings)
+            assert copied == wanted, f"{copied} of {wanted} elements of {kind} found"
+
+        try:
+            yield wait
+        finally:
+            for kind in kinds:
+                reads[kind].stop()
+
+
+def _calls(binding: Binding, reader: CheckpointReader, kind: Kind) -> Iterator[Callable[[], int]]:
+    optimizer = base_optimizer(binding.engine)
+    for mine in binding.holdings:
+        flat = mine.flat if kind == "weight" else optimizer.state[mine.flat][kind]
+        yield from reader.reads(mine.part(flat), mine.info.name, kind, mine.holding.region)
+
+
+def restore_adam_steps(binding: Binding, manifest: Manifest) -> None:
+    """Set how often each parameter has been updated."""
+    optimizer = base_optimizer(binding.engine)
+    for mine in binding.holdings:
+        set_adam_step(optimizer, mine.flat, manifest.parameters[mine.info.name].step)

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.binding import Binding, fill, require_same_parameters
+from megatron_omega.checkpoint.binding import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
 from megatron_omega.checkpoint.engine_state import (
     Engine,
@@ -24,7 +25,7 @@ from megatron_omega.checkpoint.engine_state import (
     refresh_working_weights,
     restore_counters,
 )
-from megatron_omega.checkpoint.manifest import KINDS, Manifest, SavedLayout
+from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
 from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.writer import Snapshot, remove_unfinished, step_folder, write_checkpoint
@@ -291,19 +292,35 @@ class CheckpointStore:
 
     def _read_into(self, engine: Engine, path: Path, *, weights_only: bool) -> tuple[Manifest | None, list[str]]:
         """Fill the engine; return the manifest and what went wrong on any rank."""
-        binding = self._bind(engine)
-        problems: list[str] = []
-        manifest = None
-        try:
-            with open_checkpoint(path) as reader:
+        binding, kinds = self._bind(engine), KINDS[:1] if weights_only else KINDS
+        with ExitStack() as stack:
+            wait: Callable[[Kind], None] | None = None
+            manifest, problems = None, []
+            try:
+                reader = stack.enter_context(open_checkpoint(path))
                 manifest = reader.manifest
                 require_same_parameters(path, manifest, binding.shapes)
-                fill(binding, reader, KINDS[:1] if weights_only else KINDS)
-        except CheckpointError as error:
-            problems = list(error.findings)
-        everywhere = cast(list[list[str]], self.peers.exchange(cast(JSON, problems)))
-        problems = sorted({problem for found in everywhere for problem in found})
+                wait = stack.enter_context(filling(binding, reader, kinds))
+                wait(KINDS[0])
+            except CheckpointError as error:
+                problems = list(error.findings)
+            problems = self._anywhere(problems)
+            if problems or wait is None:
+                return manifest, problems
+            refresh_working_weights(engine.optimizer)  # while moments are read
+            try:
+                for kind in kinds[1:]:
+                    wait(kind)
+            except CheckpointError as error:
+                problems = list(error.findings)
+        problems = self._anywhere(problems)
         if not problems:
-            refresh_working_weights(engine.optimizer)
             check_masters(binding.holdings)
+            if not weights_only:
+                restore_adam_steps(binding, cast(Manifest, manifest))
         return manifest, problems
+
+    def _anywhere(self, problems: list[str]) -> list[str]:
+        """Return the problems of all ranks. Collective."""
+        everywhere = cast(list[list[str]], self.peers.exchange(cast(JSON, problems)))
+        return sorted({problem for found in everywhere for problem in found})

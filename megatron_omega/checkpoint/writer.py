@@ -14,7 +14,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +61,8 @@ class Piece:
     region: Region
     step: float
     tensors: dict[Kind, Tensor]
+    checksums: dict[Kind, tuple[str, ...]] = field(default_factory=dict)
+    """Of the blocks of those tensors for which they are known already."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _write_shard(staging: Path, snapshot: Snapshot, rank: int) -> JsonValue:
 
 def _entry(piece: Piece, kind: Kind) -> Entry:
     shape = piece.region.box_shape if piece.region.is_whole_box else (piece.region.count,)
-    return Entry(tensor_key(piece.name, kind), shape, piece.tensors[kind])
+    return Entry(tensor_key(piece.name, kind), shape, piece.tensors[kind], piece.checksums.get(kind))
 
 
 def _file_entry(name: str, written: Written) -> dict[str, JsonValue]:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_omega.checkpoint.tensor_file import DamagedFile, Entry, TensorFile, Written, checksum, write_tensors
+from megatron_omega.checkpoint.tensor_file import (
+    DamagedFile,
+    Entry,
+    TensorFile,
+    Written,
+    checksum,
+    copy_with_checksums,
+    write_tensors,
+)
 
 
 @pytest.fixture
@@ -81,3 +89,14 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
     for name in ("link", "pipe", ".", "absent"):
         with pytest.raises(DamagedFile):
             TensorFile(tmp_path / name, size_bytes=written.size_bytes, header_checksum=written.header_checksum)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**16, 2**20, 2**20 + 1, 3 * 2**20 - 5])
+def test_copying_finds_the_checksums_that_writing_would(tmp_path: Path, count: int) -> None:
+    source, destination = torch.randn(count), torch.empty(count)
+    sums = copy_with_checksums(source, destination)
+    assert torch.equal(source, destination)
+    plain = write_tensors(tmp_path / "plain", [Entry("a", (count,), source)])
+    given = write_tensors(tmp_path / "given", [Entry("a", (count,), destination, sums)])
+    assert given == plain
+    assert (tmp_path / "given").read_bytes() == (tmp_path / "plain").read_bytes()
