@@ -25,6 +25,8 @@ GPU_RUNTIME = int(2.0 * GIB)
 """CUDA context, kernels, communicators."""
 CPU_RUNTIME = 10 * 2**20
 """What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
+CPU_HOOKS = 3 * 2**20
+"""What the hooks of ZeRO-3 take of it in a small model."""
 ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
 
@@ -180,10 +182,12 @@ def _in_backward(states: States, parts: Sequence[InFlight], micro_batches: int) 
 def fullest(states: States, parts: Sequence[InFlight], micro_batches: int) -> Memory:
     """Return what a rank holds at its fullest moment; `parts` are its stages, `micro_batches` those of a step."""
     moments = (*states.afterwards(), *_in_backward(states, parts, micro_batches))
-    return max((_with_runtime(moment, states.is_cpu) for moment in moments), key=lambda moment: moment.total)
+    return max((_with_runtime(moment, states) for moment in moments), key=lambda moment: moment.total)
 
 
-def _with_runtime(moment: Memory, is_cpu: bool) -> Memory:
+def _with_runtime(moment: Memory, states: States) -> Memory:
     """Add what the run time takes; the baseline of a CPU process (interpreter, torch, DeepSpeed) is not counted."""
+    if states.is_cpu:
+        return replace(moment, runtime=CPU_RUNTIME + CPU_HOOKS * (states.zero_stage == 3))
     slack = int(ALLOCATOR_SLACK * (moment.activations + moment.working))
-    return replace(moment, runtime=CPU_RUNTIME if is_cpu else GPU_RUNTIME + slack)
+    return replace(moment, runtime=GPU_RUNTIME + slack)
