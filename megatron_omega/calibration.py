@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -30,7 +30,7 @@ from megatron_omega.model.layers import DecoderLayer, EncoderLayer
 from megatron_omega.parallel.mappings import SERIAL, TensorParallel
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
 from megatron_omega.planner.stages import layer_seconds
-from megatron_omega.planner.work import FORWARD_TRAFFIC, layer_works
+from megatron_omega.planner.work import FORWARD_TRAFFIC, Work, layer_works
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = [
@@ -87,9 +87,12 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
     )
     if cores is not None:
         hardware = Hardware(name, facts, link, link, "measured")
-        hardware = replace(hardware, facts=_fit_layers(hardware, min(ranks, cores)))
+        seconds = np.array(_on_every_core(_time_layers, min(ranks, cores))).mean(axis=0)
+        facts = fit_rates(hardware, _layer_works(), seconds)
         sharing = max(2, gcd(ranks, SHARED_LAYERS[0][2]))
-        facts, link = hardware.facts, link.model_copy(update={"latency": _fit_latency(hardware, sharing)})
+        seconds = np.array(_in_group(_time_shared_layers, sharing)).max(axis=0)
+        latency = fit_latency(replace(hardware, facts=facts), _shared_works(sharing), seconds, sharing)
+        link = link.model_copy(update={"latency": latency})
     return HardwareFile(efficiency=facts.efficiency, accelerators={name: facts}, links={"measured": link})
 
 
@@ -105,20 +108,23 @@ def layer_config(shape: tuple[int, int, int, int], **parallel: Any) -> RunConfig
     return RunConfig(model=model, data=data, parallel=ParallelConfig(**parallel), precision=precision)
 
 
-def _fit_layers(hardware: Hardware, processes: int) -> AcceleratorFacts:
-    """Return the facts with the rates that describe the timed layers best, in relative error.
-
-    The share of the measured peak, the half length and the bandwidth are searched on a grid; the cost of a launch
-    follows from each by least squares.
-    """
-    works = [
+def _layer_works() -> list[Work]:
+    """Return what the timed layers ask for, in the order of `_time_layers`."""
+    return [
         work[kind]
         for shape in LAYERS
         for recompute in ("none", "full")
         for work in [layer_works(layer_config(shape, recompute=recompute))]
         for kind in ("encoder", "decoder")
     ]
-    measured = np.array(_on_every_core(_time_layers, processes)).mean(axis=0)
+
+
+def fit_rates(hardware: Hardware, works: Sequence[Work], measured: NDArray[np.float64]) -> AcceleratorFacts:
+    """Return the facts with the rates that describe timed layers best, in relative error.
+
+    `measured` are seconds of forward and backward pass of each of `works`. The share of the measured peak, the half
+    length and the bandwidth are searched on a grid; the cost of a launch follows from each by least squares.
+    """
 
     def planned(facts: AcceleratorFacts) -> NDArray[np.float64]:
         machine = replace(hardware, facts=facts)
@@ -307,13 +313,12 @@ def _time_message(rank: int, group: dist.ProcessGroup, barrier: Any, results: di
     results[rank] = [float(np.median([_wall(partial(dist.all_reduce, tensor)) for _ in range(20)][1:]))]
 
 
-def _fit_latency(hardware: Hardware, ranks: int) -> float:
-    """Return the seconds of a hop that describe the timed tensor-parallel layers best, in relative error.
+def fit_latency(hardware: Hardware, works: Sequence[Work], measured: NDArray[np.float64], ranks: int) -> float:
+    """Return the seconds of a hop that describe timed tensor-parallel layers best, in relative error.
 
-    Messages by themselves are too fast: the ranks of a model never arrive at quite the same time.
+    `measured` are seconds of a forward with its backward pass of each of `works`. Messages by themselves are too fast:
+    the ranks of a model never arrive at quite the same time.
     """
-    works = [layer_works(config)[kind] for config in _shared_configs(ranks) for kind in ("encoder", "decoder")]
-    measured = np.array(_in_group(_time_shared_layers, ranks)).max(axis=0)
 
     def planned(latency: float) -> NDArray[np.float64]:
         machine = replace(hardware, link=hardware.link.model_copy(update={"latency": latency}))
@@ -322,6 +327,11 @@ def _fit_latency(hardware: Hardware, ranks: int) -> float:
 
     hops = (planned(1e-3) - planned(0.0)) / measured
     return max(0.0, 1e-3 * float((hops * (1 - planned(0.0) / measured)).sum() / (hops**2).sum()))
+
+
+def _shared_works(ranks: int) -> list[Work]:
+    """Return what the timed layers that ranks share ask for, in the order of `_time_shared_layers`."""
+    return [layer_works(config)[kind] for config in _shared_configs(ranks) for kind in ("encoder", "decoder")]
 
 
 def _time_shared_layers(rank: int, group: dist.ProcessGroup, barrier: Any, results: dict[int, list[float]]) -> None:

@@ -1,6 +1,6 @@
 """Measure this machine, so that plans and forecasts are about it: tools/calibrate.py [--output runs/hardware.yaml]
 
-Takes about half a minute. `tools/plan.py --hardware runs/hardware.yaml --gpu cpu` reads the result, and so does every
+Takes about 40 seconds. `tools/plan.py --hardware runs/hardware.yaml --gpu cpu` reads the result, and so does every
 run started in this folder.
 """
 
