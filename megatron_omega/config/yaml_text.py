@@ -53,6 +53,15 @@ _PlainDumper.yaml_implicit_resolvers = {
 }
 
 
+def _represent_text(dumper: _PlainDumper, text: str) -> yaml.ScalarNode:
+    """Quote with escapes what holds a line break other than a newline: unescaped it would be read as another one."""
+    style = '"' if any(mark in text for mark in "\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_PlainDumper.add_representer(str, _represent_text)
+
+
 def parse(text: str, source: str) -> Any:
     """Return the plain data in `text`.
 

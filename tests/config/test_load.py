@@ -119,6 +119,7 @@ def test_numbers_are_numbers(text: str, value: object) -> None:
 
 @settings(max_examples=30, deadline=None)
 @example(1.0, "0E0", [], False)
+@example(1.0, "\x85", [("a\u2028b", 1.0), ("\r", 1.0)], False)
 @given(
     st.floats(min_value=1e-12, max_value=1e12),
     st.text(max_size=12),
