@@ -1,9 +1,9 @@
 """Measure what this machine can do: matrix products, attention, memory, kernel launches, collectives.
 
-Compute is timed in CPU time of one thread (GPU: in events), so that a busy machine does not blur it; collectives by
-the wall, between ranks that compute. On a CPU the model's own layers of several shapes are timed, too, on as many cores
-as ranks will use, and the rates fitted to them: small kernels by themselves run out of the caches, layers in turn do
-not. The result is an entry of a hardware file.
+Compute is timed in CPU time of one thread (GPU: in events), so that a busy machine does not blur it; messages by the
+wall. On a CPU the model's own layers of several shapes are timed, too, on as many cores as ranks will use, and the
+rates fitted to them: small kernels by themselves run out of the caches, layers in turn do not. The cost of a message is
+fitted to layers that ranks share. The result is an entry of a hardware file.
 """
 
 from __future__ import annotations

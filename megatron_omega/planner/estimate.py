@@ -170,12 +170,12 @@ class Planner:
         persistent = sum(persistent_parameters(config, stage, works) for stage in mine) if c.zero_stage == 3 else 0
         states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, is_cpu)
         parts = [
-            InFlight(in_flight(c, micro_batches, index), *self._stage_bytes(config, c, stages, index, works, shape))
+            InFlight(in_flight(c, micro_batches, index), *self._stage_moments(config, c, stages, index, works, shape))
             for index in stages_of(c, rank)
         ]
         return fullest(states, parts, micro_batches)
 
-    def _stage_bytes(
+    def _stage_moments(
         self, config: RunConfig, c: Candidate, stages: list[Stage], index: int, works: dict[str, Work], shape: Shape
     ) -> tuple[int, tuple[Moment, ...]]:
         """Return what a stage received and waits to have sent for one micro-batch, and its turns in a backward pass."""
