@@ -23,7 +23,6 @@ from torch import Tensor
 BLOCK_BYTES = 4 * 2**20
 _PAGE_BYTES = 4096
 _PIECE_BYTES = 2**20
-_COPIED_BYTES = 2**19
 MAXIMUM_HEADER_BYTES = 100 * 2**20
 _DTYPES = {torch.float32: "F32"}
 
@@ -103,8 +102,8 @@ def copy_with_checksums(source: Tensor, destination: Tensor) -> tuple[str, ...]:
     sums = []
     for start in range(0, len(given), BLOCK_BYTES):
         total = xxhash.xxh3_64()
-        for begin in range(start, min(start + BLOCK_BYTES, len(given)), _COPIED_BYTES):
-            piece = slice(begin, min(begin + _COPIED_BYTES, start + BLOCK_BYTES))
+        for begin in range(start, min(start + BLOCK_BYTES, len(given)), _PIECE_BYTES):
+            piece = slice(begin, min(begin + _PIECE_BYTES, start + BLOCK_BYTES))
             copied[piece] = given[piece]
             total.update(copied[piece].data)
         sums.append(total.hexdigest())
