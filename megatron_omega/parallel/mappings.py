@@ -56,10 +56,6 @@ class TensorParallel:
         """Use a replicated tensor inside the region: its gradient is summed over the ranks."""
         return tensor if self.size == 1 else _Copy.apply(tensor, self)
 
-    def gather_sequence(self, hidden: Tensor) -> Tensor:
-        """All-gather the sequence [b, s/tp, d] -> [b, s, d]; the gradient is reduce-scattered."""
-        return hidden if self.size == 1 else _Gather.apply(hidden, self)
-
     def share_gradient(self, tensor: Tensor) -> Tensor:
         """Use, on every rank alike, a tensor whose gradient the ranks sum later: each contributes its share."""
         return tensor if self.size == 1 else _ShareGradient.apply(tensor, self)
