@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_omega.environment import complete_environment
 
 TICK = 0.02
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stub:
@@ -29,7 +30,7 @@ class Stub:
         self.place = complete_environment()
         self.folder = folder
         self.plan = {"steps": 4} | json.loads((folder / "plan.json").read_text())
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in REQUESTS:
             signal.signal(number, lambda *_: (folder / "stopping").touch())
 
     def run(self) -> int:
@@ -38,6 +39,8 @@ class Stub:
         self._fail_as_planned()
         while not self._is_done():
             if (self.folder / "stopping").exists():
+                for number in REQUESTS:  # as the sentinel does: a second one finds the request granted
+                    signal.signal(number, signal.SIG_IGN)
                 return 75
             if self.place.rank == 0:
                 self._step()
