@@ -122,14 +122,16 @@ class TimedHash:
         return self.hash.hexdigest()
 
 
-def drop_cache(folder: Path) -> None:
-    """Make the next read of any file of `folder` come from the disk, into memory that is ready for it.
+def drop_cache(path: Path) -> None:
+    """Make the next read of `path`, a file or a folder, come from the disk, into memory that is ready for it.
 
     A virtual machine may give free memory back to its host, two seconds after it was freed; a page of it costs 8
     microseconds when it is used again, which can make a read four times as slow, by chance.
-    Hence each reader finds the memory of all files freed a moment ago, and nothing free that waits to be given back.
+    Hence each reader finds the memory of all files freed a moment ago, its own last, and nothing free that waits to be
+    given back.
     """
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in path.parent.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: file.is_relative_to(path))
     os.sync()
     if MEMORY_IS_GIVEN_BACK:
         for file in files:
@@ -196,7 +198,7 @@ class Bench:
         return taken
 
     def read(self) -> float:
-        drop_cache(self.directory)
+        drop_cache(self.directory / "ours")
         return seconds(lambda: self.store.load_latest(self.engine.deepspeed))
 
     def dd_write(self) -> float:
@@ -205,7 +207,7 @@ class Bench:
         return dd(f"if={self.source}", f"of={target}", "conv=fsync")
 
     def dd_read(self) -> float:
-        drop_cache(self.directory)
+        drop_cache(self.directory / "dd")
         return dd(f"if={self.directory / 'dd'}", "of=/dev/null")
 
     def deepspeed_write(self) -> float:
@@ -219,7 +221,7 @@ class Bench:
         return seconds(save)
 
     def deepspeed_read(self) -> float:
-        drop_cache(self.directory)
+        drop_cache(self.directory / "deepspeed")
         return seconds(lambda: self.engine.deepspeed.load_checkpoint(str(self.directory / "deepspeed"), tag="x"))
 
     def dcp_write(self) -> float:
@@ -234,7 +236,7 @@ class Bench:
         return seconds(save)
 
     def dcp_read(self) -> float:
-        drop_cache(self.directory)
+        drop_cache(self.directory / "dcp")
         state = {str(index): tensor for index, tensor in enumerate(self.tensors)}
         return seconds(lambda: dcp.state_dict_loader.load(state, checkpoint_id=self.directory / "dcp", no_dist=True))
 
