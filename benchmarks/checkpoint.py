@@ -123,26 +123,28 @@ class TimedHash:
 
 
 def drop_cache(path: Path) -> None:
-    """Make the next read of `path`, a file or a folder, come from the disk, into memory that is ready for it.
+    """Make the next read of `path`, a file or a folder, come from the disk."""
+    os.sync()
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def seconds_from_disk(path: Path, action: Callable[[], object]) -> float:
+    """Return how long `action`, which reads `path`, takes when it comes from the disk, into memory that is ready.
 
     A virtual machine may give free memory back to its host, two seconds after it was freed; a page of it costs 8
-    microseconds when it is used again, which can make a read four times as slow, by chance.
-    Hence each reader finds the memory of all files freed a moment ago, its own last, and nothing free that waits to be
-    given back.
+    microseconds when it is used again, which can make a read four times as slow, by chance. Hence a first pass, not
+    timed: the memory it has filled is kept until nothing free waits to be given back, and freed just before the second.
     """
-    files = [file for file in path.parent.rglob("*") if file.is_file()]
-    files.sort(key=lambda file: file.is_relative_to(path))
-    os.sync()
+    drop_cache(path)
     if MEMORY_IS_GIVEN_BACK:
-        for file in files:
-            with file.open("rb", buffering=0) as stream:
-                while stream.read(4 * MIB):
-                    pass
+        action()
         time.sleep(SECONDS_TO_GIVE_BACK)
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        drop_cache(path)
+    return seconds(action)
 
 
 def dd(*arguments: str) -> float:
@@ -198,8 +200,7 @@ class Bench:
         return taken
 
     def read(self) -> float:
-        drop_cache(self.directory / "ours")
-        return seconds(lambda: self.store.load_latest(self.engine.deepspeed))
+        return seconds_from_disk(self.directory / "ours", lambda: self.store.load_latest(self.engine.deepspeed))
 
     def dd_write(self) -> float:
         target = self.directory / "dd"
@@ -207,8 +208,8 @@ class Bench:
         return dd(f"if={self.source}", f"of={target}", "conv=fsync")
 
     def dd_read(self) -> float:
-        drop_cache(self.directory / "dd")
-        return dd(f"if={self.directory / 'dd'}", "of=/dev/null")
+        source = self.directory / "dd"
+        return seconds_from_disk(source, lambda: dd(f"if={source}", "of=/dev/null"))
 
     def deepspeed_write(self) -> float:
         folder = self.directory / "deepspeed"
@@ -221,8 +222,8 @@ class Bench:
         return seconds(save)
 
     def deepspeed_read(self) -> float:
-        drop_cache(self.directory / "deepspeed")
-        return seconds(lambda: self.engine.deepspeed.load_checkpoint(str(self.directory / "deepspeed"), tag="x"))
+        folder = self.directory / "deepspeed"
+        return seconds_from_disk(folder, lambda: self.engine.deepspeed.load_checkpoint(str(folder), tag="x"))
 
     def dcp_write(self) -> float:
         folder = self.directory / "dcp"
@@ -236,9 +237,9 @@ class Bench:
         return seconds(save)
 
     def dcp_read(self) -> float:
-        drop_cache(self.directory / "dcp")
+        folder = self.directory / "dcp"
         state = {str(index): tensor for index, tensor in enumerate(self.tensors)}
-        return seconds(lambda: dcp.state_dict_loader.load(state, checkpoint_id=self.directory / "dcp", no_dist=True))
+        return seconds_from_disk(folder, lambda: dcp.state_dict_loader.load(state, checkpoint_id=folder, no_dist=True))
 
     def checksum_share(self) -> float:
         """Return the checksums' share of the CPU time of a save as runs make them: in the background, copy included."""
