@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from megatron_omega.checkpoint.engine_state import (
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest
 from megatron_omega.checkpoint.mapping import Duty, Holding, Region, share_writing
 from megatron_omega.checkpoint.peers import Peers
-from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.reader import CheckpointReader, ReadPlan
 from megatron_omega.checkpoint.tensor_file import copy_with_checksums
 from megatron_omega.checkpoint.writer import Piece
 from megatron_omega.errors import CheckpointError
@@ -106,29 +106,6 @@ def require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str,
         raise CheckpointError(*lines)
 
 
-class _Reads:
-    """Blocks to be read, which threads take in turn: in the order of the files, so that the disk reads ahead."""
-
-    def __init__(self, calls: Iterator[Callable[[], int]]) -> None:
-        self._calls = calls
-        self._lock = threading.Lock()
-        self._is_stopped = False
-
-    def run(self) -> int:
-        """Read until none is left; return the number of elements."""
-        copied = 0
-        while (call := self._next()) is not None:
-            copied += call()
-        return copied
-
-    def _next(self) -> Callable[[], int] | None:
-        with self._lock:
-            return None if self._is_stopped else next(self._calls, None)
-
-    def stop(self) -> None:
-        self._is_stopped = True
-
-
 @contextmanager
 def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -> Iterator[Callable[[Kind], None]]:
     """Read this rank's part of `kinds`, one after the other, into the engine's masters and moments, in the background.
@@ -137,26 +114,47 @@ def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -
     """
     for mine in binding.holdings if len(kinds) > 1 else ():
         prefill_adam(base_optimizer(binding.engine), mine.flat)
-    reads = {kind: _Reads(_calls(binding, reader, kind)) for kind in kinds}
+    plans = [reader.plan(mine.info.name, mine.holding.region) for mine in binding.holdings]
+    reads: dict[Kind, deque[_Read]] = {}
+    running: dict[Kind, list[Future[int]]] = {}
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        running = {kind: [pool.submit(reads[kind].run) for _ in range(_READING_THREADS)] for kind in kinds}
 
         def wait(kind: Kind) -> None:
             copied, wanted = sum(run.result() for run in running[kind]), sum(mine.count for mine in binding.holdings)
             assert copied == wanted, f"{copied} of {wanted} elements of {kind} found"
 
         try:
+            for kind in kinds:  # the first is being read when the others are listed
+                reads[kind] = deque(_reads(binding, reader, kind, plans))
+                running[kind] = [pool.submit(_take_turns, reads[kind]) for _ in range(_READING_THREADS)]
             yield wait
         finally:
-            for kind in kinds:
-                reads[kind].stop()
+            for left in reads.values():
+                left.clear()
 
 
-def _calls(binding: Binding, reader: CheckpointReader, kind: Kind) -> Iterator[Callable[[], int]]:
+_Read = Callable[[], int]
+
+
+def _reads(binding: Binding, reader: CheckpointReader, kind: Kind, plans: Sequence[ReadPlan]) -> Iterator[_Read]:
     optimizer = base_optimizer(binding.engine)
-    for mine in binding.holdings:
+    for mine, plan in zip(binding.holdings, plans, strict=True):
         flat = mine.flat if kind == "weight" else optimizer.state[mine.flat][kind]
-        yield from reader.reads(mine.part(flat), mine.info.name, kind, mine.holding.region)
+        yield from reader.reads(mine.part(flat), kind, plan)
+
+
+def _take_turns(reads: deque[_Read]) -> int:
+    """Read, beside other threads, until none is left, in the order of the files: the disk reads ahead; return elements.
+
+    A deque needs no lock, for which threads would have to wait longer than a block takes.
+    """
+    copied = 0
+    while True:
+        try:
+            read = reads.popleft()
+        except IndexError:
+            return copied
+        copied += read()
 
 
 def restore_adam_steps(binding: Binding, manifest: Manifest) -> None:

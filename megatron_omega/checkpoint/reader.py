@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -32,6 +33,37 @@ from megatron_omega.errors import CheckpointError
 
 _OPEN_FILES = 64
 _NAMED_TENSORS = 3
+
+
+class _Block(NamedTuple):
+    """A run of elements with a checksum of its own: the smallest part of a file that can be verified."""
+
+    name: str
+    fragment: Fragment
+    index: int
+    """Its number in the fragment."""
+    region: Region
+
+
+class _Part(NamedTuple):
+    """A block of which elements are wanted."""
+
+    block: _Block
+    offset: int | None
+    """Where the block begins in what is wanted, if it lies there whole and in one run."""
+
+
+class ReadPlan(NamedTuple):
+    """Which blocks hold a region of a parameter."""
+
+    name: str
+    region: Region
+    parts: list[_Part]
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor that is contiguous on the CPU."""
+    return tensor.view(torch.uint8).numpy().data
 
 
 class CheckpointReader:
@@ -81,36 +113,58 @@ class CheckpointReader:
 
     def read_into(self, destination: Tensor, name: str, kind: Kind, region: Region) -> None:
         """Fill the 1-D tensor `destination` with the elements of `region`. Raises CheckpointError at any damage."""
-        copied = sum(read() for read in self.reads(destination, name, kind, region))
+        copied = sum(read() for read in self.reads(destination, kind, self.plan(name, region)))
         assert copied == region.count == destination.numel(), f"{copied} of {region.count} elements of {name} found"
 
-    def reads(self, destination: Tensor, name: str, kind: Kind, region: Region) -> list[Callable[[], int]]:
-        """Return what together does `read_into`: a call for each block, in the order of the file, for any thread.
+    def plan(self, name: str, region: Region) -> ReadPlan:
+        """Find the blocks that hold elements of `region`: the same for all kinds."""
+        return ReadPlan(name, region, list(self._wanted(name, region)))
 
-        Each returns the number of elements it has copied.
-        """
+    def _wanted(self, name: str, region: Region) -> Iterator[_Part]:
         entry = self.manifest.parameters[name]
-        if kind not in self.manifest.kinds:
-            raise CheckpointError(f"{self.path} holds no optimizer state ({kind} of {name}); load its weights only")
-        found = [
-            (fragment, index, block)
-            for fragment in entry.fragments
-            for index, block in enumerate(self._blocks(entry.region(fragment)))
-            if overlaps(block, region)
-        ]
-        return [partial(self._read_part, destination, region, name, kind, *part) for part in found]
+        for fragment in entry.fragments:
+            source = entry.region(fragment)
+            begin = offset_inside(source, region)
+            if begin is None and not overlaps(source, region):
+                continue
+            for block in self._blocks(name, fragment):
+                if begin is not None:  # all of it is one run of `region`, as between equal layouts: so is each block
+                    yield _Part(block, begin + block.region.first - source.first)
+                elif overlaps(block.region, region):
+                    yield _Part(block, offset_inside(block.region, region))
 
-    def _read_part(
-        self, destination: Tensor, region: Region, name: str, kind: Kind, fragment: Fragment, index: int, block: Region
-    ) -> int:
-        """Read one block into `destination`: straight into it where the block is a run of it in memory."""
-        offset = offset_inside(block, region) if destination.device.type == "cpu" else None
-        if offset is not None:
-            self._read_block(destination[offset : offset + block.count], name, kind, fragment, index)
-            return block.count
-        data = self._scratch(block.count)
-        self._read_block(data, name, kind, fragment, index)
-        return copy_overlap(data, block, destination, region)
+    def _blocks(self, name: str, fragment: Fragment) -> Iterator[_Block]:
+        region = self.manifest.parameters[name].region(fragment)
+        step = self.manifest.block_bytes // ELEMENT_BYTES
+        for index, offset in enumerate(range(0, region.count, step)):
+            yield _Block(name, fragment, index, region.part(offset, min(step, region.count - offset)))
+
+    def reads(self, destination: Tensor, kind: Kind, plan: ReadPlan) -> list[Callable[[], int]]:
+        """Return what together fills the 1-D tensor `destination`: a call for each block, in the order of the file.
+
+        They may be called from any thread. Each returns the number of elements it has copied.
+        """
+        if kind not in self.manifest.kinds:
+            wanted = f"{kind} of {plan.name}"
+            raise CheckpointError(f"{self.path} holds no optimizer state ({wanted}); load its weights only")
+        memory = _memory(destination) if destination.device.type == "cpu" else None
+        return [
+            partial(self._read_straight, memory, kind, block, offset)
+            if memory is not None and offset is not None
+            else partial(self._read_part, destination, plan.region, kind, block)
+            for block, offset in plan.parts
+        ]
+
+    def _read_straight(self, memory: memoryview, kind: Kind, block: _Block, offset: int) -> int:
+        """Read a block that is a run of the destination into its memory, from element `offset` on."""
+        self._read_block(memory[offset * ELEMENT_BYTES : (offset + block.region.count) * ELEMENT_BYTES], kind, block)
+        return block.region.count
+
+    def _read_part(self, destination: Tensor, region: Region, kind: Kind, block: _Block) -> int:
+        """Read a block and copy what `destination` wants of it."""
+        data = self._scratch(block.region.count)
+        self._read_block(_memory(data), kind, block)
+        return copy_overlap(data, block.region, destination, region)
 
     def _scratch(self, count: int) -> Tensor:
         buffer = getattr(self._scratch_of, "buffer", None)
@@ -118,22 +172,18 @@ class CheckpointReader:
             buffer = self._scratch_of.buffer = torch.empty(count, dtype=torch.float32)
         return buffer[:count]
 
-    def _blocks(self, region: Region) -> Iterator[Region]:
-        step = self.manifest.block_bytes // ELEMENT_BYTES
-        for offset in range(0, region.count, step):
-            yield region.part(offset, min(step, region.count - offset))
-
-    def _read_block(self, data: Tensor, name: str, kind: Kind, fragment: Fragment, index: int) -> None:
-        """Fill `data` with block `index` of a tensor and compare it with its checksum."""
-        view = data.view(torch.uint8).numpy().data
+    def _read_block(self, memory: memoryview, kind: Kind, block: _Block) -> None:
+        """Fill `memory` with a block and compare it with its checksum."""
+        fragment, index = block.fragment, block.index
         entry = self.manifest.file(fragment, kind)
-        key = tensor_key(name, kind)
+        key = tensor_key(block.name, kind)
         try:
             file = self._open(entry)
             place = file.places.get(key)
             if place is None or place.size_bytes != fragment.count * ELEMENT_BYTES:
                 raise DamagedFile(f"does not hold {fragment.count:,} elements")
-            if file.read_block(view, place.offset + index * self.manifest.block_bytes) != fragment.blocks[kind][index]:
+            offset = place.offset + index * self.manifest.block_bytes
+            if file.read_block(memory, offset) != fragment.blocks[kind][index]:
                 raise DamagedFile(f"has changed bytes (checksum of block {index})")
         except DamagedFile as error:
             raise CheckpointError(f"{self.path / entry.name} {error}; tensor {key}") from error
@@ -176,8 +226,8 @@ class CheckpointReader:
 
     def _damage(self, name: str, kind: Kind, fragment: Fragment) -> str | None:
         try:
-            for index, block in enumerate(self._blocks(self.manifest.parameters[name].region(fragment))):
-                self._read_block(self._scratch(block.count), name, kind, fragment, index)
+            for block in self._blocks(name, fragment):
+                self._read_block(_memory(self._scratch(block.region.count)), kind, block)
         except CheckpointError as error:
             return str(error)
         return None

@@ -79,9 +79,7 @@ def test_small_blocks_are_read_alone(saved: Saved, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         CheckpointReader,
         "_read_block",
-        lambda self, data, name, kind, fragment, index: (
-            read.append(index) or real(self, data, name, kind, fragment, index)
-        ),
+        lambda self, memory, kind, block: read.append(block.index) or real(self, memory, kind, block),
     )
     with open_checkpoint(path) as reader:
         rows = reader.slice("token_table.weight", "weight", 0, 5, 8)  # elements 30 .. 48 of 16 a block
