@@ -5,7 +5,7 @@
     python benchmarks/checkpoint.py memory [--million-parameters 100] [--directory DIR]
 
 `cost` runs one process. Throughputs are of the bytes that reach the disk (with fsync) or leave it (cache dropped), next
-to `dd` of as many bytes on the same disk in the same run; all figures are medians of interleaved runs.
+to `dd` of as many bytes on the same disk in the same run; all figures are medians of rounds in changing order.
 `memory` saves under TP 4 and loads under TP 2: the peak of each rank beside its share of the state.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -259,7 +260,7 @@ class Bench:
 
 
 def measure_cost(million_parameters: int, directory: Path) -> dict[str, float]:
-    """Run on one rank: every measure, interleaved."""
+    """Run on one rank: every measure in each round, in an order that changes: what a neighbour leaves is no one's."""
     bench = Bench(million_parameters, directory)
     measures: dict[str, Callable[[], float]] = {
         "copy_seconds": lambda: seconds(bench.plain_copy),
@@ -274,11 +275,12 @@ def measure_cost(million_parameters: int, directory: Path) -> dict[str, float]:
         "dcp_read_seconds": bench.dcp_read,
         "checksum_share": bench.checksum_share,
     }
-    bench.stall()  # the first one allocates its buffers
+    for name in ("stall_seconds", "dd_write_seconds", "deepspeed_write_seconds", "dcp_write_seconds"):
+        measures[name]()  # what is read later; the first save allocates its buffers
     found: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(REPETITIONS):
-        for name, measure in measures.items():
-            found[name].append(measure())
+    for round_number in range(REPETITIONS):
+        for name in random.Random(round_number).sample(list(measures), len(measures)):
+            found[name].append(measures[name]())
     bench.close()
     return {"state_mib": bench.num_bytes / MIB} | {name: statistics.median(values) for name, values in found.items()}
 
