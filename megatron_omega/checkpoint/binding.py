@@ -33,6 +33,9 @@ from megatron_omega.parallel.topology import Topology
 _READING_THREADS = 2
 """One waits for the disk while the other hashes; more break up the stream, and the system stops reading ahead."""
 
+_Read = Callable[[], int]
+"""Reads one block and returns the number of elements it has filled."""
+
 
 class Binding:
     """An engine's holdings and what this rank writes of them. Creating it is collective."""
@@ -133,9 +136,6 @@ def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -
                 left.clear()
 
 
-_Read = Callable[[], int]
-
-
 def _reads(binding: Binding, reader: CheckpointReader, kind: Kind, plans: Sequence[ReadPlan]) -> Iterator[_Read]:
     optimizer = base_optimizer(binding.engine)
     for mine, plan in zip(binding.holdings, plans, strict=True):
@@ -144,9 +144,9 @@ def _reads(binding: Binding, reader: CheckpointReader, kind: Kind, plans: Sequen
 
 
 def _take_turns(reads: deque[_Read]) -> int:
-    """Read, beside other threads, until none is left, in the order of the files: the disk reads ahead; return elements.
+    """Read until none is left, one after the other, so that the disk reads ahead; return the number of elements.
 
-    A deque needs no lock, for which threads would have to wait longer than a block takes.
+    Threads share a deque: to wait for each other's lock would take them longer than many a block.
     """
     copied = 0
     while True:
