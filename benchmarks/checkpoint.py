@@ -260,7 +260,7 @@ class Bench:
 
 
 def measure_cost(million_parameters: int, directory: Path) -> dict[str, float]:
-    """Run on one rank: every measure in each round, in an order that changes: what a neighbour leaves is no one's."""
+    """Run on one rank: every measure in each round, in a new order, so that none always pays for the same neighbour."""
     bench = Bench(million_parameters, directory)
     measures: dict[str, Callable[[], float]] = {
         "copy_seconds": lambda: seconds(bench.plain_copy),
