@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import resolve_run
-from megatron_omega.environment import announced_world_size, complete_environment
-from megatron_omega.errors import exit_cleanly
+from megatron_omega.host.environment import announced_world_size, complete_environment
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,13 +21,13 @@ def main(argv: Sequence[str]) -> None:
     with exit_cleanly():
         arguments = parse_arguments(argv, program="pretrain_omega.py")
         if arguments.dry_run:
-            from megatron_omega.preview import describe
+            from megatron_omega.run.preview import describe
 
             print(describe(resolve_run(arguments, announced_world_size()), as_json=arguments.json))
             return
         place = complete_environment()
         resolved = resolve_run(arguments, place.world_size)
-        from megatron_omega.build import train  # torch starts only now: what is wrong above is told at once
+        from megatron_omega.run.assembly import train  # torch starts only now: what is wrong above is told at once
 
         train(resolved, place)
 

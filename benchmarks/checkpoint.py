@@ -36,15 +36,16 @@ from launch import run_ranks  # pyright: ignore[reportMissingImports]
 from synthetic import small_config  # pyright: ignore[reportMissingImports]
 
 from megatron_omega.accounting import parameter_count
-from megatron_omega.build import build_engine
 from megatron_omega.checkpoint import tensor_file
 from megatron_omega.checkpoint.catalogue import list_checkpoints
-from megatron_omega.checkpoint.engine_state import base_optimizer, engine_holdings, prefill_adam
 from megatron_omega.checkpoint.store import CheckpointStore
 from megatron_omega.config.deepspeed import resolve_deepspeed
+from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import CheckpointConfig, RunConfig
-from megatron_omega.parallel.topology import Layout, Topology, create_topology
-from megatron_omega.training.engine import Engine
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.internals import base_optimizer, engine_holdings, prefill_adam
+from megatron_omega.parallel.topology import Topology, create_topology
+from megatron_omega.run.assembly import build_engine
 
 REPETITIONS = 9
 MIB = 2**20

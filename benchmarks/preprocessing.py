@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_omega.data.encoding import SentencePieceEncoder, open_encoder
+from megatron_omega.corpus.encoding import SentencePieceEncoder, open_encoder
 from megatron_omega.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,14 +34,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_omega.calibration import calibrate
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, PrecisionConfig, RunConfig
-from megatron_omega.local_launch import run_ranks
+from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.planner.candidates import Candidate, obstacle, parse_label
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import Hardware, find_hardware, read_hardware
 from megatron_omega.planner.messages import step_bytes
+from megatron_omega.studies.calibration import calibrate
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -149,11 +149,11 @@ def time_steps(config: RunConfig, stage: int, steps: int) -> dict[str, list[floa
 
 
 def _engine(config: RunConfig, stage: int) -> Any:
-    from megatron_omega.build import build_engine, layout_of
     from megatron_omega.config.deepspeed import resolve_deepspeed
+    from megatron_omega.engine.engine import start_distributed
     from megatron_omega.parallel.topology import create_topology
-    from megatron_omega.planner.export import ZERO
-    from megatron_omega.training.engine import start_distributed
+    from megatron_omega.planner.plan_files import ZERO
+    from megatron_omega.run.assembly import build_engine, layout_of
 
     start_distributed(local_rank=int(os.environ["LOCAL_RANK"]), timeout_seconds=600)
     layout = layout_of(config, int(os.environ["WORLD_SIZE"]))
@@ -165,7 +165,7 @@ def _batches(config: RunConfig, *, masked: float) -> Iterator[Any]:
     """One made-up micro-batch for ever; a share of `masked` of the encoder's tokens has an MLM label."""
     import torch
 
-    from megatron_omega.training.engine import MicroBatch
+    from megatron_omega.engine.engine import MicroBatch
 
     rows, data = config.batch.micro_batch_size, config.data
     encoder, decoder = (

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from megatron_omega.redaction import RedactingFormatter, redact_tracebacks
+from megatron_omega.host.redaction import RedactingFormatter, redact_tracebacks
 
 _NAME = "megatron_omega"
 

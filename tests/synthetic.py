@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_omega.build import build_engine, layout_of
 from megatron_omega.config.deepspeed import resolve_deepspeed
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.engine.engine import Engine, MicroBatch, start_distributed
 from megatron_omega.parallel.topology import create_topology
-from megatron_omega.training.engine import Engine, MicroBatch, start_distributed
+from megatron_omega.run.assembly import build_engine, layout_of
 
 ENCODER, DECODER, WIDTH = 48, 32, 8
 

@@ -10,7 +10,7 @@ import yaml
 from tiny import ROOT, TinyCorpus, run_python
 
 import pretrain_omega
-from megatron_omega.local_launch import free_port
+from megatron_omega.launching.local_ranks import free_port
 
 ZERO = ROOT / "ds_configs"
 

@@ -13,15 +13,15 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega.checkpoint.manifest import KINDS, EngineState, Kind, SavedLayout
-from megatron_omega.checkpoint.mapping import Region
-from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.checkpoint.writer import Piece, Snapshot, write_checkpoint
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.omega import Omega
-from megatron_omega.parallel.mappings import TensorParallel
-from megatron_omega.parallel.sharding import declared_parameters
+from megatron_omega.parallel.exchange import Peers
+from megatron_omega.parallel.parameters import declared_parameters
+from megatron_omega.parallel.regions import Region
+from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 WINDOW, WIDTH = 16, 8
 VOCAB_SIZE = 420

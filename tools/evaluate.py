@@ -1,43 +1,8 @@
-"""Measure the validation loss of a checkpoint, on as many ranks as it is started on, in any layout.
+#!/usr/bin/env python3
+"""Measure the validation loss of a checkpoint, on as many ranks as it is started on, in any layout."""
 
-    srun python tools/evaluate.py --config examples/omega-1b/run.yaml [--load PATH] [--evaluation.num_batches 64]
-
-Takes the command line of pretrain_omega.py; without --load it takes the run's newest checkpoint. Trains nothing.
-"""
-
-from __future__ import annotations
-
-import dataclasses
-import json
-import math
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_omega.config.arguments import parse_arguments
-from megatron_omega.config.load import resolve_run
-from megatron_omega.environment import complete_environment
-from megatron_omega.errors import exit_cleanly
-
-
-def main() -> None:
-    """Run the tool."""
-    arguments = parse_arguments(sys.argv[1:], program="evaluate.py")
-    place = complete_environment()
-    from megatron_omega.evaluation import as_evaluation, evaluate  # torch comes in here
-
-    report = evaluate(resolve_run(as_evaluation(arguments), place.world_size), place)
-    if place.rank:
-        return
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(report)))
-        return
-    print(
-        f"loss {report.loss:.4f} (LM {report.lm_loss:.4f}, perplexity {math.exp(report.lm_loss):.2f}; "
-        f"MLM {report.mlm_loss:.4f}) over {report.num_tokens:,} tokens"
-    )
-
+from megatron_omega.commands.ending import exit_cleanly
+from megatron_omega.commands.validate import main
 
 if __name__ == "__main__":
     with exit_cleanly():

@@ -1,35 +1,8 @@
 #!/usr/bin/env python3
-"""Say how much of a run's wall time went into steps that count, over all its restarts, and where the rest went.
+"""Say how much of a run's wall time went into steps that count, over all its restarts, and where the rest went."""
 
-tools/goodput.py runs/omega
-tools/goodput.py runs/omega --json
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from megatron_omega.command_line import CommandLine
-from megatron_omega.errors import DataError, exit_cleanly
-from megatron_omega.monitoring.files import EVENTS
-from megatron_omega.resilience.goodput import describe, goodput_of
-
-
-def main() -> None:
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: every figure under its name")
-    arguments = parser.parse_args()
-    if not (arguments.run / EVENTS).exists():
-        raise DataError(f"{arguments.run / EVENTS} is missing; give the folder of a run that was started")
-    goodput = goodput_of(arguments.run)
-    print(json.dumps(goodput.to_json()) if arguments.json else "\n".join(describe(goodput)))
-
+from megatron_omega.commands.ending import exit_cleanly
+from megatron_omega.commands.goodput import main
 
 if __name__ == "__main__":
     with exit_cleanly():

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.objectives import IGNORED_LABEL
-from megatron_omega.data.sources import open_sources
-from megatron_omega.errors import DataError, exit_cleanly
+from megatron_omega.data.samples import open_sources
+from megatron_omega.errors import DataError
 
 
 def validations(run: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from megatron_omega.checkpoint.mapping import Region, find_gap
 from megatron_omega.checkpoint.tensor_file import checksum
 from megatron_omega.errors import CheckpointError
+from megatron_omega.parallel.regions import Region, find_gap
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron-omega-checkpoint"

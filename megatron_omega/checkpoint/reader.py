@@ -27,9 +27,9 @@ from megatron_omega.checkpoint.manifest import (
     read_manifest,
     tensor_key,
 )
-from megatron_omega.checkpoint.mapping import Region, box_of, copy_overlap, offset_inside, overlaps, whole
 from megatron_omega.checkpoint.tensor_file import DamagedFile, TensorFile
 from megatron_omega.errors import CheckpointError
+from megatron_omega.parallel.regions import Region, box_of, copy_overlap, offset_inside, overlaps, whole
 
 _OPEN_FILES = 64
 _NAMED_TENSORS = 3

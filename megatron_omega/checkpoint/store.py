@@ -16,22 +16,17 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.binding import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
-from megatron_omega.checkpoint.engine_state import (
-    Engine,
-    check_masters,
-    read_counters,
-    refresh_working_weights,
-    restore_counters,
-)
+from megatron_omega.checkpoint.counters import read_counters, restore_counters
+from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
-from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.writer import Snapshot, remove_unfinished, step_folder, write_checkpoint
 from megatron_omega.config.schema import CheckpointConfig
+from megatron_omega.engine.internals import Engine, check_masters, refresh_working_weights
 from megatron_omega.errors import CheckpointError
 from megatron_omega.log import get_logger
+from megatron_omega.parallel.exchange import Peers
 from megatron_omega.parallel.topology import Topology
 
 logger = get_logger(__name__)

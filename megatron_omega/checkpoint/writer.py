@@ -33,11 +33,11 @@ from megatron_omega.checkpoint.manifest import (
     encode_manifest,
     tensor_key,
 )
-from megatron_omega.checkpoint.mapping import Region
-from megatron_omega.checkpoint.peers import Peers
 from megatron_omega.checkpoint.tensor_file import BLOCK_BYTES, Entry, Written, write_tensors
 from megatron_omega.errors import CheckpointError
 from megatron_omega.log import get_logger
+from megatron_omega.parallel.exchange import Peers
+from megatron_omega.parallel.regions import Region
 
 STEP_PREFIX = "step-"
 HIDDEN_PREFIX = ".unfinished-"

@@ -15,9 +15,9 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from megatron_omega.command_line import CommandLine
 from megatron_omega.config.schema import RunConfig, Section
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.command_line import CommandLine
 
 
 @dataclass(frozen=True)

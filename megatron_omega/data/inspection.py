@@ -14,8 +14,8 @@ from megatron_omega.data.batch import Origin, Sample
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.objectives import IGNORED_LABEL
 from megatron_omega.data.origins import Origins, load_origins
+from megatron_omega.data.samples import SampleSource
 from megatron_omega.data.sidecar import check_sidecar, read_sidecar
-from megatron_omega.data.sources import SampleSource
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 

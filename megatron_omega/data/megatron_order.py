@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_omega.data.indexed import IndexedShard
-from megatron_omega.data.samples import Span, WindowShape
+from megatron_omega.data.windows import Span, WindowShape
 from megatron_omega.errors import DataError
 
 _SEPARATE_BELOW = 0.80

@@ -1,170 +1,271 @@
-"""Windows of a corpus: window k -> spans of documents, by a search of the memory-mapped pointers.
+"""Sources: any global sample index -> a `Sample`. The composition of windows, blend, plan and objectives.
 
-A sample is a window of fixed length on the concatenated corpus, where every document counts for its tokens plus a
-constant `overhead` (what its specials and its alignment cost in a packed row): windows with many short documents hold
-fewer tokens, so that the packed row is as full. Nothing is stored; opening takes the same time for any size.
+A sample depends on the corpora, the settings, the seed and its own index, on nothing else: no rank, worker or layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_omega.config.schema import ObjectiveConfig, RunConfig
+from megatron_omega.data.batch import Origin, Sample, pack_row
+from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
-from megatron_omega.data.permutation import Permutation, derive_key
+from megatron_omega.data.megatron_order import MegatronWindows
+from megatron_omega.data.objectives import Example, causal_example, masked_example, prefix_example, span_example
+from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams, span_overhead
+from megatron_omega.data.permutation import derive_key
+from megatron_omega.data.sidecar import check_sidecar
+from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
+from megatron_omega.data.windows import Span, Windows, WindowShape, WindowSource, probe_lengths, split_documents
 from megatron_omega.errors import DataError
 
-_PROBES = 64
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of one document."""
+class Recipe:
+    """How a window becomes a row."""
 
-    corpus: int
-    """Place of the corpus in the blend."""
-    document: int
-    """Number of the document in its shard."""
-    offset: int
-    """Tokens of the document before this span."""
-    tokens: NDArray[np.int64]
-    is_end: bool
-    """Whether the document ends with this span (its stored end token, if any, is not among the tokens)."""
+    budget: Budget
+    objective: ObjectiveConfig
+    special: SpecialIds
+    text_ids: tuple[int, ...]
+    vocab_size: int
+    is_plain_stream: bool = False
+    """Megatron's rows: tokens as they stand in the shard, documents neither parted nor opened by a begin token."""
 
 
-@dataclass(frozen=True)
-class WindowShape:
-    """How long a window is, and what a document costs in it beside its tokens."""
+class SampleSource:
+    """The samples of one part of the split. `source[i]` works for every i >= 0: epochs roll over. Cheap to pickle."""
 
-    tokens: int
-    overhead: int
+    part: Part
 
-
-def split_documents(documents: int, weights: Sequence[float]) -> list[range]:
-    """Cut range(documents) into consecutive parts of the given relative sizes."""
-    total, cumulative, bounds = sum(weights), 0.0, [0]
-    for weight in weights:
-        cumulative += weight
-        bounds.append(round(documents * cumulative / total))
-    return [range(start, stop) for start, stop in pairwise(bounds)]
-
-
-def probe_lengths(shard: IndexedShard, documents: range) -> list[int]:
-    """Return the lengths of a few evenly spaced documents."""
-    step = max(1, len(documents) // _PROBES)
-    return [shard.start(document + 1) - shard.start(document) for document in documents[::step][:_PROBES]]
-
-
-class WindowSource(Protocol):
-    """Windows of one corpus, in some order."""
-
-    shard: IndexedShard
-    documents: range
-    shape: WindowShape
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def take(self, ordinal: int, key: int) -> tuple[int, list[Span]]: ...
-
-    def ordinals_of(self, document: int, key: int, stop: int) -> list[int]: ...
-
-
-class Windows:
-    """The windows of consecutive documents of one shard, shuffled anew every epoch."""
-
-    def __init__(
-        self,
-        shard: IndexedShard,
-        documents: range,
-        shape: WindowShape,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        corpus: int = 0,
-    ) -> None:
-        self.shard, self.documents, self.shape = shard, documents, shape
-        self._corpus, self._eos_id, self._vocab_size = corpus, eos_id, vocab_size
-        first_token = shard.start(documents.start) if len(shard) else 0
-        self._origin = first_token + documents.start * shape.overhead
-        self._length = self._virtual(documents.stop) if len(documents) else 0
+    def __init__(self, part: Part, corpora: Sequence[WindowSource], blend: Blend, recipe: Recipe, seed: int) -> None:
+        self.part, self.corpora, self._blend, self._recipe, self._seed = part, tuple(corpora), blend, recipe, seed
+        self._text_ids = np.asarray(recipe.text_ids, dtype=np.int64)
+        self._keys = [derive_key(seed, part, corpus) for corpus in range(len(self.corpora))]
 
     def __len__(self) -> int:
-        """Windows of one epoch."""
-        return self._length // self.shape.tokens
+        """Samples of one epoch: the windows of all corpora."""
+        return sum(len(windows) for windows in self.corpora)
 
-    @property
-    def num_tokens(self) -> int:
-        return self._length - len(self.documents) * self.shape.overhead
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise IndexError(f"samples are numbered from 0, not {index}")
+        epoch, spans = self.window(index)
+        if self._recipe.is_plain_stream:
+            return _plain_sample(index, epoch, spans, self._recipe)
+        random = np.random.Generator(np.random.PCG64([self._seed, PARTS.index(self.part), epoch, index]))
+        plan = self._plan(spans, random)
+        examples = [
+            (self._example(spans[slot.piece], slot, random), slot.encoder_at, slot.decoder_at) for slot in plan.slots
+        ]
+        row = pack_row(
+            examples,
+            encoder_seq_length=self._recipe.budget.encoder,
+            decoder_seq_length=self._recipe.budget.decoder,
+            pad=self._recipe.special.pad,
+        )
+        return Sample(index, epoch, row, _origins(spans, plan), plan.lost_tokens)
 
-    def take(self, ordinal: int, key: int) -> tuple[int, list[Span]]:
-        """Return (epoch, spans) of the `ordinal`-th sample in the order that `key` chooses; epochs roll over."""
-        epoch, place = divmod(ordinal, len(self))
-        permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
-        return epoch, self.spans(shift + permutation[place] * self.shape.tokens)
+    def window(self, index: int) -> tuple[int, list[Span]]:
+        """Return (epoch in its corpus, document spans) of sample `index`."""
+        corpus, ordinal = self._blend.locate(index)
+        windows = self.corpora[corpus]
+        if not len(windows):
+            raise DataError(_too_short(self.part, windows))
+        return windows.take(ordinal, self._keys[corpus])
 
-    def ordinals_of(self, document: int, key: int, stop: int) -> list[int]:
-        """Return, ascending, the samples before the `stop`-th that hold text of `document`."""
-        if document not in self.documents or not len(self):
-            return []
-        begin, end = self._virtual(document), self._virtual(document + 1) - self.shape.overhead
-        found: list[int] = []
-        for epoch in range(-(-stop // len(self))):
-            permutation, shift = _epoch_order(len(self), self._length - len(self) * self.shape.tokens, key, epoch)
-            windows = range((begin - shift) // self.shape.tokens, (end - 1 - shift) // self.shape.tokens + 1)
-            inside = [window for window in windows if 0 <= window < len(self)] if end > begin else []
-            found += [epoch * len(self) + permutation.index(window) for window in inside]
-        return sorted(ordinal for ordinal in found if ordinal < stop)
+    def samples_of(self, corpus: int, document: int, stop: int) -> list[int]:
+        """Return, ascending, the samples before `stop` whose window holds text of a document of a corpus."""
+        given = self._blend.counts(stop)[corpus]
+        ordinals = self.corpora[corpus].ordinals_of(document, self._keys[corpus], given)
+        found = [self._blend.sample_of(corpus, ordinal, stop) for ordinal in ordinals]
+        return [sample for sample in found if sample is not None]
 
-    def spans(self, start: int) -> list[Span]:
-        """Return the document spans of the window that begins at virtual position `start`."""
-        stop = start + self.shape.tokens
-        document = self.shard.find_weighted(start + self._origin, self.shape.overhead, self.documents)
-        first = document
-        begin = self._virtual(document)
-        pieces: list[tuple[int, int, int, bool]] = []
-        while document < self.documents.stop and begin < stop:
-            following = self._virtual(document + 1)
-            length = following - begin - self.shape.overhead
-            if length < 0:
-                raise DataError(f"{self.shard.prefix}.idx is damaged near document {document}: pointers do not ascend")
-            piece = max(0, start - begin), min(length, stop - begin)
-            if piece[0] < piece[1]:
-                pieces.append((document, *piece, piece[1] == length))
-            document, begin = document + 1, following
-        self.shard.check_index(first, document)
-        return self._read(pieces)
+    def _plan(self, spans: Sequence[Span], random: np.random.Generator) -> Plan:
+        pieces = [PieceLength(len(span.tokens), span.is_end) for span in spans]
+        if self._recipe.budget.encoder == 0:
+            return plan_causal(pieces, self._recipe.budget)
+        return plan_two_streams(pieces, self._recipe.budget, self._recipe.objective, random)
 
-    def _read(self, pieces: list[tuple[int, int, int, bool]]) -> list[Span]:
-        """Read (document, start, stop, is its end) pieces that stand side by side in the shard."""
-        if not pieces:
-            return []
-        start = self.shard.start(pieces[0][0]) + pieces[0][1]
-        block = self.shard.ids(start, start + sum(stop - begin for _, begin, stop, _ in pieces), self._vocab_size)
-        found: list[Span] = []
-        place = 0
-        for document, begin, stop, is_end in pieces:
-            length = stop - begin
-            tokens = block[place : place + length - (is_end and block[place + length - 1] == self._eos_id)]
-            place += length
-            if len(tokens):
-                found.append(Span(self._corpus, document, begin, tokens, is_end))
-        return found
-
-    def _virtual(self, document: int) -> int:
-        return self.shard.start(document) + document * self.shape.overhead - self._origin
+    def _example(self, span: Span, slot: Slot, random: np.random.Generator) -> Example:
+        tokens, special = span.tokens[slot.start : slot.stop], self._recipe.special
+        if slot.kind == "span" or slot.kind == "extreme":
+            return span_example(slot.kind, tokens, slot.noise, slot.spans, special, random)
+        if slot.kind == "causal":
+            return causal_example(tokens, special, is_end=slot.is_end)
+        if slot.kind == "prefix":
+            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end)
+        rate = self._recipe.objective.mask_rate
+        return masked_example(tokens, slot.prefix, rate, special, self._text_ids, random, is_end=slot.is_end)
 
 
-@lru_cache(maxsize=64)
-def _epoch_order(windows: int, spare: int, key: int, epoch: int) -> tuple[Permutation, int]:
-    """Return the order of an epoch, and how far its windows are shifted into the spare tokens."""
-    shift = derive_key(key, epoch, "shift") % (spare + 1)
-    return Permutation(windows, derive_key(key, epoch, "order")), shift
+@dataclass(frozen=True)
+class Sources:
+    """The three parts of the corpus, and the tokenizer that made it."""
+
+    train: SampleSource
+    validation: SampleSource
+    test: SampleSource
+    tokenizer: Tokenizer
+
+
+def open_sources(config: RunConfig) -> Sources:
+    """Open tokenizer and shards of `config.data`, in constant time.
+
+    Raises DataError with every finding: missing or damaged files, a shard of another tokenizer, a vocabulary that does
+    not fit the model, too little text for one training sample.
+    """
+    if not config.data.corpora:
+        raise DataError("data.corpora is empty; list at least one {prefix, weight}")
+    tokenizer = Tokenizer.open(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size}"
+        )
+    shards = _open_shards(config, tokenizer)
+    recipe = _recipe(config, tokenizer)
+    train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
+    short = [_too_short(train.part, windows) for windows in train.corpora if not len(windows)]
+    if short:
+        raise DataError(*short)
+    return Sources(train, validation, test, tokenizer)
+
+
+def _open_shards(config: RunConfig, tokenizer: Tokenizer) -> list[IndexedShard]:
+    shards: list[IndexedShard] = []
+    findings: list[str] = []
+    for corpus in config.data.corpora:
+        try:
+            shard = IndexedShard(corpus.prefix)
+            check_sidecar(shard, tokenizer)
+        except DataError as error:
+            findings += error.findings
+            continue
+        if not shard.num_tokens:
+            findings.append(f"corpus {corpus.prefix} is empty; make it from files that have text")
+        shards.append(shard)
+    if findings:
+        raise DataError(*findings)
+    return shards
+
+
+def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
+    encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
+    budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
+    is_plain = config.data.order == "megatron" and encoder == 0
+    return Recipe(budget, config.objective, tokenizer.special, tokenizer.text_ids, config.model.vocab_size, is_plain)
+
+
+def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recipe: Recipe) -> SampleSource:
+    number = PARTS.index(part)
+    parts = [split_documents(len(shard), config.data.split)[number] for shard in shards]
+    changes = [(change.from_sample, change.weights) for change in config.data.reweight] if part == "train" else []
+    blend = Blend([corpus.weight for corpus in config.data.corpora], changes)
+    if config.data.order == "megatron":
+        corpora: list[WindowSource] = _megatron_windows(part, config, shards, parts, recipe, blend)
+    else:
+        corpora = [
+            Windows(
+                shard,
+                documents,
+                window_shape(recipe, probe_lengths(shard, documents)),
+                vocab_size=recipe.vocab_size,
+                eos_id=recipe.special.eos,
+                corpus=corpus,
+            )
+            for corpus, (shard, documents) in enumerate(zip(shards, parts, strict=True))
+        ]
+    return SampleSource(part, corpora, blend, recipe, config.training.seed)
+
+
+def _megatron_windows(
+    part: Part, config: RunConfig, shards: Sequence[IndexedShard], parts: list[range], recipe: Recipe, blend: Blend
+) -> list[WindowSource]:
+    """Return the windows in GPTDataset's order, for as many samples as the run draws of each corpus."""
+    if part == "train":
+        samples = config.training.train_steps * config.batch.global_batch_size
+    else:
+        samples = config.evaluation.num_batches * config.batch.global_batch_size
+    return [
+        MegatronWindows(
+            shard,
+            documents,
+            seq_length=_megatron_length(recipe, probe_lengths(shard, documents)),
+            num_samples=drawn,
+            seed=config.training.seed,
+            corpus=corpus,
+            vocab_size=recipe.vocab_size,
+            eos_id=None if recipe.is_plain_stream else recipe.special.eos,
+        )
+        for corpus, (shard, documents, drawn) in enumerate(zip(shards, parts, blend.counts(samples), strict=True))
+    ]
+
+
+def _megatron_length(recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Return the tokens of a sample in Megatron's order, which counts tokens only: room for the usual documents."""
+    if recipe.is_plain_stream:
+        return recipe.budget.decoder
+    shape = window_shape(recipe, lengths)
+    usual = float(np.mean(lengths or [1])) or 1.0
+    return max(1, round(shape.tokens * usual / (usual + shape.overhead)) - 1)
+
+
+def window_shape(recipe: Recipe, lengths: Sequence[int]) -> WindowShape:
+    """Return the window that fills a row, for documents of such `lengths`.
+
+    A document costs, beside its tokens, its specials and on average half a row of gap in each stream; a document
+    shorter than a row costs a whole row in each. Sentinels of span corruption get a reserve.
+    """
+    budget, objective, width = recipe.budget, recipe.objective, recipe.budget.width
+    if budget.encoder == 0:
+        costs = [max(width // 2 + 1, width - length) for length in lengths]
+        return WindowShape(max(1, budget.decoder - 1), round(float(np.mean(costs or [0]))))
+    costs = [max(width + 1, 2 * width - length) for length in lengths]
+    room = budget.encoder + budget.decoder
+    reserve = 2 + width * 256 // room
+    if objective.span_corruption:
+        reserve += round(room * span_overhead(objective)) + width
+    return WindowShape(max(1, room - reserve), round(float(np.mean(costs or [0]))))
+
+
+def _too_short(part: Part, windows: WindowSource) -> str:
+    return (
+        f"the {part} part of {windows.shard.prefix} has {windows.num_tokens} tokens in {len(windows.documents)} "
+        f"documents, fewer than one sample ({windows.shape.tokens}); give it more text or a larger share of data.split"
+    )
+
+
+def _origins(spans: Sequence[Span], plan: Plan) -> tuple[Origin, ...]:
+    return tuple(
+        Origin(
+            segment,
+            slot.kind,
+            spans[slot.piece].corpus,
+            spans[slot.piece].document,
+            spans[slot.piece].offset + slot.start,
+            slot.tokens,
+        )
+        for segment, slot in enumerate(plan.slots, start=1)
+    )
+
+
+def _plain_sample(index: int, epoch: int, spans: Sequence[Span], recipe: Recipe) -> Sample:
+    text = np.concatenate([span.tokens for span in spans])
+    example = Example("causal", text[:0], text[:-1], text[1:])
+    row = pack_row(
+        [(example, 0, 0)], encoder_seq_length=0, decoder_seq_length=recipe.budget.decoder, pad=recipe.special.pad
+    )
+    return Sample(index, epoch, row, _plain_origins(spans), 0)
+
+
+def _plain_origins(spans: Sequence[Span]) -> tuple[Origin, ...]:
+    return tuple(Origin(1, "causal", span.corpus, span.document, span.offset, len(span.tokens)) for span in spans)

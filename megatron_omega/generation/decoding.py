@@ -15,24 +15,17 @@ from torch import Tensor
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
-from megatron_omega.generation.loading import TextModel
+from megatron_omega.export.loading import TextModel
 from megatron_omega.generation.sampling import Sampling, choose
 from megatron_omega.log import get_logger
 from megatron_omega.model.attention_mix import LayerCache
 from megatron_omega.model.layers import DecoderLayer, Head
-from megatron_omega.model.omega import Omega
+from megatron_omega.model.omega import Omega, vocabulary_logits
 
 BLOCK_TOKENS = 256
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 logger = get_logger(__name__)
-
-
-def vocabulary_logits(model: Omega, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the fp32 logits of hidden states that a head has finished: [..., d] -> [..., vocab_size]."""
-    size = model.context.model.vocab_size
-    logits = (hidden @ model.table.weight[:size].t()).float() * model.context.model.output_multiplier
-    return logits if bias is None else logits + bias[:size].float()
 
 
 def encode(model: Omega, ids: Sequence[int]) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 
 from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
 from megatron_omega.errors import ConfigError, DataError
-from megatron_omega.generation.decoding import check_length, encode, vocabulary_logits
-from megatron_omega.generation.loading import TextModel
+from megatron_omega.export.loading import TextModel
+from megatron_omega.generation.decoding import check_length, encode
 from megatron_omega.model.layers import Head
+from megatron_omega.model.omega import vocabulary_logits
 
 _MASK = re.compile(rf" ?(?:{re.escape(MASK_PIECE)}|\[MASK\])")
 

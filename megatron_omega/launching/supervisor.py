@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import psutil
 
-from megatron_omega.environment import free_port
-from megatron_omega.launching.judge import DONE, STOPPED, End, Verdict, shell_code
+from megatron_omega.host.environment import free_port
+from megatron_omega.launching.outcome import DONE, STOPPED, End, Verdict, shell_code
 from megatron_omega.launching.turns import Turn, next_step
 from megatron_omega.log import get_logger
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega.errors import ConfigError
-from megatron_omega.launching.judge import STOPPED, SUCCESS, End, Verdict, judge
-from megatron_omega.redaction import redacted
+from megatron_omega.host import run_folder
+from megatron_omega.host.redaction import redacted
+from megatron_omega.host.run_folder import SUCCESS
+from megatron_omega.launching.outcome import STOPPED, End, Verdict, judge
 
 MAX_RESTARTS = 20
 """Failures in a row without a new checkpoint between them, after which a run is not started again."""
@@ -36,7 +38,7 @@ class Turn:
     @property
     def codes(self) -> Path:
         """Folder for the exit codes of failing ranks, a file each, named by rank."""
-        return self.run_directory / "exit-codes" / f"{self.job}-{self.restart}"
+        return self.run_directory / run_folder.EXIT_CODES / f"{self.job}-{self.restart}"
 
     @property
     def newest_checkpoint(self) -> str:
@@ -117,12 +119,12 @@ class Turn:
             "checkpoint": self.newest_checkpoint,
             **facts,
         }
-        with (self.run_directory / "launches.jsonl").open("a", encoding="utf-8") as file:
+        with (self.run_directory / run_folder.LAUNCHES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(redacted(line)) + "\n")
 
     def _lines(self) -> list[Mapping[str, Any]]:
         try:
-            text = (self.run_directory / "launches.jsonl").read_text(encoding="utf-8")
+            text = (self.run_directory / run_folder.LAUNCHES).read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
         return [line for line in map(json.loads, text.splitlines()) if line["job"] == self.job]

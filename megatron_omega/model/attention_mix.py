@@ -20,7 +20,7 @@ from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import rotate
 from megatron_omega.model.kernels import scaled_dot_product_attention
 from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_omega.parallel.sharding import declare_parameter
+from megatron_omega.parallel.parameters import declare_parameter
 
 _FIRST_ROOM = 64
 

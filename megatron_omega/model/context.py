@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_omega.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from megatron_omega.model.kernels import PORTABLE, Kernels
-from megatron_omega.parallel.mappings import SERIAL, TensorParallel
+from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 
 Recompute = Literal["none", "swiglu", "ffn", "full"]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.model.context import ModelContext
-from megatron_omega.parallel.sharding import declare_parameter
+from megatron_omega.parallel.parameters import declare_parameter
 
 
 def rotate(query_key: Tensor, positions: Tensor, base: float) -> Tensor:

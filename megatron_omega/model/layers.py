@@ -24,7 +24,7 @@ from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import InputPositions
 from megatron_omega.model.feed_forward import FeedForward
 from megatron_omega.parallel.layers import RMSNorm
-from megatron_omega.parallel.sharding import declare_parameter
+from megatron_omega.parallel.parameters import declare_parameter
 
 
 def build_norm(name: str, context: ModelContext) -> RMSNorm:

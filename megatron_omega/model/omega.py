@@ -185,3 +185,10 @@ class Omega(nn.Module):
     def module_named(self, name: str) -> nn.Module:
         """Return the (first) module of the layer called `name`."""
         return cast(Step, self.steps[self.names.index(name)]).module
+
+
+def vocabulary_logits(model: Omega, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the fp32 logits of hidden states that a head has finished: [..., d] -> [..., vocab_size]."""
+    size = model.context.model.vocab_size
+    logits = (hidden @ model.table.weight[:size].t()).float() * model.context.model.output_multiplier
+    return logits if bias is None else logits + bias[:size].float()

@@ -19,11 +19,11 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron_omega.config.layout import Layout
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.loss import LOSS_PARTS, PretrainingLoss
 from megatron_omega.model.omega import ModuleRecipe, State, Step, omega_layers
 from megatron_omega.parallel.layers import TokenTable
-from megatron_omega.parallel.topology import Layout
 
 _TABLE = "token_table"
 

@@ -14,13 +14,10 @@ import orjson
 import psutil
 
 from megatron_omega.errors import OmegaError
-from megatron_omega.launching.judge import SUCCESS
-from megatron_omega.redaction import redacted
+from megatron_omega.host.redaction import redacted
+from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
-
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
 
 
 def mark_success(run_directory: Path, step: int) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.host.run_folder import EVENTS, METRICS, PLOT
 from megatron_omega.log import get_logger
-from megatron_omega.monitoring.files import EVENTS, METRICS, read_objects
+from megatron_omega.monitoring.files import read_objects
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport, RunContext
 
 log = get_logger(__name__)
 
-PLOT = "loss.png"
 MOST_POINTS = 2000
 CURVES = (("lm_loss", "language modelling", "tab:blue"), ("mlm_loss", "masked tokens", "tab:orange"))
 

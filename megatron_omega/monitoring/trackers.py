@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega.config.schema import LoggingConfig
+from megatron_omega.host.redaction import redact, redacted
 from megatron_omega.log import get_logger
-from megatron_omega.redaction import redact, redacted
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport, Rollback, RunContext, StepReport
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omega.parallel.mappings import TensorParallel
+from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 IGNORED = -100
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_omega.parallel.mappings import TensorParallel
-from megatron_omega.parallel.sharding import declare_parameter
+from megatron_omega.parallel.parameters import declare_parameter
+from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 """From (hidden, weight, epsilon) to the normalised hidden states."""

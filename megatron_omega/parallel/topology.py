@@ -1,84 +1,14 @@
-"""Where every rank stands: the grid pipeline x data x tensor.
-
-`Layout` is pure geometry. `Topology` adds this process's rank and its process groups. Nothing here knows of models.
-
-Who uses which axis:
-
-    axis      | ranks          | communicates
-    ----------+----------------+---------------------------------------------------------------
-    tensor    | adjacent       | sums of partial results in every layer; vocabulary-parallel loss
-    data      | stride tp      | gradients (ZeRO), token counts of the losses
-    pipeline  | stride tp * dp | hidden states and their gradients between neighbouring stages
-"""
+"""Where this rank stands in the grid, and its process groups. `config/layout.py` has the grid itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
-from typing import Literal, NamedTuple, cast
+from typing import cast
 
 import torch.distributed as dist
 
-from megatron_omega.parallel.mappings import TensorParallel
-
-Axis = Literal["pipeline", "data", "tensor"]
-AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
-
-
-class Coordinate(NamedTuple):
-    """Position of one rank in the grid."""
-
-    pipeline: int
-    data: int
-    tensor: int
-
-    def __str__(self) -> str:
-        return f"pp {self.pipeline}, dp {self.data}, tp {self.tensor}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the three axes; ranks count tensor first, then data, then pipeline.
-
-    >>> layout = Layout(pipeline=2, data=2, tensor=2)
-    >>> layout.coordinate(5)
-    Coordinate(pipeline=1, data=0, tensor=1)
-    >>> layout.groups("pipeline")
-    [(0, 4), (1, 5), (2, 6), (3, 7)]
-    """
-
-    pipeline: int = 1
-    data: int = 1
-    tensor: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
-
-    def coordinate(self, rank: int) -> Coordinate:
-        """Return the position of `rank`."""
-        rest, tensor = divmod(rank, self.tensor)
-        pipeline, data = divmod(rest, self.data)
-        return Coordinate(pipeline, data, tensor)
-
-    def rank(self, coordinate: Coordinate) -> int:
-        """Return the rank at `coordinate`; the inverse of `coordinate`."""
-        return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
-
-    def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
-        """Return every group of ranks that differ only along `axes`, each ascending, in order of their first rank."""
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        fixed = [axis for axis in AXES if axis not in axes]
-        free = [axis for axis in AXES if axis in axes]
-        groups = []
-        for outside in product(*(range(sizes[axis]) for axis in fixed)):
-            inside = product(*(range(sizes[axis]) for axis in free))
-            places = (dict(zip(fixed, outside, strict=True)) | dict(zip(free, place, strict=True)) for place in inside)
-            groups.append(tuple(self.rank(Coordinate(**place)) for place in places))
-        return groups
-
-    def __str__(self) -> str:
-        return f"PP {self.pipeline} x DP {self.data} x TP {self.tensor}"
+from megatron_omega.config.layout import Coordinate, Layout
+from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.planner import schedule
+from megatron_omega.planner import pipeline_schedule as schedule
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import CollectiveKind, Hardware

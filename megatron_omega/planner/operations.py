@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from megatron_omega import accounting
 from megatron_omega.errors import ConfigError
 from megatron_omega.planner.estimate import Estimate
-from megatron_omega.planner.goodput import advise_saving
+from megatron_omega.planner.saving import advise_saving
 
 HOST_COPY_BYTES_PER_SECOND = 10e9
 """Rate at which one accelerator's state is copied to host memory: all that an asynchronous save stops training for."""

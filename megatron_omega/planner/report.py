@@ -15,8 +15,8 @@ from megatron_omega.planner.hardware import GIB, Hardware
 from megatron_omega.planner.memory import Memory
 from megatron_omega.planner.messages import data_bytes, tied_ranks
 from megatron_omega.planner.operations import Assumptions, Operations, operations
+from megatron_omega.planner.pipeline_schedule import Timeline
 from megatron_omega.planner.ranking import Ranking
-from megatron_omega.planner.schedule import Timeline
 from megatron_omega.planner.stages import stages_of
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.engine.engine import Engine, EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.errors import CheckpointError, OmegaError, Preempted
 from megatron_omega.log import get_logger
 from megatron_omega.training.batch_size import Interval, samples_of_step, with_interval
-from megatron_omega.training.engine import Engine, EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.training.hooks import Hook
-from megatron_omega.training.schedule import learning_rate_fraction
+from megatron_omega.training.learning_rate import learning_rate_fraction
 from megatron_omega.training.spikes import judge, remember
 from megatron_omega.training.state import (
     BadStep,

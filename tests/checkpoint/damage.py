@@ -31,9 +31,9 @@ import torch
 from launch import run_ranks
 from scenarios import Case, Run, start, state_on_disk, whole_state
 
-from megatron_omega.checkpoint.engine_state import base_optimizer, engine_holdings
 from megatron_omega.checkpoint.manifest import FILE_NAME, read_manifest
 from megatron_omega.checkpoint.tensor_file import checksum
+from megatron_omega.engine.internals import base_optimizer, engine_holdings
 
 OLDER, NEWER = "step-00000001", "step-00000002"
 CASE = Case(1, 2, 2, zero=1)

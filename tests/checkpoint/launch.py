@@ -20,7 +20,7 @@ PRELOADED = [
     "functorch.compile",
     "synthetic",
     "scenarios",
-    "megatron_omega.build",
+    "megatron_omega.run.assembly",
     "megatron_omega.checkpoint.store",
 ]
 

@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 from synthetic import replica_batches, small_config
 
-from megatron_omega.build import build_engine
-from megatron_omega.checkpoint.engine_state import base_optimizer, engine_holdings
 from megatron_omega.checkpoint.manifest import KINDS
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.store import CheckpointStore
 from megatron_omega.config.deepspeed import resolve_deepspeed
+from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import CheckpointConfig, RunConfig
-from megatron_omega.parallel.topology import Layout, Topology, create_topology
-from megatron_omega.training.engine import Engine
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.internals import base_optimizer, engine_holdings
+from megatron_omega.parallel.topology import Topology, create_topology
+from megatron_omega.run.assembly import build_engine
 
 
 @dataclass(frozen=True)

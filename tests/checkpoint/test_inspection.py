@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import runpy
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,8 +16,7 @@ from parts import KINDS, SHAPES, Saved, full_tensors
 
 from megatron_omega.checkpoint.inspection import checkpoint_rows, compare, parameter_rows
 from megatron_omega.checkpoint.reader import open_checkpoint
-
-TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"))
+from megatron_omega.commands import inspect_checkpoint
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -26,7 +24,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     said, complained, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(said), redirect_stderr(complained):
         try:
-            TOOL["main"]([str(argument) for argument in arguments])
+            inspect_checkpoint.main([str(argument) for argument in arguments])
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess([], code, said.getvalue(), complained.getvalue())

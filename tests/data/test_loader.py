@@ -17,7 +17,7 @@ from megatron_omega.config.schema import Corpus, RunConfig
 from megatron_omega.data.batch import Batch, Sample
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.loader import Loader, build_batch, micro_batch_indices
-from megatron_omega.data.sources import open_sources
+from megatron_omega.data.samples import open_sources
 from megatron_omega.errors import DataError
 
 MakeConfig = Callable[..., RunConfig]
@@ -127,6 +127,6 @@ def test_closing_twice_is_harmless(make_config: MakeConfig) -> None:
 
 def test_the_data_wing_imports_no_torch() -> None:
     code = (
-        "import sys, megatron_omega.data.loader_worker, megatron_omega.data.sources; sys.exit('torch' in sys.modules)"
+        "import sys, megatron_omega.data.loader_worker, megatron_omega.data.samples; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,92 +2,233 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_omega.data.indexed import IndexedShard, write_shard
-from megatron_omega.data.samples import Windows, WindowShape, split_documents
+from megatron_omega.config.schema import Corpus, ModelConfig, Reweight, RunConfig
+from megatron_omega.data.batch import Batch
+from megatron_omega.data.indexed import token_dtype, write_shard
+from megatron_omega.data.objectives import IGNORED_LABEL, restore
+from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sidecar import Sidecar, sidecar_path, to_json
+from megatron_omega.data.tokenizer import Tokenizer
+from megatron_omega.errors import DataError
 
-EOS = 3
-
-
-def make_windows(path: Path, lengths: list[int], shape: WindowShape, *, with_end: bool = True) -> Windows:
-    """Token ids are unique over the shard, so that a test sees what was lost or repeated."""
-    ids = iter(range(10, 10**6))
-    write_shard(path, ([*(next(ids) for _ in range(length)), *([EOS] * with_end)] for length in lengths), np.int32)
-    return Windows(IndexedShard(path), range(len(lengths)), shape, vocab_size=10**6, eos_id=EOS)
+MakeConfig = Callable[..., RunConfig]
 
 
-@given(st.lists(st.integers(0, 40), min_size=8, max_size=40), st.integers(5, 30), st.integers(0, 8), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_an_epoch_shows_every_token_once(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], tokens: int, overhead: int, key: int
-) -> None:
-    windows = make_windows(tmp_path_factory.mktemp("shard") / "s", lengths, WindowShape(tokens, overhead))
-    if not len(windows):
-        return
-    for epoch in range(2):
-        seen: Counter[int] = Counter()
-        for ordinal in range(epoch * len(windows), (epoch + 1) * len(windows)):
-            found_epoch, spans = windows.take(ordinal, key)
-            assert found_epoch == epoch
-            assert sum(len(span.tokens) for span in spans) <= tokens
-            for span in spans:
-                whole = windows.shard.document(span.document)
-                part = whole[span.offset : span.offset + len(span.tokens)]
-                assert span.tokens.tolist() == part.tolist()
-                assert span.is_end == (span.offset + len(span.tokens) == len(whole) - 1) or not span.is_end
-                seen.update(span.tokens.tolist())
-        assert set(seen.values()) <= {1}
-        assert sum(lengths) - len(seen) <= tokens, "at most one window may be left over"
+def segments_of(batch: Batch) -> set[int]:
+    return set(np.unique(batch.decoder_segments)) - {0}
 
 
-def test_epochs_are_cut_and_ordered_differently(tmp_path: Path) -> None:
-    windows = make_windows(tmp_path / "s", [50] * 20, WindowShape(37, 3))
-    starts = [
-        [windows.take(epoch * len(windows) + n, 6)[1][0].tokens[0] for n in range(len(windows))] for epoch in (0, 1)
+def test_rows_keep_the_contract(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
+    source = open_sources(make_config()).train
+    special = tokenizer.special
+    for index in range(60):
+        row = source[index].row
+        assert row.encoder_ids.shape == row.encoder_segments.shape == row.mlm_labels.shape == (1, 256)
+        assert row.decoder_ids.shape == row.decoder_segments.shape == row.lm_labels.shape == (1, 256)
+        assert row.encoder_ids.dtype == np.int64
+        assert set(np.unique(row.encoder_segments)) - {0} == segments_of(row)
+        for segment in segments_of(row):
+            encoder = np.flatnonzero(row.encoder_segments[0] == segment)
+            decoder = np.flatnonzero(row.decoder_segments[0] == segment)
+            assert encoder[0] % 16 == 0 and decoder[0] % 16 == 0
+            assert (np.diff(encoder) == 1).all() and (np.diff(decoder) == 1).all()
+            assert row.encoder_ids[0, encoder[0]] in special.modes
+            assert row.decoder_ids[0, decoder[0]] == special.bos
+            assert (row.decoder_ids[0, decoder[1:]] == row.lm_labels[0, decoder[:-1]]).all()
+        assert (row.lm_labels[row.decoder_segments == 0] == IGNORED_LABEL).all()
+        assert (row.lm_labels[row.decoder_segments > 0] != IGNORED_LABEL).all()
+        masked = row.mlm_labels != IGNORED_LABEL
+        assert (row.encoder_segments[masked] > 0).all()
+
+
+def test_every_example_holds_the_text_it_says(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
+    source = open_sources(make_config()).train
+    special = tokenizer.special
+    kinds: Counter[str] = Counter()
+    for index in range(80):
+        sample = source[index]
+        row = sample.row
+        for origin in sample.origins:
+            kinds[origin.kind] += 1
+            document = source.corpora[origin.corpus].shard.document(origin.document)
+            text = document[origin.offset : origin.offset + origin.num_tokens].tolist()
+            encoder = row.encoder_ids[0][row.encoder_segments[0] == origin.segment][1:]
+            answers = row.mlm_labels[0][row.encoder_segments[0] == origin.segment][1:]
+            labels = row.lm_labels[0][row.decoder_segments[0] == origin.segment]
+            if origin.kind in ("span", "extreme"):
+                assert restore(encoder, labels, special).tolist() == text
+                continue
+            encoder = np.where(answers == IGNORED_LABEL, encoder, answers)
+            whole = [*encoder, *labels]
+            if whole[-1] == special.eos:
+                assert origin.offset + origin.num_tokens == len(document) - 1
+                whole = whole[:-1]
+            assert whole == text
+    assert set(kinds) == {"prefix", "span", "extreme", "mask"}
+
+
+def test_a_sample_depends_on_nothing_but_its_index(make_config: MakeConfig) -> None:
+    source, again = open_sources(make_config()).train, open_sources(make_config()).train
+    for index in (17, 3, 250, 17):
+        for name in Batch.__dataclass_fields__:
+            assert np.array_equal(getattr(source[index].row, name), getattr(again[index].row, name))
+
+
+def test_another_seed_or_part_gives_other_samples(make_config: MakeConfig) -> None:
+    config = make_config()
+    other = config.model_copy(update={"training": config.training.model_copy(update={"seed": 99})})
+    first, second = open_sources(config), open_sources(other)
+    assert not np.array_equal(first.train[0].row.encoder_ids, second.train[0].row.encoder_ids)
+    documents = [
+        {o.document for i in range(len(s)) for o in s[i].origins} for s in (first.train, first.validation, first.test)
     ]
-    assert set(starts[0]) != set(starts[1])
+    assert max(documents[0]) < min(documents[1]) and max(documents[1]) < min(documents[2])
 
 
-def test_documents_that_end_are_told_from_those_that_are_cut(tmp_path: Path) -> None:
-    windows = make_windows(tmp_path / "s", [10, 10], WindowShape(16, 0))
-    assert [(len(span.tokens), span.is_end) for span in windows.spans(0)] == [(10, True), (5, False)]
-    bare = make_windows(tmp_path / "b", [10, 10], WindowShape(16, 0), with_end=False)
-    assert [(len(span.tokens), span.is_end) for span in bare.spans(0)] == [(10, True), (6, False)]
+def test_epochs_roll_over(make_config: MakeConfig) -> None:
+    source = open_sources(make_config()).train
+    sample = source[len(source) + 1]
+    assert sample.epoch == 1 and sample.origins
 
 
-def test_short_documents_take_more_room(tmp_path: Path) -> None:
-    windows = make_windows(tmp_path / "s", [10] * 50, WindowShape(100, 9))
-    spans = windows.spans(0)
-    assert [span.document for span in spans] == [0, 1, 2, 3, 4]
+def test_decoder_only_rows_have_no_encoder(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
+    source = open_sources(make_config(encoder=0)).train
+    row = source[0].row
+    assert row.encoder_ids.shape == (1, 0) and row.mlm_labels.shape == (1, 0)
+    assert np.count_nonzero(row.decoder_segments) > 200
+    starts = np.flatnonzero(np.diff(row.decoder_segments[0], prepend=0) > 0)
+    assert (starts % 16 == 0).all() and (row.decoder_ids[0, starts] == tokenizer.special.bos).all()
 
 
-@given(st.lists(st.integers(0, 40), min_size=8, max_size=30), st.integers(0, 29), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_the_samples_of_a_document_are_found(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], document: int, key: int
+def test_megatron_order_without_an_encoder_is_the_bare_stream(make_config: MakeConfig, tokenizer: Tokenizer) -> None:
+    source = open_sources(make_config(encoder=0, decoder=64, order="megatron")).train
+    row = source[0].row
+    assert (row.decoder_segments == 1).all()
+    assert (row.decoder_ids[0, 1:] == row.lm_labels[0, :-1]).all()
+    following = {int(source[n].row.decoder_ids[0, 0]) for n in range(len(source))}
+    assert int(row.lm_labels[0, -1]) in following  # the last label of a cut is the first token of the next
+
+
+def test_megatron_order_with_an_encoder_keeps_the_contract(make_config: MakeConfig) -> None:
+    source = open_sources(make_config(order="megatron")).train
+    samples = [source[n] for n in range(40)]
+    assert all(segments_of(sample.row) for sample in samples)
+    assert sum(sample.lost_tokens for sample in samples) < 0.1 * sum(o.num_tokens for s in samples for o in s.origins)
+
+
+def test_both_streams_are_full_and_nothing_is_lost(make_config: MakeConfig, long_prefix: str) -> None:
+    source = open_sources(
+        make_config(encoder=2048, decoder=2048, width=32, corpora=(Corpus(prefix=long_prefix),))
+    ).train
+    samples = [source[index] for index in range(100)]
+    fill = [np.mean([np.count_nonzero(s.row.encoder_segments) for s in samples]) / 2048]
+    fill.append(np.mean([np.count_nonzero(s.row.decoder_segments) for s in samples]) / 2048)
+    assert min(fill) > 0.95
+    tokens = sum(o.num_tokens for s in samples for o in s.origins)
+    assert sum(s.lost_tokens for s in samples) < 0.005 * tokens
+
+
+def test_objectives_come_by_weight(make_config: MakeConfig, long_prefix: str) -> None:
+    source = open_sources(
+        make_config(encoder=2048, decoder=2048, width=32, corpora=(Corpus(prefix=long_prefix),))
+    ).train
+    tokens: Counter[str] = Counter()
+    for index in range(200):
+        for origin in source[index].origins:
+            tokens[{"extreme": "span"}.get(origin.kind, origin.kind)] += origin.num_tokens
+    total = sum(tokens.values())
+    assert abs(tokens["prefix"] / total - 0.60) < 0.08
+    assert abs(tokens["span"] / total - 0.25) < 0.08
+    assert abs(tokens["mask"] / total - 0.15) < 0.05
+
+
+def test_a_blend_reads_every_corpus_by_weight(make_config: MakeConfig, prefix: str) -> None:
+    corpora = (Corpus(prefix=prefix, weight=3), Corpus(prefix=prefix, weight=1))
+    source = open_sources(make_config(corpora=corpora, reweight=(Reweight(from_sample=40, weights=(0, 1)),))).train
+    assert Counter(source[n].origins[0].corpus for n in range(40)) == {0: 30, 1: 10}
+    assert {source[n].origins[0].corpus for n in range(40, 50)} == {1}
+
+
+def test_the_samples_of_a_document_are_told(make_config: MakeConfig, prefix: str) -> None:
+    corpora = (Corpus(prefix=prefix, weight=3), Corpus(prefix=prefix, weight=1))
+    source = open_sources(make_config(corpora=corpora)).train
+    for order in ("flat", "megatron"):
+        source = open_sources(make_config(corpora=corpora, order=order)).train
+        seen = [n for n in range(90) if any((o.corpus, o.document) == (1, 42) for o in source[n].origins)]
+        assert set(seen) <= set(source.samples_of(1, 42, 90)) and len(source.samples_of(1, 42, 90)) <= len(seen) + 2
+
+
+def test_sources_go_to_another_process(make_config: MakeConfig) -> None:
+    for order in ("flat", "megatron"):
+        source = open_sources(make_config(order=order)).train
+        data = pickle.dumps(source)
+        assert len(data) < 20_000
+        assert np.array_equal(pickle.loads(data)[5].row.encoder_ids, source[5].row.encoder_ids)
+
+
+def expect(config: RunConfig, *messages: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_sources(config)
+    assert len(caught.value.findings) == len(messages), caught.value.findings
+    for finding, message in zip(caught.value.findings, messages, strict=True):
+        assert message in finding
+
+
+def test_what_is_wrong_is_said_all_at_once(make_config: MakeConfig, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_shard(tmp_path / "empty", [], token_dtype(600))
+    corpora = tuple(Corpus(prefix=str(tmp_path / name)) for name in ("nowhere", "empty"))
+    expect(make_config(corpora=corpora), "nowhere.idx does not exist", "empty is empty")
+
+
+def test_bad_settings_are_refused_in_words(make_config: MakeConfig, tmp_path: Path) -> None:
+    expect(make_config(corpora=()), "data.corpora is empty")
+    expect(make_config(tokenizer=""), "no tokenizer is set")
+    expect(make_config(tokenizer=str(tmp_path / "none")), "cannot be read")
+    config = make_config()
+    expect(config.model_copy(update={"model": ModelConfig(vocab_size=500)}), "set model.vocab_size to 600")
+    write_shard(tmp_path / "short", [[200] * 20] * 4, token_dtype(600))
+    expect(
+        make_config(corpora=(Corpus(prefix=str(tmp_path / "short")),)),
+        "60 tokens in 3 documents, fewer than one sample",
+    )
+
+
+def test_a_shard_of_another_tokenizer_is_refused(make_config: MakeConfig, prefix: str, tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"s.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
+    shard = make_config(corpora=(Corpus(prefix=str(tmp_path / "s")),))
+    open_sources(shard)
+    sidecar = Sidecar("f" * 64, 600, 300, 1, "uint16", "text", {"tokenizer_model": "other.model"})
+    sidecar_path(tmp_path / "s").write_text(to_json(sidecar))
+    expect(shard, "was made with tokenizer ffffffffffff (other.model)")
+    sidecar_path(tmp_path / "s").write_text("{")
+    expect(shard, "s.json is damaged")
+
+
+def test_a_sidecar_that_counts_otherwise_is_refused(
+    make_config: MakeConfig, prefix: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    windows = make_windows(tmp_path_factory.mktemp("shard") / "s", lengths, WindowShape(20, 2))
-    document, stop = document % len(lengths), 3 * len(windows)
-    found = set(windows.ordinals_of(document, key, stop))
-    with_text = {n for n in range(stop) if any(span.document == document for span in windows.take(n, key)[1])}
-    assert with_text <= found <= set(range(stop))
-    assert len(found - with_text) <= 3 * 2  # windows that hold nothing but the end token
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"s.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
+    sidecar_path(tmp_path / "s").write_text(to_json(Sidecar(tokenizer.fingerprint, 600, 299, 5, "uint16", "text")))
+    expect(make_config(corpora=(Corpus(prefix=str(tmp_path / "s")),)), "its sidecar promises 299, 5 of uint16")
 
 
-def test_windows_go_to_another_process(tmp_path: Path) -> None:
-    windows = make_windows(tmp_path / "s", [30] * 10, WindowShape(20, 2))
-    other = pickle.loads(pickle.dumps(windows))
-    assert [span.tokens.tolist() for span in other.take(3, 1)[1]] == [
-        span.tokens.tolist() for span in windows.take(3, 1)[1]
-    ]
+def test_an_id_beyond_the_vocabulary_is_named_when_it_is_read(make_config: MakeConfig, tmp_path: Path) -> None:
+    write_shard(tmp_path / "wild", [[200] * 90 + [777]] * 90, token_dtype(600))
+    source = open_sources(make_config(corpora=(Corpus(prefix=str(tmp_path / "wild")),))).train
+    with pytest.raises(DataError, match=r"wild.bin holds token id 777 in document \d+ at token 90"):
+        source[0]
 
 
-def test_the_split_is_consecutive_and_complete() -> None:
-    assert split_documents(1000, (969, 30, 1)) == [range(969), range(969, 999), range(999, 1000)]
-    assert split_documents(10, (1, 0, 1)) == [range(5), range(5, 5), range(5, 10)]
+def test_a_part_without_a_window_says_so_when_it_is_read(make_config: MakeConfig) -> None:
+    sources = open_sources(make_config(split=(100.0, 0.0, 0.0)))
+    assert len(sources.validation) == 0
+    with pytest.raises(DataError, match="the validation part of .* fewer than one sample"):
+        sources.validation[0]

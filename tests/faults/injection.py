@@ -16,8 +16,8 @@ import torch
 
 from megatron_omega.data import loader
 from megatron_omega.data.batch import Batch
+from megatron_omega.engine.engine import Engine
 from megatron_omega.model.feed_forward import FeedForward
-from megatron_omega.training.engine import Engine
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, StepReport
 

@@ -18,13 +18,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_omega.launching.judge import SUCCESS
-from megatron_omega.local_launch import free_port
-from megatron_omega.monitoring.files import METRICS, read_objects
-from megatron_omega.resilience.monitor import ADDRESS_FILE
+from megatron_omega.host.run_folder import METRICS, SUCCESS
+from megatron_omega.launching.local_ranks import free_port
+from megatron_omega.monitoring.files import read_objects
+from megatron_omega.watchdog.monitor import ADDRESS_FILE
 
 PR_SET_PDEATHSIG = 1
-PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.build", "faults.injection"]
+PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.run.assembly", "faults.injection"]
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ def rank_main(arguments: list[str], environ: dict[str, str], log_path: str, faul
 
     torch.set_num_threads(1)
     from faults.injection import injectors
-    from megatron_omega.build import train
+    from megatron_omega.commands.ending import exit_cleanly
     from megatron_omega.config.arguments import parse_arguments
     from megatron_omega.config.load import resolve_run
-    from megatron_omega.environment import complete_environment
-    from megatron_omega.errors import exit_cleanly
+    from megatron_omega.host.environment import complete_environment
+    from megatron_omega.run.assembly import train
 
     with exit_cleanly():
         place = complete_environment()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_omega.environment import complete_environment
+from megatron_omega.host.environment import complete_environment
 
 TICK = 0.02
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1)

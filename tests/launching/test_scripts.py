@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, run_python
 
+from megatron_omega.commands import launch
 from megatron_omega.launching import scripts
 
-TOOL = runpy.run_path(str(ROOT / "tools/launch.py"), run_name="launch_tool")
 SCRIPTS = sorted(
     path.relative_to(ROOT) for name in ("slurm", "evaluate") for path in ROOT.glob(f"examples/*/{name}.sbatch")
 )
@@ -24,7 +23,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     """Call the tool in this process, in the checkout; return its exit code and what it printed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["tools/launch.py", *words])
-    code = TOOL["main"]()
+    code = launch.main()
     return code, capsys.readouterr().out
 
 

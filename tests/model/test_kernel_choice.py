@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_omega.config.schema import ModelConfig, OptimizerConfig
+from megatron_omega.engine.optimizer import build_optimizer
 from megatron_omega.model import kernels
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import build_norm
 from megatron_omega.parallel.layers import rms_norm, swiglu
-from megatron_omega.parallel.mappings import SERIAL
-from megatron_omega.parallel.sharding import declare_parameter
-from megatron_omega.training.optimizer import build_optimizer
+from megatron_omega.parallel.parameters import declare_parameter
+from megatron_omega.parallel.tensor_parallel import SERIAL
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:

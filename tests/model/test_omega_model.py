@@ -16,7 +16,7 @@ from megatron_omega.model.attention_mix import SelfAttention
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE
 from megatron_omega.model.omega import Omega, omega_layers
-from megatron_omega.parallel.sharding import declared_parameters
+from megatron_omega.parallel.parameters import declared_parameters
 
 SMALL: dict[str, Any] = {
     "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "encoder_layers": 2, "decoder_layers": 2,

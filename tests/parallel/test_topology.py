@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import megatron_omega.environment
-import megatron_omega.parallel.mappings
-import megatron_omega.parallel.topology
-from megatron_omega.parallel.mappings import TensorParallel
-from megatron_omega.parallel.topology import AXES, Layout
+import megatron_omega.config.layout
+import megatron_omega.host.environment
+import megatron_omega.parallel.tensor_parallel
+from megatron_omega.config.layout import AXES, Layout
+from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 layouts = st.builds(Layout, *(st.integers(1, 6),) * 3)
 
@@ -47,7 +47,8 @@ def test_shards_cover_everything_once_and_evenly(total: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [megatron_omega.parallel.topology, megatron_omega.parallel.mappings, megatron_omega.environment]
+    "module",
+    [megatron_omega.config.layout, megatron_omega.parallel.tensor_parallel, megatron_omega.host.environment],
 )
 def test_examples_in_docstrings(module: object) -> None:
     results = doctest.testmod(module)  # pyright: ignore[reportArgumentType]

@@ -19,9 +19,9 @@ from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, R
 from megatron_omega.errors import ConfigError
 from megatron_omega.planner.candidates import Candidate, grids, obstacle, parse_label, variants
 from megatron_omega.planner.estimate import Planner
-from megatron_omega.planner.export import ZERO, write_plan
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions, operations
+from megatron_omega.planner.plan_files import ZERO, write_plan
 from megatron_omega.planner.ranking import best_per_grid, nothing_fits, rank
 from megatron_omega.planner.report import gantt, memory_bars
 

@@ -12,14 +12,14 @@ import torch
 from synthetic import small_config, start_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_omega.local_launch import run_ranks
+from megatron_omega.engine.engine import MicroBatch
+from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.planner.candidates import of_config
 from megatron_omega.planner.estimate import Planner
-from megatron_omega.planner.export import ZERO
 from megatron_omega.planner.hardware import find_hardware
 from megatron_omega.planner.messages import data_bytes, step_bytes
+from megatron_omega.planner.plan_files import ZERO
 from megatron_omega.planner.work import pipeline_messages, table_parameters
-from megatron_omega.training.engine import MicroBatch
 
 pytestmark = pytest.mark.distributed
 NAMES = {"all_reduce": "allreduce_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}

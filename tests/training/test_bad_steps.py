@@ -11,8 +11,8 @@ import torch
 from synthetic import replica_batches, small_config, start_engine
 from torch import Tensor
 
-from megatron_omega.checkpoint.engine_state import base_optimizer, engine_holdings
-from megatron_omega.local_launch import run_ranks
+from megatron_omega.engine.internals import base_optimizer, engine_holdings
+from megatron_omega.launching.local_ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from synthetic import micro_batch, replica_batches, small_config, start_engine
 
-from megatron_omega.local_launch import run_ranks
+from megatron_omega.config.layout import Layout
+from megatron_omega.engine.engine import MicroBatch, start_distributed
+from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
-from megatron_omega.parallel.sharding import declared_parameters
-from megatron_omega.parallel.topology import Layout, create_topology
-from megatron_omega.training.engine import MicroBatch, start_distributed
+from megatron_omega.parallel.parameters import declared_parameters
+from megatron_omega.parallel.topology import create_topology
 
 pytestmark = pytest.mark.distributed
 LENGTH = 32

@@ -12,8 +12,8 @@ from tiny import ROOT, TinyCorpus
 
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.config.load import load_config
-from megatron_omega.parallel import mappings
-from megatron_omega.verification import (
+from megatron_omega.parallel import tensor_parallel as mappings
+from megatron_omega.studies.layouts import (
     FP32_TOLERANCE,
     check_layout,
     compare,

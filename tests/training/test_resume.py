@@ -13,8 +13,8 @@ from tiny import TinyCorpus
 
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.arguments import Arguments, Override
-from megatron_omega.local_launch import run_ranks
-from megatron_omega.verification import arguments_for, parse_layout, train_rank
+from megatron_omega.launching.local_ranks import run_ranks
+from megatron_omega.studies.layouts import arguments_for, parse_layout, train_rank
 
 pytestmark = pytest.mark.distributed
 STEPS, BREAK = 20, 10

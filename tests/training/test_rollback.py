@@ -14,9 +14,9 @@ from tiny import TinyCorpus, run_python
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.data.batch import Sample
-from megatron_omega.data.sources import SampleSource
-from megatron_omega.local_launch import run_ranks
-from megatron_omega.verification import arguments_for, parse_layout, train_rank
+from megatron_omega.data.samples import SampleSource
+from megatron_omega.launching.local_ranks import run_ranks
+from megatron_omega.studies.layouts import arguments_for, parse_layout, train_rank
 
 pytestmark = pytest.mark.distributed
 STEPS, BATCH, CHECKPOINT = 13, 4, 4

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import BatchConfig, OptimizerConfig, RampUp, ScheduleConfig
-from megatron_omega.parallel.mappings import SERIAL
-from megatron_omega.parallel.sharding import declare_parameter
-from megatron_omega.parallel.topology import Layout, create_topology
+from megatron_omega.engine.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from megatron_omega.parallel.parameters import declare_parameter
+from megatron_omega.parallel.tensor_parallel import SERIAL
+from megatron_omega.parallel.topology import create_topology
 from megatron_omega.training.batch_size import batch_size_at, consumed_after, samples_of_step, with_interval
-from megatron_omega.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from megatron_omega.training.schedule import learning_rate_fraction
+from megatron_omega.training.learning_rate import learning_rate_fraction
 
 DECAYS = ("cosine", "linear", "wsd", "inverse_square_root", "constant")
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_omega.config.schema import ResilienceConfig, RunConfig
+from megatron_omega.engine.engine import StepResult
 from megatron_omega.errors import OmegaError
 from megatron_omega.training.batch_size import Interval
-from megatron_omega.training.engine import StepResult
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.loop import Batches, Trainer
 from megatron_omega.training.spikes import judge, remember, z_score

@@ -1,0 +1,100 @@
+"""Export a checkpoint as safetensors, config.json and tokenizer, and prove that the export says the same.
+
+tools/export_hf.py --checkpoint runs/omega-tiny --output exports/omega-tiny
+
+The folder has the layout that model hubs expect. tools/generate.py, tools/fill_mask.py and load_omega (in
+megatron_omega.export.loading) load it; every safetensors library reads its tensors, and its README.md says what
+they mean. The Transformers library has no such architecture: AutoModel does not load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_omega.checkpoint.catalogue import check_structure
+from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.errors import CheckpointError, ConfigError
+from megatron_omega.export.comparison import Comparison, compare_export
+from megatron_omega.export.loading import find_weights, open_tokenizer
+from megatron_omega.export.native import DTYPES, is_export, write_export
+from megatron_omega.host.command_line import CommandLine
+from megatron_omega.log import configure_logging, get_logger
+
+logger = get_logger(__name__)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="number format of the weights (default fp32)"
+    )
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest file (default 5)")
+    parser.add_argument("--device", default="cpu", help="where logits are compared (default cpu)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser.parse_args()
+
+
+def choose_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint that is whole."""
+    if is_export(path):
+        raise CheckpointError(f"{path} is an export already; give a checkpoint")
+    problems: list[str] = []
+    for folder in find_weights(path):
+        if problems:
+            logger.warning("going back to %s: %s", folder.name, problems[-1])
+        try:
+            check_structure(folder)
+            return folder
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(*problems)
+
+
+def verdict(found: Comparison) -> str:
+    """Say in a line what the comparison has shown."""
+    tensors = (
+        "equal bit for bit" if not found.changed else f"of which {len(found.changed)} differ: {found.changed[0]}, ..."
+    )
+    return (
+        f"read back: {found.num_tensors} tensors {tensors}; logits differ by at most {found.logit_difference:.2g} "
+        f"standard deviations (tolerance {found.tolerance:g}): {'PASS' if found.is_same else 'FAIL'}"
+    )
+
+
+def main() -> None:
+    arguments = read_arguments()
+    configure_logging()
+    if not arguments.shard_gigabytes > 0:
+        raise ConfigError(f"--shard-gigabytes {arguments.shard_gigabytes:g} must be more than 0")
+    checkpoint = choose_checkpoint(arguments.checkpoint)
+    with open_checkpoint(checkpoint) as source:
+        tokenizer = Path(open_tokenizer(source, arguments.tokenizer).path).read_bytes()
+        count = source.element_count()
+        written = write_export(
+            arguments.output, source, tokenizer, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gigabytes * 1e9)
+        )
+    found = compare_export(arguments.output, checkpoint, arguments.device)
+    files = {parameter.file for parameter in written.parameters.values()}
+    if arguments.json:
+        result = {"export": str(arguments.output), "checkpoint": str(checkpoint), "num_parameters": count}
+        result |= {"dtype": written.dtype, "num_files": len(files), "is_same": found.is_same, **asdict(found)}
+        print(json.dumps(result))
+    else:
+        print(
+            f"{arguments.output}: {count:,} parameters of {checkpoint}, {written.dtype}, {len(files)} "
+            f"weight file{'s' * (len(files) > 1)}"
+        )
+        print(verdict(found))
+    if not found.is_same:
+        raise CheckpointError(f"{arguments.output} does not say what {checkpoint} says; do not use it")

@@ -1,0 +1,183 @@
+"""Look at shards, and at what a run read.
+
+tools/inspect_data.py data/omega_text_document                     statistics
+tools/inspect_data.py data/omega_text_document --check             read everything: checksums, ids, pointers
+tools/inspect_data.py data/omega_text_document --show 17 --tokenizer-model tokenizer.model
+tools/inspect_data.py data/omega_text_document --histogram lengths.png
+tools/inspect_data.py --run runs/omega --step 12345                the text of a step, with its masks and spans
+tools/inspect_data.py --run runs/omega --find 4711                 the steps that saw a document
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_omega.config.load import load_config
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.indexed import IndexedShard
+from megatron_omega.data.inspection import SeenExample, check_shard, plot_lengths, render_sample, source_of, statistics
+from megatron_omega.data.loader import micro_batch_indices
+from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.data.sidecar import read_sidecar
+from megatron_omega.data.tokenizer import Tokenizer
+from megatron_omega.errors import ConfigError, DataError
+from megatron_omega.host import run_folder
+from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.run_folder import EVENTS
+from megatron_omega.monitoring.files import read_objects
+from megatron_omega.training.batch_size import Interval, consumed_after, samples_of_step
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="shards, without .bin and .idx")
+    parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
+    parser.add_argument("--show", type=int, metavar="DOCUMENT", help="print one document")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help="draw the lengths of documents")
+    parser.add_argument("--tokenizer-model", help="SentencePiece model (default: the run's, or the one of the sidecar)")
+    parser.add_argument("--run", type=Path, help="folder of a run")
+    parser.add_argument("--step", type=int, help="with --run: print what each data-parallel rank read in this step")
+    parser.add_argument("--find", type=int, metavar="DOCUMENT", help="with --run: print the steps that saw a document")
+    parser.add_argument(
+        "--corpus", type=int, default=0, help="with --find: place of the corpus in data.corpora (default 0)"
+    )
+    parser.add_argument("--steps", type=int, help="with --find: how many steps to search (default: all of the run)")
+    parser.add_argument("--data-parallel-size", type=int, help="with --step: replicas (default: as the run last had)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    arguments = parser.parse_args()
+    if not arguments.prefixes and not arguments.run:
+        raise ConfigError("nothing to look at; give the prefix of a shard, or --run with --step or --find")
+    if arguments.run and arguments.step is None and arguments.find is None:
+        raise ConfigError("--run needs --step N or --find DOCUMENT")
+    if arguments.step is not None and arguments.step < 1:
+        raise ConfigError(f"--step {arguments.step}: steps are numbered from 1")
+    return arguments
+
+
+def look_at_shards(arguments: argparse.Namespace) -> None:
+    shards = [IndexedShard(prefix) for prefix in arguments.prefixes]
+    for shard in shards:
+        if arguments.check:
+            tokenizer = Tokenizer.open(arguments.tokenizer_model) if arguments.tokenizer_model else None
+            check_shard(shard, tokenizer)
+        if arguments.show is not None:
+            show_document(shard, arguments)
+            continue
+        found = {**statistics(shard), **({"check": "passed"} if arguments.check else {})}
+        print(json.dumps(found) if arguments.json else "\n".join(f"{name:>17}  {found[name]}" for name in found))
+    if arguments.histogram:
+        plot_lengths(shards, arguments.histogram)
+        if not arguments.json:
+            print(f"{'histogram':>17}  {arguments.histogram}")
+
+
+def show_document(shard: IndexedShard, arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.show < len(shard):
+        raise DataError(f"{shard.prefix} has documents 0 to {len(shard) - 1}, no {arguments.show}")
+    sidecar = read_sidecar(shard.prefix)
+    model = arguments.tokenizer_model or (sidecar.options.get("tokenizer_model") if sidecar else None)
+    if model is None:
+        raise ConfigError(f"{shard.prefix} does not say which tokenizer made it; give --tokenizer-model")
+    tokenizer, ids = Tokenizer.open(model), shard.document(arguments.show)
+    source, text = source_of(shard, arguments.show), tokenizer.render(ids)
+    if arguments.json:
+        print(json.dumps({"document": arguments.show, "source": source, "tokens": len(ids), "text": text}))
+    else:
+        print(f"document {arguments.show}, {len(ids):,} tokens, from {source}\n{text}")
+
+
+def last_data_parallel_size(run: Path) -> int:
+    """Return the number of replicas the run last had, from its events."""
+    path = run / run_folder.EVENTS
+    found = re.findall(r"\bDP (\d+)\b", path.read_text()) if path.exists() else []
+    return int(found[-1]) if found else 1
+
+
+def left_out_by(run: Path) -> tuple[Interval, ...]:
+    """Return the samples that the run last passed over, from its events."""
+    found = [event["left_out"] for event in read_objects(run / EVENTS) if event.get("left_out") is not None]
+    return tuple((start, stop) for start, stop in found[-1]) if found else ()
+
+
+def open_run(run: Path) -> tuple[RunConfig, Sources]:
+    path = run / run_folder.CONFIG
+    if not path.exists():
+        raise DataError(f"{path} is missing; {run} is not the folder of a run")
+    config = load_config(path)
+    return config, open_sources(config)
+
+
+def examples_of_step(arguments: argparse.Namespace, config: RunConfig, sources: Sources) -> Iterator[SeenExample]:
+    replicas = arguments.data_parallel_size or last_data_parallel_size(arguments.run)
+    left_out = left_out_by(arguments.run)
+    consumed = consumed_after(config.batch, arguments.step - 1, left_out)
+    pieces = samples_of_step(config.batch, consumed, left_out)
+    size = sum(map(len, pieces))
+    micro = config.batch.micro_batch_size
+    if size % (micro * replicas):
+        raise ConfigError(f"a batch of {size} cannot be dealt to --data-parallel-size {replicas} in parts of {micro}")
+    for rank in range(replicas):
+        batches = micro_batch_indices(consumed, lambda _: pieces, micro, rank, replicas)
+        for _ in range(size // (micro * replicas)):
+            for index in next(batches):
+                yield from render_sample(sources.train[index], rank, sources.train, sources.tokenizer)
+
+
+def show_step(arguments: argparse.Namespace) -> None:
+    config, sources = open_run(arguments.run)
+    for seen in examples_of_step(arguments, config, sources):
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(seen)))
+            continue
+        origin = seen.origin
+        where = f"tokens {origin.offset}..{origin.offset + origin.num_tokens} of document {origin.document}"
+        print(f"-- rank {seen.rank}, sample {seen.sample}, {origin.kind}, {seen.source}, {where}")
+        if seen.encoder:
+            print(f"   encoder: {seen.encoder!r}")
+        print(f"   decoder: {seen.decoder!r}")
+
+
+def show_steps_of_document(arguments: argparse.Namespace) -> None:
+    config, sources = open_run(arguments.run)
+    if not 0 <= arguments.corpus < len(sources.train.corpora):
+        raise ConfigError(f"--corpus {arguments.corpus}: the run has corpora 0 to {len(sources.train.corpora) - 1}")
+    shard = sources.train.corpora[arguments.corpus].shard
+    if not 0 <= arguments.find < len(shard):
+        raise DataError(f"{shard.prefix} has documents 0 to {len(shard) - 1}, no {arguments.find}")
+    steps = arguments.steps or config.training.train_steps
+    left_out = left_out_by(arguments.run)
+    end = consumed_after(config.batch, steps, left_out)
+    found: list[dict[str, Any]] = [
+        {
+            "step": bisect_right(range(steps), sample, key=lambda step: consumed_after(config.batch, step, left_out)),
+            "sample": sample,
+        }
+        for sample in sources.train.samples_of(arguments.corpus, arguments.find, end)
+        if not any(start <= sample < stop for start, stop in left_out)
+    ]
+    if arguments.json:
+        print(json.dumps({"document": arguments.find, "source": source_of(shard, arguments.find), "seen": found}))
+        return
+    print(f"document {arguments.find} ({source_of(shard, arguments.find)}): {len(found)} samples in {steps} steps")
+    for one in found:
+        print(f"step {one['step']}, sample {one['sample']}")
+
+
+def main() -> None:
+    arguments = read_arguments()
+    if arguments.run and arguments.step is not None:
+        show_step(arguments)
+    elif arguments.run:
+        show_steps_of_document(arguments)
+    else:
+        look_at_shards(arguments)

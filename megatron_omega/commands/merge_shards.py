@@ -1,0 +1,58 @@
+"""Join shards into one, in the given order, copying bytes (of a Slurm array, for example).
+
+tools/merge_shards.py --input data/omega-?????-of-00016_text_document.idx --output-prefix data/omega_text_document
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import glob
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_omega.corpus.merge import merge_shards
+from megatron_omega.errors import DataError
+from megatron_omega.host.command_line import CommandLine
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="prefixes, or .idx files, or a folder of shards, or globs"
+    )
+    parser.add_argument("--output-prefix", required=True, help="prefix of the whole, without .bin and .idx")
+    parser.add_argument("--dedup", choices=("exact",), help="keep the first of documents with the same tokens")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser.parse_args()
+
+
+def find_prefixes(names: list[str]) -> list[str]:
+    """Return the prefixes that `names` stand for, sorted within each name."""
+    found: list[str] = []
+    for name in names:
+        if Path(name).is_dir():
+            paths = sorted(map(str, Path(name).glob("*.idx")))
+        elif any(sign in name for sign in "*?["):
+            paths = sorted(path for path in glob.glob(name) if path.endswith(".idx"))  # noqa: PTH207
+        else:
+            paths = [name]
+        found += [path.removesuffix(".idx").removesuffix(".bin") for path in paths]
+    if not found:
+        raise DataError(f"--input {' '.join(names)} names no shard; give prefixes or .idx files")
+    return found
+
+
+def main() -> None:
+    arguments = read_arguments()
+    prefixes = find_prefixes(arguments.input)
+    merged = merge_shards(prefixes, arguments.output_prefix, is_deduplicated=arguments.dedup == "exact")
+    if arguments.json:
+        print(json.dumps({"prefix": arguments.output_prefix, "shards": prefixes, **dataclasses.asdict(merged)}))
+        return
+    counts = f"{merged.documents:,} documents, {merged.tokens:,} tokens of {len(prefixes)} shards"
+    left_out = f", {merged.duplicates:,} duplicates left out" if arguments.dedup else ""
+    print(f"{arguments.output_prefix}: {counts}{left_out}")

@@ -1,0 +1,1 @@
+"""The distributed engine: DeepSpeed behind two calls, its optimizer, and where it keeps its state."""

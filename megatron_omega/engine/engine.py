@@ -1,0 +1,398 @@
+"""The distributed engine: DeepSpeed behind two calls, `train_step` and `evaluate`. Knows tensors, not data or model.
+
+A micro-batch holds flat tuples of integer tensors, as the model takes them. Its labels are (LM, MLM); the engine adds
+two factors that divide each loss by its token count over the whole global batch, so that losses and gradients do not
+depend on micro-batching or layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from megatron_omega.config.schema import OptimizerConfig
+from megatron_omega.engine.optimizer import ClippedAdamW, build_optimizer, set_learning_rate
+from megatron_omega.errors import ConfigError
+from megatron_omega.parallel.cross_entropy import IGNORED
+from megatron_omega.parallel.mpu import ModelParallelUnit
+from megatron_omega.parallel.topology import Topology
+
+Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Accept = Callable[[float], bool]
+"""From the LM loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
+LOSS_PARTS = ("lm_loss", "mlm_loss")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one replica computes at a time."""
+
+    inputs: tuple[Tensor, ...]
+    """What the first layer takes."""
+    labels: tuple[Tensor, Tensor]
+    """LM and MLM labels; `IGNORED` where there is nothing to predict."""
+    num_tokens: int = 0
+    """Tokens that are not padding."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    lm_loss: float
+    mlm_loss: float
+    grad_norm: float
+    """Global gradient norm before clipping; not finite where the step was skipped."""
+    skipped: bool
+    num_tokens: int
+    """Tokens of the global batch that are not padding; 0 on ranks that read no data."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean losses per token over everything evaluated."""
+
+    lm_loss: float
+    mlm_loss: float
+    """Not a number where there was no masked token."""
+    num_tokens: int
+    """Tokens that the LM loss was averaged over."""
+    num_masked_tokens: int = 0
+    """Tokens that the MLM loss was averaged over."""
+
+
+def pooled(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Return the losses over the tokens of all `results` together."""
+
+    def mean(losses: Sequence[float], counts: Sequence[int]) -> float:
+        total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
+        return total / sum(counts) if sum(counts) else math.nan
+
+    tokens, masked = [r.num_tokens for r in results], [r.num_masked_tokens for r in results]
+    lm, mlm = mean([r.lm_loss for r in results], tokens), mean([r.mlm_loss for r in results], masked)
+    return EvaluationResult(lm, mlm, sum(tokens), sum(masked))
+
+
+def _accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
+    return get_accelerator()
+
+
+def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
+    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
+
+    DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = _accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    return accelerator.device_name()
+
+
+def visible_devices() -> tuple[str, int]:
+    """Return the type of the accelerator and how many of them this process sees."""
+    return _accelerator().device_name(), _accelerator().device_count()
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_precision(dtype: str) -> None:
+    """Raise `ConfigError` where the accelerator cannot run `dtype`."""
+    accelerator = _accelerator()
+    if dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"precision.dtype=fp16 cannot run on {accelerator.device_name()}: DeepSpeed has no fp16 there; "
+            "use fp32 or bf16, or a GPU"
+        )
+
+
+def construction(values: Mapping[str, Any], topology: Topology) -> AbstractContextManager[Any]:
+    """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
+    if values["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    mpu = ModelParallelUnit(topology)
+    return deepspeed.zero.Init(data_parallel_group=topology.data.handle, config_dict_or_path=dict(values), mpu=mpu)
+
+
+class Engine:
+    """A model, its optimizer and its layout, ready to train.
+
+    Batches are read by ranks of the first and the last pipeline stage only (`reads_data`); others pass nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, values: Mapping[str, Any], optimizer: OptimizerConfig, topology: Topology
+    ) -> None:
+        device_type = _accelerator().device_name()
+        stage = values["zero_optimization"]["stage"]
+        clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
+        adam, self.optimizer_choice = build_optimizer(
+            model.parameters(), optimizer, device_type=device_type, clip=topology if clips else None
+        )
+        self.topology = topology
+        is_pipeline = isinstance(model, PipelineModule)
+        self.deepspeed: Any = deepspeed.initialize(
+            model=model,
+            optimizer=adam,
+            config=dict(values),
+            mpu=None if is_pipeline else ModelParallelUnit(topology),
+            dist_init_required=False,
+        )[0]
+        self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
+        if is_pipeline:
+            _agree_on_norm_groups(self.deepspeed.optimizer, topology)
+            _clear_gradients_once_taken(self.deepspeed.optimizer)
+
+    @property
+    def is_pipeline(self) -> bool:
+        return isinstance(self.deepspeed, PipelineEngine)
+
+    @property
+    def module(self) -> Any:
+        return self.deepspeed.module
+
+    @property
+    def device(self) -> torch.device:
+        return self.deepspeed.device
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank needs batches: the first stage takes the inputs, the loss stage the labels."""
+        return not self.is_pipeline or self.topology.pipeline.rank in (0, self._loss_stage)
+
+    @property
+    def _loss_stage(self) -> int:
+        """Pipeline rank that computes the loss: the V of DualPipeV ends where it begins."""
+        return 0 if isinstance(self.module, DualPipeVModule) else self.topology.pipeline.size - 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step and replica, at the present global batch size."""
+        return self.deepspeed.gradient_accumulation_steps()
+
+    def set_global_batch_size(self, global_batch_size: int) -> None:
+        """Change the number of micro-batches of a step."""
+        if self.deepspeed.train_batch_size() != global_batch_size:
+            self.deepspeed.set_train_batch_size(global_batch_size)
+            self.deepspeed.micro_steps = 0  # a step ends where this is a multiple of the accumulation, the new one too
+
+    def train_step(
+        self, batches: Iterator[MicroBatch], *, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
+        """Run one optimizer step over the next `num_micro_batches` of `batches`. Collective.
+
+        Where `accept` refuses the loss, the step is skipped by the engine as one whose gradient is not finite.
+        """
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        taken = self._take(batches, self.num_micro_batches)
+        lm_tokens, mlm_tokens, num_tokens = self._global_counts(taken)
+        weighted = self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens]))
+        skipped_before = self.deepspeed.skipped_steps
+        loss, parts = (
+            self._train_pipeline(weighted, accept) if self.is_pipeline else self._train_plain(weighted, accept)
+        )
+        skipped = self.deepspeed.skipped_steps > skipped_before
+        norm = self.deepspeed.get_global_grad_norm()
+        if self._own_clipping is not None:
+            skipped, norm = self._own_clipping.skipped, self._own_clipping.global_norm
+        norm = math.nan if norm is None else float(norm)
+        if mlm_tokens == 0 and self.reads_data:
+            parts = (parts[0], math.nan)
+        return StepResult(loss, *parts, norm, skipped, int(num_tokens))
+
+    def evaluate(self, batches: Iterator[MicroBatch], num_micro_batches: int) -> EvaluationResult:
+        """Return the mean losses over the next `num_micro_batches` of `batches` on every replica. Collective."""
+        taken = self._take(batches, num_micro_batches)
+        counts = self._global_counts(taken)
+        summed = [(batch.inputs, (*batch.labels, torch.ones(2))) for batch in taken]
+        with torch.no_grad():
+            sums = (
+                self._evaluate_pipeline(summed, num_micro_batches) if self.is_pipeline else self._evaluate_plain(summed)
+            )
+        sums = self._total(sums, self.topology.data.handle).tolist()
+        means = [total / count if count else math.nan for total, count in zip(sums, counts[:2], strict=True)]
+        means = self._from_loss_stage(torch.tensor([*means, *counts[:2]], dtype=torch.float64)).tolist()
+        return EvaluationResult(means[0], means[1], int(means[2]), int(means[3]))
+
+    def _take(self, batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
+        return [next(batches) for _ in range(count)] if self.reads_data else []
+
+    def _global_counts(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """Return LM labels, MLM labels and tokens of the global batch; zeros on ranks that read no data."""
+        if not self.reads_data:
+            return [0.0, 0.0, 0.0]
+        labels = [sum(int((batch.labels[part] != IGNORED).sum()) for batch in batches) for part in range(2)]
+        counts = torch.tensor([*labels, sum(batch.num_tokens for batch in batches)], dtype=torch.float64)
+        return self._total(counts, self.topology.data.handle).tolist()
+
+    def _weighted(self, batches: Sequence[MicroBatch], counts: Tensor) -> list[Weighted]:
+        """Add to the labels the factors that turn summed losses into means over the global batch."""
+        scale = len(batches) * self.topology.data.size  # the engine averages over micro-batches and replicas
+        factors = torch.where(counts > 0, scale / counts, 0.0).float()
+        return [(batch.inputs, (*batch.labels, factors)) for batch in batches]
+
+    def _total(self, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        if group is None:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values, group=group)
+        return values.cpu()
+
+    def _train_plain(self, batches: Sequence[Weighted], accept: Accept | None) -> tuple[float, tuple[float, float]]:
+        totals = torch.zeros(3, dtype=torch.float32, device=self.device)
+        for number, (inputs, labels) in enumerate(batches, start=1):
+            loss = self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
+            if accept is not None and number == len(batches):
+                loss = self._judged(loss, totals[1], accept)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+        means = self._total(totals / (len(batches) * self.topology.data.size), self.topology.data.handle).tolist()
+        return means[0], (means[1], means[2])
+
+    def _train_pipeline(self, batches: Sequence[Weighted], accept: Accept | None) -> tuple[float, tuple[float, float]]:
+        loss_function = self.module.loss_fn
+        losses: list[Tensor] = []
+
+        def judging(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+            loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
+            losses.append(self._parts()[0])
+            if accept is None or len(losses) < len(batches):
+                return loss
+            return self._judged(loss, torch.stack(losses).sum(), accept)
+
+        self.module.loss_fn = judging
+        try:
+            loss = self.deepspeed.train_batch(iter(batches)).item()
+        finally:
+            self.module.loss_fn = loss_function
+        parts = cast(Mapping[str, Tensor], self.deepspeed.get_additional_losses())
+        return loss, (parts["lm_loss"].item(), parts["mlm_loss"].item())
+
+    def _judged(self, loss: Tensor, total: Tensor, accept: Accept) -> Tensor:
+        """Return the last micro-batch's `loss`; one whose gradient is not a number where the step is refused.
+
+        `total` is this replica's sum of LM losses. The loss of the whole batch is known here, before the last backward
+        pass. A gradient that is not finite reaches every rank, and every engine skips such a step as a whole: refusing
+        needs nothing of the engine but that.
+        """
+        mean = self._total(total / (self.num_micro_batches * self.topology.data.size), self.topology.data.handle)
+        return loss if accept(mean.item()) else cast(Tensor, _Refused.apply(loss))
+
+    def _evaluate_plain(self, batches: Iterable[Weighted]) -> Tensor:
+        """Return the summed losses of this rank's replica: [LM, MLM]."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        self.deepspeed.eval()
+        for inputs, labels in batches:
+            self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            sums += self._parts().double().cpu()
+        self.deepspeed.train()
+        return sums
+
+    def _evaluate_pipeline(self, batches: Sequence[Weighted], count: int) -> Tensor:
+        """The same; zeros on ranks that are not the loss stage."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        loss_function = self.module.loss_fn
+
+        def add_parts(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+            loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
+            sums.add_(self._parts().double().cpu())
+            return loss
+
+        self.module.loss_fn = add_parts
+        try:
+            self.deepspeed.eval_batch(iter(batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        finally:
+            self.module.loss_fn = loss_function
+        return sums
+
+    def _parts(self) -> Tensor:
+        parts = cast(Mapping[str, Tensor], self.module.loss_parts)
+        return torch.stack([parts[name].detach().float() for name in LOSS_PARTS])
+
+    def _from_loss_stage(self, values: Tensor) -> Tensor:
+        """Carry `values` from the pipeline stage that computed the loss to the others."""
+        if not self.is_pipeline:
+            return values
+        group = self.topology.pipeline
+        values = values.to(self.device)
+        dist.broadcast(values, src=group.ranks[self._loss_stage], group=group.handle)
+        return values.cpu()
+
+    def _to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+class _Refused(torch.autograd.Function):
+    """The identity, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(context: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return torch.full_like(gradient, math.nan)
+
+
+def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
+    """Let stages with fewer parameter groups take part in the norm of every group.
+
+    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would let the others wait.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    count = torch.tensor(len(optimizer.bit16_groups), device=_accelerator().current_device_name())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=topology.model.handle)
+    missing = int(count) - len(optimizer.bit16_groups)
+    if missing == 0:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        norms = [
+            optimizer.complete_grad_norm_calculation_for_cpu_offload(optimizer.params_in_partition[index])
+            if optimizer.cpu_offload
+            else optimizer.get_grad_norm_direct(
+                optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
+            )
+            for index in range(len(optimizer.bit16_groups))
+        ]
+        norms += [optimizer.get_grad_norm_direct([], []) for _ in range(missing)]
+        return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _clear_gradients_once_taken(optimizer: Any) -> None:
+    """Let bf16 gradients be cleared after the optimizer added them to its own, and not before the next backward pass.
+
+    "Before" is when that pass reaches what the module returned. The loss is outside of it: what it gives straight to a
+    parameter (the token table, where the last stage needs it for the loss only) comes earlier, and would be lost.
+    """
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    take = optimizer.update_hp_grads
+    optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)
+    optimizer.backward_prologue = lambda: None

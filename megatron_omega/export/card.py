@@ -1,0 +1,66 @@
+"""The page that goes with exported weights: enough to write a program that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from pydantic import JsonValue
+
+_CARD = """# GPT-Omega weights
+
+{shape}, stored as {dtype} in {files}.
+
+`tokenizer.model` is SentencePiece. `config.json` has every setting (`config`), and for every parameter its shape, its
+file and the XXH3-64 of its bytes (`parameters`).
+
+## What reads them
+
+megatron-omega: `tools/generate.py --checkpoint FOLDER`, `tools/fill_mask.py --checkpoint FOLDER`, or
+
+    from megatron_omega.export.loading import load_omega
+    model, config = load_omega("FOLDER")
+
+Any safetensors reader gives the tensors. The Transformers library has no such architecture: `AutoModel` does not load
+this.
+
+## What they mean
+
+| name | shape |
+|---|---|
+| `token_table.weight` | [vocabulary padded to a multiple of 128, d]; input embedding (times sqrt(d)) and output, tied |
+| `*.attention.qkv.weight` | [branches, 3 = q k v, heads, head size, d]; branches in the order of `model.*_branches` |
+| `*.attention.out.weight` | [d, branches, heads, head size] |
+| `*.attention.qk_gains` | [branches, 2 = q k, heads, head size]; RMSNorm of q and k, before rotary positions |
+| `*.attention.dynamic.weight`, `.bias` | [2 = temperature gate, heads, d], [2, heads]; 2 sigmoid(w x + b) |
+| `*.cross.q.weight`, `*.cross.kv.weight` | [heads, head size, d], [2 = k v, heads, head size, d] |
+| `*.cross.out.weight`, `*.cross.qk_gains` | [d, heads, head size], [2 = q k, heads, head size] |
+| `*.feed_forward.gate_up.weight`, `.down.weight` | [2 = gate up, f, d], [d, f]; down(silu(gate x) * up x) |
+| `*_norm.weight`, `encoder.norm.weight`, `decoder.norm.weight` | [d]; RMSNorm |
+| `*.positions.weight` | [length, d]; learned positions, where there are any |
+| `head.mlm.*` | dense [d, d] and bias, GELU, RMSNorm, then the token table and `output_bias` |
+
+    encoder   x += a Attention(norm(x));  x += a FFN(norm(x));  memory = norm(x)
+    decoder   y += a Attention(norm(y));  y += a Cross(norm(y), memory);  y += a FFN(norm(y))
+    logits    output_multiplier * norm(y) table^T;  MLM: output_multiplier * transform(memory) table^T + output_bias
+
+a = depth_base / (encoder layers + decoder layers). Scores are scaled by 1 / sqrt(head size). Rotary pairs are
+(k, k + head size / 2). The encoder reads a mode token, then the text; the decoder begins with <s>.
+
+Branches, for token i attending j: full (all j), causal (j <= i), local (abs(i - j) < local_window), axial (heads with
+an even index: same i // axial_width; odd: same i % axial_width), dynamic (full, q times temperature, output times
+gate). In the decoder all are causal.
+"""
+
+
+def model_card(dtype: str, config: Mapping[str, JsonValue], num_files: int) -> str:
+    """Return the page, in Markdown."""
+    model = cast(Mapping[str, JsonValue], config["model"])
+    layers = f"{model['encoder_layers']} encoder and {model['decoder_layers']} decoder layers"
+    shape = (
+        f"{layers}, d = {model['hidden_size']}, f = {model['ffn_hidden_size']}, {model['num_attention_heads']} heads"
+    )
+    files = (
+        "`model.safetensors`" if num_files == 1 else f"{num_files} files (`model.safetensors.index.json` lists them)"
+    )
+    return _CARD.format(shape=shape, dtype=dtype, files=files)

@@ -1,0 +1,202 @@
+"""From a folder to a model that can be asked: an unsharded Omega, filled by canonical names, and its tokenizer.
+
+The folder may be a checkpoint of any layout, a run, or an export. The model is built without memory and filled tensor
+by tensor, so that no weight is ever held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from pydantic import JsonValue, ValidationError
+from torch import Tensor, nn
+
+from megatron_omega.checkpoint.catalogue import list_checkpoints
+from megatron_omega.checkpoint.manifest import FILE_NAME
+from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.tokenizer import Tokenizer
+from megatron_omega.errors import CheckpointError, ConfigError, DataError
+from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export
+from megatron_omega.host import run_folder
+from megatron_omega.log import get_logger
+from megatron_omega.model.context import ModelContext
+from megatron_omega.model.kernels import select_kernels
+from megatron_omega.model.omega import Omega
+from megatron_omega.parallel.parameters import declared_parameters, describe, replacement
+
+logger = get_logger(__name__)
+Found = TypeVar("Found")
+
+
+class Weights(Protocol):
+    """Named tensors and what they were trained with: a checkpoint, or an export."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, JsonValue]: ...
+
+    @property
+    def identity(self) -> dict[str, JsonValue]: ...
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model and the tokenizer it was trained with."""
+
+    model: Omega
+    config: RunConfig
+    tokenizer: Tokenizer
+    path: Path
+    """The folder the weights were read from."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.table.weight.device
+
+
+def load_omega(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Omega, RunConfig]:
+    """Load the model at `path`, for evaluation, without gradients or recomputation.
+
+    Args:
+        path: a step-... folder, a checkpoints folder or a run folder (the newest valid checkpoint), or an export.
+
+    Raises:
+        CheckpointError: there is none, none is whole, or it does not hold the parameters of its own configuration.
+        ConfigError: there is no such device.
+    """
+    place = usable_device(device)
+    return _with_newest(Path(path), lambda weights: build_omega(weights, place, dtype))
+
+
+def load_text_model(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Path | str | None = None,
+) -> TextModel:
+    """Load model and tokenizer; the run's own tokenizer where no other file is named.
+
+    Raises:
+        CheckpointError: as `load_omega`.
+        DataError: the tokenizer is missing, or not the one that the model was trained with.
+    """
+
+    place = usable_device(device)
+
+    def load(weights: Weights) -> TextModel:
+        opened = open_tokenizer(weights, tokenizer)
+        model, config = build_omega(weights, place, dtype)
+        return TextModel(model, config, opened, weights.path)
+
+    return _with_newest(Path(path), load)
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return the device called `name`; raise `ConfigError` where this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device {name} cannot be used here ({reason}); use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return device
+
+
+def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenizer:
+    """Open the tokenizer at `path`, or the run's, and compare its fingerprint with that of the weights."""
+    own = weights.path / TOKENIZER_NAME
+    tokenizer = Tokenizer.open(path or (own if own.exists() else _config_of(weights).data.tokenizer))
+    wanted = weights.identity.get("tokenizer")
+    if tokenizer.fingerprint != wanted:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, the model in {weights.path} was "
+            f"trained with {str(wanted)[:12]}; give that tokenizer's file with --tokenizer"
+        )
+    return tokenizer
+
+
+def build_omega(weights: Weights, device: torch.device, dtype: torch.dtype) -> tuple[Omega, RunConfig]:
+    """Build the unsharded model of `weights` and fill every parameter by its canonical name."""
+    config = _config_of(weights)
+    context = ModelContext.of(config, kernels=select_kernels(device.type))
+    with torch.device("meta"):
+        model = Omega(replace(context, recompute="none"))
+    _require_same_parameters(model, weights)
+    filled: dict[str, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            name = describe(parameter).name
+            if name not in filled:  # the token table has several places
+                filled[name] = replacement(parameter, weights.tensor(name).to(device, dtype))
+            setattr(module, key, filled[name])
+    return model.eval(), config
+
+
+def find_weights(path: Path) -> list[Path]:
+    """Return the folders that `path` may mean, the best first. Raises CheckpointError where there is none."""
+    if (path / FILE_NAME).exists() or is_export(path):
+        return [path]
+    found = list_checkpoints(path) or list_checkpoints(path / run_folder.CHECKPOINTS)
+    if not found:
+        problem = "holds no checkpoint" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {problem}; give a step-... folder, a checkpoints folder, a run or an export")
+    return found
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open a checkpoint or an export."""
+    return open_export(folder) if is_export(folder) else open_checkpoint(folder)
+
+
+def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
+    """Use the newest checkpoint that is whole, and say which ones are not."""
+    problems: list[str] = []
+    for folder in find_weights(path):
+        if problems:
+            logger.warning("going back to %s: %s", folder.name, problems[-1])
+        try:
+            weights = open_weights(folder)
+            try:
+                return use(weights)
+            finally:
+                weights.close()
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(*problems)
+
+
+def _config_of(weights: Weights) -> RunConfig:
+    try:
+        return RunConfig.model_validate(weights.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{weights.path} was written with settings that this version does not know ({place}: {first['msg']}); "
+            "use the version that wrote it"
+        ) from None
+
+
+def _require_same_parameters(model: Omega, weights: Weights) -> None:
+    wanted = {info.name for info, _ in declared_parameters(model)}
+    found = set(weights.names())
+    findings = [f"{weights.path} holds no parameter {name}" for name in sorted(wanted - found)]
+    findings += [f"{weights.path} holds a parameter {name} that its model lacks" for name in sorted(found - wanted)]
+    if findings:
+        raise CheckpointError(f"{findings[0]} (and {len(findings) - 1} more); use the version that wrote it")

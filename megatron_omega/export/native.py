@@ -1,0 +1,217 @@
+"""Weights to hand on: safetensors, a config.json that explains them, the tokenizer. No optimizer, no layout.
+
+    model.safetensors                       or model-00001-of-00003.safetensors ... with model.safetensors.index.json
+    config.json                             settings, and for every parameter its shape, file and checksum
+    tokenizer.model                         SentencePiece
+    README.md                               what the numbers mean (`export_card`)
+
+Parameters keep their canonical names and shapes. An export exists whole or not at all: it is written into a hidden
+folder that is renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.tensor_file import checksum
+from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, sync_folder, write_durably
+from megatron_omega.errors import CheckpointError
+from megatron_omega.export.card import model_card
+
+CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer.model"
+CARD_NAME = "README.md"
+INDEX_NAME = "model.safetensors.index.json"
+FORMAT = "megatron-omega-export"
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ExportedParameter(BaseModel):
+    """One parameter of an export."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    file: str
+    checksum: str
+    """XXH3 (64 bit) of its bytes."""
+
+
+class ExportDescription(BaseModel):
+    """The content of config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_type: Literal["gpt-omega"] = "gpt-omega"
+    format: Literal["megatron-omega-export"] = FORMAT
+    version: Literal[1] = 1
+    dtype: Literal["fp32", "bf16"]
+    step: int
+    """Optimizer steps the weights have seen."""
+    identity: dict[str, JsonValue]
+    """Architecture, and the SHA-256 of the tokenizer."""
+    config: dict[str, JsonValue]
+    """Every setting of the run."""
+    parameters: dict[str, ExportedParameter]
+
+
+def write_export(
+    target: Path, source: CheckpointReader, tokenizer: bytes, *, dtype: Literal["fp32", "bf16"], shard_bytes: int
+) -> ExportDescription:
+    """Write the weights of `source` into the new folder `target`, one file after the other.
+
+    Args:
+        tokenizer: the SentencePiece model's file.
+        shard_bytes: a file gets no further tensor when it holds that much; also the memory this takes.
+
+    Raises:
+        CheckpointError: the folder exists, cannot be written, or the checkpoint is damaged.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists; choose a new folder, an export is never mixed with something else")
+    staging = target.with_name(f"{HIDDEN_PREFIX}{target.name}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        description = _write(staging, source, tokenizer, dtype, shard_bytes)
+        sync_folder(staging)
+        staging.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}; free space or choose a place") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return description
+
+
+def _write(
+    folder: Path, source: CheckpointReader, tokenizer: bytes, dtype: Literal["fp32", "bf16"], shard_bytes: int
+) -> ExportDescription:
+    parameters: dict[str, ExportedParameter] = {}
+    shards = list(_shards(source, DTYPES[dtype].itemsize, shard_bytes))
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {name: source.tensor(name).to(DTYPES[dtype]) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _publish(folder / file)
+        for name, tensor in tensors.items():
+            parameters[name] = ExportedParameter(shape=tuple(tensor.shape), file=file, checksum=_checksum(tensor))
+    manifest = source.manifest
+    description = ExportDescription(
+        dtype=dtype, step=manifest.step, identity=manifest.identity, config=manifest.config, parameters=parameters
+    )
+    if len(shards) > 1:
+        write_durably(folder / INDEX_NAME, json.dumps(_index(description), indent=2).encode())
+    write_durably(folder / TOKENIZER_NAME, tokenizer)
+    write_durably(folder / CARD_NAME, model_card(description.dtype, description.config, len(shards)).encode())
+    write_durably(folder / CONFIG_NAME, description.model_dump_json(indent=2).encode())
+    return description
+
+
+def _publish(path: Path) -> None:
+    """Flush a file to the disk; let those read it who may read its folder (safetensors lets its owner alone)."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _shards(source: CheckpointReader, element_bytes: int, shard_bytes: int) -> Iterator[list[str]]:
+    """Yield the names that share a file."""
+    names: list[str] = []
+    size = 0
+    for name, entry in source.manifest.parameters.items():
+        num_bytes = math.prod(entry.shape) * element_bytes
+        if names and size + num_bytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += num_bytes
+    yield names
+
+
+def _index(description: ExportDescription) -> dict[str, Any]:
+    element = DTYPES[description.dtype].itemsize
+    total = sum(math.prod(parameter.shape) * element for parameter in description.parameters.values())
+    weight_map = {name: parameter.file for name, parameter in description.parameters.items()}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _checksum(tensor: Tensor) -> str:
+    return checksum(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class ExportReader:
+    """An open export."""
+
+    def __init__(self, path: Path, description: ExportDescription) -> None:
+        self.path = path
+        self.description = description
+        self._files = ExitStack()
+        self._opened: dict[str, Any] = {}
+
+    @property
+    def config(self) -> dict[str, JsonValue]:
+        """The resolved configuration of the run that made the weights."""
+        return self.description.config
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """Architecture and tokenizer."""
+        return self.description.identity
+
+    def names(self) -> tuple[str, ...]:
+        """Return the canonical names of all parameters."""
+        return tuple(self.description.parameters)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as it is stored. Raises CheckpointError where it is missing or a byte has changed."""
+        entry = self.description.parameters[name]
+        try:
+            if entry.file not in self._opened:
+                file = safe_open(self.path / entry.file, framework="pt")
+                self._opened[entry.file] = self._files.enter_context(file)
+            tensor: Tensor = self._opened[entry.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / entry.file} cannot be read ({error}); tensor {name}") from None
+        if tuple(tensor.shape) != entry.shape or _checksum(tensor) != entry.checksum:
+            raise CheckpointError(f"{self.path / entry.file} has changed bytes; tensor {name}; export it again")
+        return tensor
+
+    def close(self) -> None:
+        """Close all files."""
+        self._opened.clear()
+        self._files.close()
+
+
+def is_export(path: Path) -> bool:
+    """Tell whether `path` is the folder of an export."""
+    with suppress(OSError):
+        return f'"{FORMAT}"' in (path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")[:400]
+    return False
+
+
+def open_export(path: Path | str) -> ExportReader:
+    """Open the export in the folder `path`. Raises CheckpointError where its config.json is missing or damaged."""
+    file = Path(path) / CONFIG_NAME
+    try:
+        description = ExportDescription.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        raise CheckpointError(f"{file} cannot be read ({reason}); export the checkpoint again") from None
+    for name, entry in description.parameters.items():
+        if Path(entry.file).name != entry.file:
+            raise CheckpointError(f"{file}: {name} is said to be in {entry.file!r}, outside the folder; do not use it")
+    return ExportReader(Path(path), description)

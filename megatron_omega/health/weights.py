@@ -1,0 +1,162 @@
+"""Silent faults: weights that must be equal on several ranks, and are not.
+
+Every step, just before the optimizer moves them, each rank adds a checksum of the weights that its forward and
+backward passes have used to a running sum: local work, no message. At an interval the sums are compared. So a bit that
+flipped in any step since is found, even where ZeRO has overwritten it meanwhile with what the owner's master says.
+
+Compared are, for each owner of a ZeRO-1/2 partition, the working weights on every replica and the cast of the owner's
+master: three copies or more, so that the wrong one can be told. And the parameters that tensor-parallel ranks hold
+alike, over tensor x data. Under ZeRO-3 a rank's shard is compared with its master. Not seen: flips in a master's bits
+below the working precision, and flips in moments.
+
+The checksum is the sum of the bytes as 64-bit words, weighted by the step and wrapped: one flipped bit always changes
+it, it is computed where the weights are, and on a CPU it is twice as fast as xxh3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omega.config.layout import Layout
+from megatron_omega.engine.internals import replicated_weights, weight_copies
+from megatron_omega.parallel.places import Places
+from megatron_omega.training.state import Fault
+
+_WORD_BYTES = 8
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return the wrapped sum of the bytes of `tensor` as 64-bit words: int64, 0-dim, on its device."""
+    flat = tensor.detach().reshape(-1)
+    size = flat.element_size()
+    whole = flat.numel() * size // _WORD_BYTES * _WORD_BYTES // size
+    head, tail = flat[:whole], flat[whole:]
+    if head.storage_offset() * size % _WORD_BYTES:
+        head = head.clone()  # words count from the first element, wherever it lies in memory
+    return head.view(torch.int64).sum() + tail.view(_WORDS[size]).sum(dtype=torch.int64)
+
+
+class Copy(NamedTuple):
+    """One copy of some weights."""
+
+    rank: int
+    is_master: bool = False
+
+
+def odd_ones(copies: Mapping[Copy, int]) -> list[Copy]:
+    """Return the copies that differ from the most common value; all of them where none is the most common."""
+    counts = Counter(copies.values()).most_common(2)
+    if len(counts) == 1:
+        return []
+    if counts[0][1] == counts[1][1]:
+        return list(copies)
+    return [copy for copy, value in copies.items() if value != counts[0][0]]
+
+
+def differing(sums: Sequence[Sequence[int]], layout: Layout, *, has_masters: bool, is_sharded: bool) -> list[Copy]:
+    """Return the copies that are wrong, or among which a wrong one cannot be told; empty where all agree.
+
+    `sums[rank]` holds the sum of the working weights of every data-parallel owner's part (only the own one counts with
+    `is_sharded`, ZeRO-3), of the own master, and of the parameters that tensor-parallel ranks hold alike.
+    """
+    found: list[Copy] = []
+    owners = len(sums[0]) - 2
+    for ranks in layout.groups("data"):
+        for owner, owning_rank in enumerate(ranks[:owners]):
+            holders = [owning_rank] if is_sharded else ranks
+            copies = {Copy(rank): sums[rank][owner] for rank in holders}
+            if has_masters:
+                copies[Copy(owning_rank, is_master=True)] = sums[owning_rank][-2]
+            found += odd_ones(copies)
+    if found or layout.tensor == 1:
+        return list(dict.fromkeys(found))
+    for ranks in layout.groups("tensor") if is_sharded else layout.groups("data", "tensor"):
+        found += odd_ones({Copy(rank): sums[rank][-1] for rank in ranks})
+    return found
+
+
+def describe_difference(wrong: Sequence[Copy], places: Places) -> str:
+    """Return one sentence that names who is wrong."""
+    ranks = sorted({copy.rank for copy in wrong})
+    kinds = {copy.is_master for copy in wrong}
+    what = "weights" if len(kinds) > 1 else "master weights" if kinds == {True} else "working weights"
+    names = ", ".join(places.name(rank) for rank in ranks)
+    if len(ranks) == 1:
+        return f"the {what} of {names} differ from every other copy: a silent fault of that machine"
+    return f"the {what} of {names} differ, and no other copy tells which of them are wrong: a silent fault of a machine"
+
+
+class Integrity:
+    """Watches the weights of an engine. Every rank has one, and calls it at the same places."""
+
+    def __init__(self, engine: Any, layout: Layout, places: Places, *, interval_steps: int) -> None:
+        """`engine` is DeepSpeed's, whose optimizer's steps are watched from now on."""
+        self.interval_steps = interval_steps
+        self._engine, self._layout, self._places = engine, layout, places
+        self._sums: Tensor | None = None
+        self._steps = 0
+        step = engine.optimizer.step
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self._add()
+            return step(*arguments, **options)
+
+        engine.optimizer.step = watched
+
+    def find_fault(self) -> Fault | None:
+        """Compare what was used since the last call; return what differs. Collective, the same answer everywhere."""
+        mine = self._sums
+        if mine is None:
+            return None
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [torch.empty_like(mine) for _ in range(self._layout.world_size)]
+            dist.all_gather(everyone, mine)
+        steps, copies = self._steps, weight_copies(self._engine)
+        self.forget()
+        sums = [row.tolist() for row in everyone]
+        wrong = differing(sums, self._layout, has_masters=bool(copies.masters), is_sharded=copies.is_sharded)
+        if not wrong:
+            return None
+        ranks = tuple(sorted({copy.rank for copy in wrong}))
+        hosts = sorted({self._places.hosts[rank] for rank in ranks})
+        message = describe_difference(wrong, self._places)
+        return Fault("silent_fault", message, ranks, {"hosts": hosts, "within_steps": steps})
+
+    def forget(self) -> None:
+        """Begin anew: the weights have been replaced, or compared."""
+        self._sums, self._steps = None, 0
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        copies = weight_copies(self._engine)
+        parts = [self._total(checksum(tensor) for tensor in part) for part in copies.parts]
+        masters = (checksum(master.to(tensor.dtype)) for master, tensor in copies.masters)
+        alike = (checksum(tensor) for tensor in replicated_weights(self._engine)) if self._layout.tensor > 1 else ()
+        row = torch.stack([*parts, self._total(masters), self._total(alike)]) * _weight(self._steps)
+        self._sums = row if self._sums is None else self._sums + row
+        self._steps += 1
+
+    def _total(self, sums: Iterable[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.int64, device=self._engine.device)
+        for value in sums:
+            total += value.to(total.device)
+        return total
+
+
+def _weight(step: int) -> int:
+    """Return an odd 64-bit number that depends on `step` alone: a difference cannot cancel over steps."""
+    return int.from_bytes(hashlib.blake2b(b"%d" % step, digest_size=8).digest(), "little", signed=True) | 1
+
+
+def has_copies(engine: Any, layout: Layout) -> bool:
+    """Return whether any weight of this run is held twice, so that there is something to compare."""
+    return layout.data * layout.tensor > 1 or bool(weight_copies(engine).masters)

@@ -1,0 +1,24 @@
+"""The names of all files of a run folder. Who writes what:
+
+config.yaml      run         the settings, resolved
+metrics.jsonl    monitoring  one object for each step
+events.jsonl     monitoring  starts, validations, checkpoints, faults (the watchdog adds a hang)
+loss.png         monitoring  the curves
+launches.jsonl   launching   each start with its end
+exit-codes/      launching   what the ranks of a launch returned
+stacks/          watchdog    where the ranks stood when they hung
+stop             the user    asks for a stop; removed when it is obeyed
+checkpoints/     checkpoint  step-00000100/ and so on
+SUCCESS          monitoring  written last of all: the run is complete
+"""
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+PLOT = "loss.png"
+LAUNCHES = "launches.jsonl"
+EXIT_CODES = "exit-codes"
+STACKS = "stacks"
+STOP = "stop"
+CHECKPOINTS = "checkpoints"
+SUCCESS = "SUCCESS"

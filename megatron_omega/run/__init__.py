@@ -1,0 +1,1 @@
+"""One run put together: from a checked configuration to a training that is under way."""

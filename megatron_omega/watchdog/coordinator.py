@@ -1,0 +1,277 @@
+"""The monitor of rank 0 as judge of all ranks: gathers what the monitors say, decides once, tells everyone.
+
+    arriving   every monitor says hello with its findings -> `go`, or `end` with the list of what is wrong
+    running    a failure: others get a moment to tell theirs, then the first cause is named
+               a rank overdue: every stack is dumped, then who is waited for is named
+               a monitor silent: its host is named
+    ending     all ranks but 0 are ended, the verdict is printed, rank 0 is ended: so it is the last word
+
+One thread, one selector, one connection for each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_omega.errors import ConfigError
+from megatron_omega.host import run_folder
+from megatron_omega.watchdog import diagnosis as verdicts
+from megatron_omega.watchdog.diagnosis import Failure, Member, Standing, Verdict
+from megatron_omega.watchdog.messages import Line, Message
+from megatron_omega.watchdog.stacks import Frame
+
+TICK_SECONDS = 0.2
+GREETING_SECONDS = 1.0
+SILENCE_SECONDS = 10.0
+FINDINGS_SECONDS = 20.0
+"""How long the rest may take to arrive when one rank has said already that the run cannot start."""
+GRACE_SECONDS = 1.0
+DUMP_SECONDS = 4.0
+END_SECONDS = 3.0
+_OWN_PAUSE_SECONDS = 3.0
+
+
+@dataclass
+class _Seat:
+    """One rank, as the hub knows it."""
+
+    member: Member
+    line: Line
+    findings: list[str]
+    finding_code: int
+    fingerprint: dict[str, str]
+    heard: float
+    phase: str = "starting"
+    step: int = 0
+    age: float = 0.0
+    allowed: float = float("inf")
+    state: str = "S"
+    is_open: bool = True
+    is_done: bool = False
+    dump: Standing | None = None
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.age > self.allowed
+
+
+class Hub:
+    """Judges the ranks of one run. `serve` returns when all are done or ended."""
+
+    def __init__(
+        self, listener: socket.socket, world_size: int, token: str, run_directory: Path, start_timeout_seconds: float
+    ) -> None:
+        self._listener = listener
+        self._world_size = world_size
+        self._token = token
+        self._run_directory = run_directory
+        self._start_timeout = start_timeout_seconds
+        self._seats: dict[int, _Seat] = {}
+        self._seat_of: dict[Line, _Seat] = {}
+        self._failures: list[Failure] = []
+        self._deadline: float | None = None
+        self._dumps_until: float | None = None
+        self._has_started = False
+        self._greeted = 0.0
+        self._selector = selectors.DefaultSelector()
+
+    def serve(self) -> None:
+        """Run until the end of all ranks."""
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        begin = last = time.monotonic()
+        verdict = None
+        while verdict is None and not self._is_over():
+            for key, _ in self._selector.select(TICK_SECONDS):
+                self._accept() if key.fileobj is self._listener else self._hear(key.data)
+            now = time.monotonic()
+            if now - last > _OWN_PAUSE_SECONDS:  # this process slept, not the others: count from here
+                for seat in self._seats.values():
+                    seat.heard = now
+            last = now
+            self._greet(now)
+            verdict = self._judge(now, begin)
+        if verdict is not None:
+            self._end(verdict)
+        for line in [seat.line for seat in self._seats.values()]:
+            line.close()
+        self._listener.close()
+
+    def _greet(self, now: float) -> None:
+        """Let the monitors know that the hub is there: one that is cut off ends its rank by itself."""
+        if now - self._greeted >= GREETING_SECONDS:
+            self._greeted = now
+            for seat in self._seats.values():
+                if seat.is_open and not seat.is_done:
+                    seat.line.send("beat")
+
+    # ---- hearing
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(2.0)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._selector.register(connection, selectors.EVENT_READ, Line(connection))
+
+    def _hear(self, line: Line) -> None:
+        messages = line.receive()
+        seat = self._seat_of.get(line)
+        if messages is None:
+            self._selector.unregister(line.connection)
+            line.close()
+            if seat is not None:
+                self._lose(seat)
+            return
+        for message in messages:
+            if message["kind"] == "hello":
+                self._seat(line, message)
+            elif seat is not None:
+                self._note(seat, message)
+
+    def _seat(self, line: Line, message: Message) -> None:
+        if message.get("token") != self._token:
+            return
+        member = Member(message["rank"], message["place"], message["host"], message["pid"])
+        seat = _Seat(
+            member, line, message["findings"], message["finding_code"], message["fingerprint"], time.monotonic()
+        )
+        self._seats[member.rank] = self._seat_of[line] = seat
+
+    def _note(self, seat: _Seat, message: Message) -> None:
+        seat.heard = time.monotonic()
+        kind = message["kind"]
+        if kind in ("beat", "dump"):
+            seat.phase, seat.step, seat.state = message["phase"], message["step"], message["state"]
+            seat.age, seat.allowed = message["age"], message["allowed"]
+        if kind == "dump":
+            frames = [Frame(*frame) for frame in message["frames"]]
+            seat.dump = Standing(seat.member, seat.phase, seat.step, seat.age, seat.state, frames)
+            self._keep_stack(seat.member.rank, message["text"])
+        elif kind == "failed":
+            self._fail(Failure(seat.member, *(message[k] for k in ("phase", "message", "error", "trace", "code"))))
+        elif kind == "lost":
+            self._fail(Failure(seat.member, message["phase"], code=verdicts.LOST_EXIT_CODE))
+        elif kind == "done":
+            seat.is_done = True
+
+    def _lose(self, seat: _Seat) -> None:
+        """A monitor is gone. Where its rank had not said that it was done, the host or both processes were killed."""
+        seat.is_open = False
+        if not seat.is_done:
+            self._fail(Failure(seat.member, seat.phase, code=verdicts.LOST_EXIT_CODE))
+
+    def _fail(self, failure: Failure) -> None:
+        self._failures.append(failure)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + GRACE_SECONDS
+
+    # ---- judging
+
+    def _is_over(self) -> bool:
+        return len(self._seats) == self._world_size and all(seat.is_done for seat in self._seats.values())
+
+    def _judge(self, now: float, begin: float) -> Verdict | None:
+        if self._deadline is not None and (now >= self._deadline or len(self._failures) == self._world_size):
+            return verdicts.failure_verdict(self._failures)
+        if self._deadline is not None:
+            return None
+        seats = list(self._seats.values())
+        if not self._has_started:
+            return self._judge_start(seats, now - begin)
+        silent = [seat.member for seat in seats if not seat.is_done and now - seat.heard > SILENCE_SECONDS]
+        if silent:
+            return verdicts.silence_verdict(silent, SILENCE_SECONDS)
+        return self._judge_progress([seat for seat in seats if not seat.is_done], now)
+
+    def _judge_start(self, seats: list[_Seat], waited: float) -> Verdict | None:
+        findings = any(seat.findings for seat in seats)
+        if len(seats) < self._world_size and not (findings and waited > FINDINGS_SECONDS):
+            if waited < self._start_timeout:
+                return None
+            return verdicts.absence_verdict([seat.member for seat in seats], self._world_size, self._start_timeout)
+        findings = [(text, seat.finding_code) for seat in seats for text in seat.findings]
+        prints = {seat.member.rank: seat.fingerprint for seat in seats}
+        findings += [(text, ConfigError.exit_code) for text in verdicts.disagreements(prints)]
+        if findings:
+            return verdicts.refusal_verdict(findings)
+        self._has_started = True
+        for seat in seats:
+            seat.line.send("go")
+        return None
+
+    def _judge_progress(self, seats: list[_Seat], now: float) -> Verdict | None:
+        if self._dumps_until is None:
+            if any(seat.is_overdue for seat in seats):
+                self._dumps_until = now + DUMP_SECONDS
+                for seat in seats:
+                    seat.line.send("dump", resume=False)
+            return None
+        waiting = [seat for seat in seats if seat.dump is None]
+        if waiting and now < self._dumps_until:
+            return None
+        if not any(seat.is_overdue for seat in seats):  # somebody moved on meanwhile: slow, not stuck
+            self._dumps_until = None
+            for seat in seats:
+                seat.dump = None
+            return None
+        self._resume_stopped([seat for seat in seats if seat.dump is not None and seat.dump.state == "T"])
+        standings = [seat.dump or Standing(seat.member, seat.phase, seat.step, seat.age, seat.state) for seat in seats]
+        return verdicts.hang_verdict(standings, str(self._stack_folder()))
+
+    def _resume_stopped(self, seats: list[_Seat]) -> None:
+        """Let stopped processes go on for the moment in which they write their stacks; others have written theirs."""
+        stopped = [seat.dump for seat in seats]
+        for seat in seats:
+            seat.dump = None
+            seat.line.send("dump", resume=True)
+        until = time.monotonic() + DUMP_SECONDS
+        while any(seat.dump is None for seat in seats) and time.monotonic() < until:
+            for key, _ in self._selector.select(TICK_SECONDS):
+                if key.fileobj is not self._listener:
+                    self._hear(key.data)
+        for seat, standing in zip(seats, stopped, strict=True):
+            if seat.dump is not None and standing is not None:  # it may have moved on then: only its stack counts
+                seat.dump = replace(standing, frames=seat.dump.frames)
+
+    # ---- ending
+
+    def _end(self, verdict: Verdict) -> None:
+        others = [seat for rank, seat in self._seats.items() if rank and seat.is_open]
+        for seat in others:
+            seat.line.send("end", code=verdict.code)
+        until = time.monotonic() + END_SECONDS
+        while any(seat.is_open for seat in others) and time.monotonic() < until:
+            for key, _ in self._selector.select(TICK_SECONDS):
+                if key.fileobj is not self._listener:
+                    self._hear(key.data)
+        self._record(verdict)
+        text = "\n".join((verdict.trace.rstrip(), *verdict.lines) if verdict.trace else verdict.lines)
+        sys.stderr.write(f"\n{text}\n")
+        sys.stderr.flush()
+        if 0 in self._seats:
+            self._seats[0].line.send("end", code=verdict.code)
+
+    def _record(self, verdict: Verdict) -> None:
+        if not verdict.event:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        step = max((seat.step for seat in self._seats.values()), default=0)
+        event = {"time": now, "step": step, **verdict.event, "verdict": "\n".join(verdict.lines), "code": verdict.code}
+        with contextlib.suppress(OSError), (self._run_directory / run_folder.EVENTS).open("ab") as file:
+            file.write(json.dumps(event).encode() + b"\n")
+
+    def _stack_folder(self) -> Path:
+        return self._run_directory / run_folder.STACKS
+
+    def _keep_stack(self, rank: int, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stack_folder().mkdir(parents=True, exist_ok=True)
+            (self._stack_folder() / f"rank-{rank:05d}.txt").write_text(text)

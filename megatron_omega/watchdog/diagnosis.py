@@ -1,0 +1,201 @@
+"""Who failed where, in sentences. Pure functions of what the monitors reported; knows neither sockets nor clocks."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from megatron_omega.errors import ConfigError, HangError
+from megatron_omega.watchdog.stacks import Frame, caller_of, collective_of
+
+LOST_EXIT_CODE = 137
+"""A rank was lost: killed, or its host is gone. What a shell calls a process that was killed."""
+BUG_EXIT_CODE = 1
+_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused|was closed)|broken pipe|timed out|socket|TCPStore|peer", re.IGNORECASE
+)
+_COMMUNICATION_KINDS = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank and where it runs."""
+
+    rank: int
+    place: str
+    """Coordinates, as in `pp 0, dp 1, tp 1`."""
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.place}) on {self.host}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended."""
+
+    member: Member
+    phase: str
+    message: str = ""
+    """What the user is told; empty where the process was gone without a word."""
+    kind: str = ""
+    """Class of the exception."""
+    trace: str = ""
+    """Traceback; empty where the failure is not a bug."""
+    code: int = BUG_EXIT_CODE
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether this looks like the echo of another rank's end: a broken connection."""
+        return self.kind in _COMMUNICATION_KINDS and _COMMUNICATION.search(self.message) is not None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank stood when a hang was judged."""
+
+    member: Member
+    phase: str
+    step: int
+    age_seconds: float
+    """Since its last sign of progress."""
+    state: str = "S"
+    """Process state, as in /proc/PID/stat: T is stopped, D waits for a device."""
+    frames: Sequence[Frame] = ()
+    """Its main thread, innermost first; empty where no stack could be had."""
+
+    @property
+    def waits_in(self) -> str | None:
+        return None if self.state == "T" else collective_of(self.frames)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is printed, once, and with which code every rank ends."""
+
+    code: int
+    lines: tuple[str, ...]
+    trace: str = ""
+    event: dict[str, Any] = field(default_factory=dict)
+
+
+def failure_verdict(failures: Sequence[Failure]) -> Verdict:
+    """Name the first rank that failed by itself; `failures` are in the order in which they became known."""
+    first = next((failure for failure in failures if not failure.is_consequence), failures[0])
+    if not first.kind:
+        what = "is gone without a word: it was killed (a signal, or the system out of memory)"
+        line = f"{first.member} {what}, while {first.phase}; started again, the run continues from its last checkpoint"
+    elif first.trace:
+        line = f"{first.member} failed while {first.phase}: {first.kind}: {first.message}"
+    else:
+        line = f"{first.message} ({first.member}, while {first.phase})"
+    event = {"event": "failure", "rank": first.member.rank, "host": first.member.host, "phase": first.phase,
+             "kind": first.kind or "Lost", "message": first.message}  # fmt: skip
+    return Verdict(first.code, (f"error: {line}",), first.trace, event)
+
+
+def silence_verdict(silent: Sequence[Member], seconds: float) -> Verdict:
+    """Say which hosts are not heard of any more."""
+    hosts = sorted({member.host for member in silent})
+    ranks = rank_ranges(member.rank for member in silent)
+    line = (
+        f"error: no word from {', '.join(hosts)} ({ranks}) for {seconds:.0f} s: the host or the network is gone; "
+        "started again on other hosts, the run continues from its last checkpoint"
+    )
+    return Verdict(LOST_EXIT_CODE, (line,), event={"event": "failure", "kind": "Silence", "hosts": hosts})
+
+
+def absence_verdict(present: Sequence[Member], world_size: int, seconds: float) -> Verdict:
+    """Say which ranks never arrived."""
+    missing = sorted(set(range(world_size)) - {member.rank for member in present})
+    by_host: dict[str, list[int]] = defaultdict(list)
+    for member in present:
+        by_host[member.host].append(member.rank)
+    arrived = "; ".join(f"{rank_ranges(ranks)} on {host}" for host, ranks in sorted(by_host.items()))
+    line = (
+        f"error: {rank_ranges(missing)} of {world_size} did not arrive within {seconds:.0f} s (arrived: {arrived}); "
+        "see whether they were started there, and whether they see the same run folder"
+    )
+    return Verdict(HangError.exit_code, (line,), event={"event": "failure", "kind": "Absent", "ranks": missing})
+
+
+def refusal_verdict(findings: Sequence[tuple[str, int]]) -> Verdict:
+    """List everything that speaks against starting; `findings` are (sentence, exit code)."""
+    sentences = list(dict.fromkeys(sentence for sentence, _ in findings))
+    codes = [code for _, code in findings]
+    code = ConfigError.exit_code if ConfigError.exit_code in codes else codes[0]
+    if len(sentences) == 1:
+        return Verdict(code, (f"error: {sentences[0]}",))
+    return Verdict(code, ("errors:", *(f"{number}. {text}" for number, text in enumerate(sentences, start=1))))
+
+
+def disagreements(fingerprints: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """Return a finding for each thing (configuration, code, versions) that is not the same on all ranks."""
+    found = []
+    for name in fingerprints[min(fingerprints)] if fingerprints else ():
+        holders: dict[str, list[int]] = defaultdict(list)
+        for rank, values in sorted(fingerprints.items()):
+            holders[values.get(name, "unknown")].append(rank)
+        if len(holders) > 1:
+            sides = ", ".join(f"{rank_ranges(ranks)} {value}" for value, ranks in holders.items())
+            found.append(f"ranks do not agree on {name}: {sides}; start all of them from the same files")
+    return found
+
+
+def hang_verdict(standings: Sequence[Standing], folder: str) -> Verdict:
+    """Name the ranks that the others wait for, and who waits where."""
+    guilty = _guilty(standings)
+    lines = [f"hang: {_plight(standing)}" for standing in guilty]
+    if not guilty:
+        lines = ["hang: every rank waits for another; they disagree about what comes next"]
+    lines += _waiting([standing for standing in standings if standing not in guilty])
+    lines.append(f"  stacks of all ranks: {folder}")
+    event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder}
+    return Verdict(HangError.exit_code, tuple(lines), event=event)
+
+
+def _guilty(standings: Sequence[Standing]) -> list[Standing]:
+    stopped = [standing for standing in standings if standing.state in "TtZ"]
+    if stopped:
+        return stopped
+    unreadable = [standing for standing in standings if not standing.frames]
+    return unreadable or [standing for standing in standings if standing.waits_in is None]
+
+
+def _plight(standing: Standing) -> str:
+    how = {"T": "; it is stopped (SIGSTOP)", "t": "; a debugger holds it", "D": "; it waits for a device"}
+    frames = standing.frames
+    where = f"\n  at {frames[0]}" if frames else "\n  its stack could not be had"
+    own = caller_of(frames)
+    if own is not None and own != frames[0]:
+        where += f", called from {own}"
+    return (
+        f"{standing.member}, process {standing.member.pid}, has made no progress for {standing.age_seconds:.1f} s "
+        f"while {standing.phase}{how.get(standing.state, '')}{where}"
+    )
+
+
+def _waiting(standings: Sequence[Standing]) -> list[str]:
+    places: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for standing in standings:
+        call = standing.waits_in or "no communication"
+        places[call, str(caller_of(standing.frames) or "an unknown place")].append(standing.member.rank)
+    return [f"  {rank_ranges(ranks)} waiting in {call}, at {place}" for (call, place), ranks in places.items()]
+
+
+def rank_ranges(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, or `ranks 0-3, 6`.
+
+    >>> rank_ranges([6, 0, 1, 2, 3]), rank_ranges([3])
+    ('ranks 0-3, 6', 'rank 3')
+    """
+    ordered = sorted(ranks)
+    starts = [ordered[0], *(second for first, second in pairwise(ordered) if second != first + 1)]
+    ends = [*(first for first, second in pairwise(ordered) if second != first + 1), ordered[-1]]
+    parts = [f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
+    return f"{'rank' if len(ordered) == 1 else 'ranks'} {', '.join(parts)}"

@@ -1,0 +1,66 @@
+"""The hook that tells the monitor what the loop is doing, and how long that may take before it counts as a hang."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import RunContext, StepReport
+from megatron_omega.watchdog.guard import Sentinel
+
+_REMEMBERED_STEPS = 50
+_MEASURED_STEPS = 2
+_FACTOR = 3.0
+_MARGIN_SECONDS = 4.0
+
+
+class Patience:
+    """How long a step may make no progress: measured, unless configured.
+
+    Three times the slowest of the last steps, and a margin for what has nothing to do with their length.
+    """
+
+    def __init__(self, configured_seconds: float | None, unknown_seconds: float) -> None:
+        """`unknown_seconds` counts until some steps are measured: the first ones compile and allocate."""
+        self._configured = configured_seconds
+        self._unknown = unknown_seconds
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._is_warm = False
+
+    def observe(self, step_seconds: float) -> None:
+        """Take a finished step into account; the first one, which warms up, is not like the others."""
+        if self._is_warm:
+            self._seconds.append(step_seconds)
+        self._is_warm = True
+
+    @property
+    def allowed_seconds(self) -> float:
+        """How long the next step may take."""
+        if len(self._seconds) < _MEASURED_STEPS:
+            return self._unknown
+        return self._configured or _FACTOR * max(self._seconds) + _MARGIN_SECONDS
+
+
+class Watch(Hook):
+    """Beats at every phase of the loop."""
+
+    def __init__(self, sentinel: Sentinel, config: RunConfig) -> None:
+        self._sentinel = sentinel
+        self._patience = Patience(config.resilience.hang_timeout_seconds, config.resilience.start_timeout_seconds)
+        self._long = float(config.parallel.timeout_seconds)
+
+    def on_start(self, context: RunContext) -> None:
+        self._sentinel.arm()
+
+    def on_phase(self, phase: str, step: int) -> None:
+        is_step_like = phase in ("in a step", "validating")
+        allowed = self._patience.allowed_seconds if is_step_like else self._long
+        self._sentinel.beacon.beat(phase, step=step, allowed_seconds=allowed)
+
+    def on_step_end(self, report: StepReport) -> None:
+        self._patience.observe(report.step_seconds)
+        self._sentinel.beacon.beat("between two steps", step=report.step)
+
+    def on_close(self) -> None:
+        self._sentinel.beacon.beat("ending", allowed_seconds=self._long)

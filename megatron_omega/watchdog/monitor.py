@@ -1,0 +1,293 @@
+"""The process beside one rank: `python -m megatron_omega.watchdog.monitor SOCKET BEACON STACKS` (file descriptors).
+
+It hears from its rank over the socket, reads its beacon, and speaks with the hub, which runs as a thread of rank 0's
+monitor. It ends soon after its rank, whatever happens, and never outlives the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from megatron_omega.errors import HangError
+from megatron_omega.watchdog.coordinator import SILENCE_SECONDS, Hub
+from megatron_omega.watchdog.diagnosis import LOST_EXIT_CODE
+from megatron_omega.watchdog.heartbeat import Beacon
+from megatron_omega.watchdog.messages import Line, Message
+from megatron_omega.watchdog.stacks import main_thread
+
+ADDRESS_FILE = ".monitor.json"
+BEAT_SECONDS = 1.0
+_MEET_SECONDS = 0.2
+_STACK_SECONDS = 2.0
+_END_SECONDS = 1.5
+_CONNECT_SECONDS = 2.0
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class Monitor:
+    """Watches the process `rank` (its parent)."""
+
+    def __init__(self, rank: Line, beacon: Beacon, stacks: int) -> None:
+        self._rank = rank
+        self._beacon = beacon
+        self._stacks = stacks
+        self._parent = os.getppid()
+        self._hub: Line | None = None
+        self._hub_heard = 0.0
+        self._facts: Message = {}
+        self._hello: Message | None = None
+        self._is_done = False
+        self._server: threading.Thread | None = None
+        self._said: list[Message] = []
+
+    def run(self) -> None:
+        """Watch until the rank is done or gone."""
+        selector = selectors.DefaultSelector()
+        selector.register(self._rank.connection, selectors.EVENT_READ)
+        beaten = 0.0
+        started = last = time.monotonic()
+        while self._listen_to_rank(selector):
+            now = time.monotonic()
+            if now - last > BEAT_SECONDS * 4:
+                self._hub_heard = now  # this process slept: do not take that for the hub's silence
+            last = now
+            if self._hub is None and self._hello is not None:
+                self._try_to_connect(selector, now - started)
+            if self._hub is not None and now - beaten >= BEAT_SECONDS:
+                self._hub.send("beat", **self._standing())
+                beaten = now
+            self._listen_to_hub(selector, now)
+        if self._server is not None:
+            self._server.join()
+
+    # ---- the rank
+
+    def _listen_to_rank(self, selector: selectors.BaseSelector) -> bool:
+        """Hear the rank until something comes or a beat is due; return whether it is still to be watched."""
+        ready = {key.fileobj for key, _ in selector.select(BEAT_SECONDS if self._hub else _MEET_SECONDS)}
+        if self._rank.connection in ready:
+            messages = self._rank.receive()
+            for message in messages or ():
+                self._take(message)
+            if messages is None:
+                return self._part()
+        if os.getppid() != self._parent:
+            return self._part()
+        return not self._is_done
+
+    def _take(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "watch":
+            self._facts = message
+            if message["rank"] == 0:
+                self._start_hub()
+        elif kind == "hello":
+            self._hello = message
+        elif kind == "done":
+            self._is_done = True
+            self._tell_hub("done")
+        elif kind == "failed":
+            told = {name: message[name] for name in ("message", "error", "trace", "code")}
+            self._tell_hub("failed", phase=self._standing()["phase"], **told)
+
+    def _tell_hub(self, kind: str, **fields: object) -> None:
+        if self._hub is not None:
+            self._hub.send(kind, **fields)
+        else:
+            self._said.append({"kind": kind, **fields})
+
+    def _part(self) -> bool:
+        """The rank is gone: say so, unless it said goodbye."""
+        if not self._is_done:
+            self._tell_hub("lost", phase=self._standing()["phase"])
+        return False
+
+    def _standing(self) -> Message:
+        beat = self._beacon.read()
+        age = time.monotonic() - beat.at if beat.count else 0.0
+        phase = f"{beat.phase} (step {beat.step})" if beat.step else beat.phase
+        allowed = None if beat.allowed_seconds == float("inf") else beat.allowed_seconds
+        return {"phase": phase, "step": beat.step, "age": age, "allowed": 1e30 if allowed is None else allowed,
+                "state": _process_state(self._parent)}  # fmt: skip
+
+    # ---- the hub
+
+    def _start_hub(self) -> None:
+        facts = self._facts
+        directory = Path(facts["run_directory"])
+        token = secrets.token_hex(8)
+        _allow_many_files()
+        is_local = facts["master"] in ("localhost", "::1") or facts["master"].startswith("127.")
+        listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=4096)
+        hub = Hub(listener, facts["world_size"], token, directory, facts["start_timeout"])
+        published = None
+        for address in _address_files(directory):
+            with contextlib.suppress(OSError):
+                address.parent.mkdir(parents=True, exist_ok=True)
+                _publish(address, {"port": listener.getsockname()[1], "token": token})
+                published = address
+                break
+        self._server = threading.Thread(target=_serve, args=(hub, published), name="hub")
+        facts |= {"port": listener.getsockname()[1], "token": token}
+        self._server.start()
+
+    def _try_to_connect(self, selector: selectors.BaseSelector, waited: float) -> None:
+        facts = self._facts
+        address = facts if "port" in facts else _read_address(Path(facts["run_directory"]))
+        if address is not None:
+            with contextlib.suppress(OSError):
+                host = "127.0.0.1" if "port" in facts else facts["master"]
+                connection = socket.create_connection((host, address["port"]), timeout=_CONNECT_SECONDS)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._hub, self._hub_heard = Line(connection), time.monotonic()
+                selector.register(connection, selectors.EVENT_READ)
+                self._hub.send("hello", token=address["token"], **self._introduction())
+                for message in self._said:
+                    self._hub.send(**message)
+                return
+        if waited > facts["start_timeout"] + SILENCE_SECONDS:
+            self._end_alone(HangError.exit_code, f"rank 0 did not arrive within {facts['start_timeout']:.0f} s")
+
+    def _introduction(self) -> Message:
+        assert self._hello is not None
+        facts = {name: self._facts[name] for name in ("rank", "place", "host", "pid")}
+        return facts | {name: self._hello[name] for name in ("findings", "finding_code", "fingerprint")}
+
+    def _listen_to_hub(self, selector: selectors.BaseSelector, now: float) -> None:
+        if self._hub is None:
+            return
+        self._hub.connection.settimeout(0.0)
+        messages = self._hub.receive()
+        self._hub.connection.settimeout(_CONNECT_SECONDS)
+        if messages is None:
+            selector.unregister(self._hub.connection)
+            if not self._is_done:
+                self._end_alone(LOST_EXIT_CODE, "the connection to rank 0's host is gone")
+            return
+        for message in messages:
+            self._hub_heard = now
+            self._obey(message)
+        if now - self._hub_heard > SILENCE_SECONDS:
+            self._end_alone(LOST_EXIT_CODE, f"no word from rank 0's host for {SILENCE_SECONDS:.0f} s")
+
+    def _obey(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "go":
+            self._rank.send("go")
+        elif kind == "dump":
+            self._dump(resume=message["resume"])
+        elif kind == "end":
+            self._end(message["code"])
+
+    def _end_alone(self, code: int, reason: str) -> None:
+        """End the rank without the hub's word. One line for each host: rank 0 is not there to speak for all."""
+        if self._facts["local_rank"] == 0 and self._facts["rank"]:
+            sys.stderr.write(f"\nerror: {reason}; seen from rank {self._facts['rank']} on {self._facts['host']}\n")
+            sys.stderr.flush()
+        self._end(code)
+
+    # ---- acting on the rank
+
+    def _dump(self, *, resume: bool) -> None:
+        """Send the stack of the rank. One that is stopped writes it only when it goes on."""
+        standing = self._standing()
+        text = "stopped\n"
+        if standing["state"] != "T" or resume:
+            text = self._written_stack(resume=resume)
+        frames = [[frame.file, frame.line, frame.function] for frame in main_thread(text, self._facts["ident"])]
+        if self._hub is not None:
+            self._hub.send("dump", **self._standing() | {"state": standing["state"]}, frames=frames, text=text)
+
+    def _written_stack(self, *, resume: bool) -> str:
+        before = os.fstat(self._stacks).st_size
+        self._signal(self._facts["signal"])
+        if resume:
+            self._signal(signal.SIGCONT)
+        until, size = time.monotonic() + _STACK_SECONDS, before
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            now = os.fstat(self._stacks).st_size
+            if now > before and now == size:
+                break
+            size = now
+        return os.pread(self._stacks, size - before, before).decode(errors="replace")
+
+    def _end(self, code: int) -> None:
+        self._is_done = True
+        self._rank.send("end", code=code)
+        if _process_state(self._parent) == "T":
+            self._signal(signal.SIGCONT)
+        until = time.monotonic() + _END_SECONDS
+        while os.getppid() == self._parent and time.monotonic() < until:
+            time.sleep(0.02)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        if os.getppid() == self._parent:  # else the number may belong to another process by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._parent, number)
+
+
+def _address_files(run_directory: Path) -> list[Path]:
+    """Return where ranks look for the hub: the run folder; where that cannot be written, a place of this host."""
+    key = hashlib.sha256(f"{os.getuid()} {run_directory}".encode()).hexdigest()[:16]
+    return [run_directory / ADDRESS_FILE, Path(tempfile.gettempdir()) / f"omega-monitor-{key}.json"]
+
+
+def _allow_many_files() -> None:
+    """Every rank is a connection: the usual limit of 1,024 open files is too low for a large run."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _serve(hub: Hub, address: Path | None) -> None:
+    try:
+        hub.serve()
+    finally:
+        if address is not None:
+            with contextlib.suppress(OSError):
+                address.unlink()
+
+
+def _publish(path: Path, values: Message) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(values, file)
+    unfinished.replace(path)
+
+
+def _read_address(run_directory: Path) -> Message | None:
+    for path in _address_files(run_directory):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+    return None
+
+
+def _process_state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
+
+
+if __name__ == "__main__":
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    socket_descriptor, beacon_descriptor, stacks_descriptor = map(int, sys.argv[1:4])
+    Monitor(Line(socket.socket(fileno=socket_descriptor)), Beacon(beacon_descriptor), stacks_descriptor).run()
