@@ -76,7 +76,7 @@ def run_local(arguments: argparse.Namespace, run: list[str]) -> int:
 
     launch = scripts.Launch(tuple(run), 1, arguments.ranks, command="")
     directory = Path(launch.resolve().config.logging.run_directory)
-    program = [sys.executable, "-u", str(Path(__file__).resolve().parents[1] / scripts.PROGRAM), *run]
+    program = [sys.executable, "-u", str(Path(__file__).resolve().parents[2] / scripts.PROGRAM), *run]
     turn = Turn(directory, f"local-{os.getpid()}", max_restarts=arguments.max_restarts)
     return supervise(Job(program, arguments.ranks, port=arguments.port), turn).code
 
