@@ -6,10 +6,10 @@ sample" is one sequence of each stream; parameters are global, not the slice of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from megatron_omega.config.schema import Branch, ModelConfig, RunConfig
+from megatron_omega.config.schema import Branch, Branches, ModelConfig, RunConfig, Stack
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ class LayerCost:
     forward_flops: int
     """FLOPs of one forward pass over one sample."""
 
-    @property
-    def kind(self) -> str:
-        """embedding, encoder, bridge, decoder, head or output."""
-        return self.name.partition(".")[0]
+    kind: str
+    """embedding, encoder, bridge, decoder, head or output; in a pattern with its branches: encoder [full, local].
+    Layers of one kind cost the same, learned positions apart."""
 
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -59,20 +58,22 @@ def feed_forward_parameters(model: ModelConfig) -> int:
     return 3 * model.hidden_size * model.ffn_hidden_size
 
 
-def encoder_layer_parameters(model: ModelConfig) -> int:
+def encoder_layer_parameters(model: ModelConfig, branches: Branches) -> int:
     """One encoder layer, its two norms included."""
-    return attention_parameters(model, model.encoder_branches) + feed_forward_parameters(model) + 2 * model.hidden_size
+    return attention_parameters(model, branches) + feed_forward_parameters(model) + 2 * model.hidden_size
 
 
-def decoder_layer_parameters(model: ModelConfig) -> int:
+def decoder_layer_parameters(model: ModelConfig, branches: Branches) -> int:
     """One decoder layer with its norms; cross-attention (and its norm) only where there is an encoder."""
     cross = 0 if model.is_decoder_only else cross_attention_parameters(model) + model.hidden_size
-    return (
-        attention_parameters(model, model.decoder_branches)
-        + cross
-        + feed_forward_parameters(model)
-        + 2 * model.hidden_size
-    )
+    return attention_parameters(model, branches) + cross + feed_forward_parameters(model) + 2 * model.hidden_size
+
+
+def stack_parameters(model: ModelConfig, stack: Stack) -> int:
+    """All layers of a stack, learned positions apart."""
+    one = encoder_layer_parameters if stack == "encoder" else decoder_layer_parameters
+    layers = model.encoder_layers if stack == "encoder" else model.decoder_layers
+    return sum(one(model, model.layer_branches(stack, layer)) for layer in range(layers))
 
 
 def table_parameters(model: ModelConfig) -> int:
@@ -103,9 +104,9 @@ def parameter_count(model: ModelConfig, *, encoder_seq_length: int = 0, decoder_
         positions
         + position_parameters(model, decoder_seq_length)
         + table_parameters(model)
-        + model.encoder_layers * encoder_layer_parameters(model)
+        + stack_parameters(model, "encoder")
         + bridge
-        + model.decoder_layers * decoder_layer_parameters(model)
+        + stack_parameters(model, "decoder")
         + head_parameters(model)
     )
 
@@ -156,17 +157,17 @@ def feed_forward_flops(model: ModelConfig, length: int) -> int:
     return 6 * length * model.hidden_size * model.ffn_hidden_size
 
 
-def encoder_layer_flops(config: RunConfig) -> int:
+def encoder_layer_flops(config: RunConfig, branches: Branches) -> int:
     """One encoder layer, forward, one sample."""
     model, length = config.model, config.data.encoder_seq_length
-    mix = self_attention_flops(model, model.encoder_branches, length, causal=False)
+    mix = self_attention_flops(model, branches, length, causal=False)
     return mix + feed_forward_flops(model, length)
 
 
-def decoder_layer_flops(config: RunConfig) -> int:
+def decoder_layer_flops(config: RunConfig, branches: Branches) -> int:
     """One decoder layer, forward, one sample."""
     model, length = config.model, config.data.decoder_seq_length
-    mix = self_attention_flops(model, model.decoder_branches, length, causal=True)
+    mix = self_attention_flops(model, branches, length, causal=True)
     cross = 0 if model.is_decoder_only else cross_attention_flops(model, length, config.data.encoder_seq_length)
     return mix + cross + feed_forward_flops(model, length)
 
@@ -220,28 +221,46 @@ def layer_names(model: ModelConfig) -> list[str]:
     return ["embedding", *encoder, "bridge", *decoder, "head", "output"]
 
 
+def layer_kind(stack: str, branches: Branches | None = None) -> str:
+    """Return the name of a kind of layer; with the branches that tell it from others of its stack, if there are any."""
+    return stack if branches is None else f"{stack} [{', '.join(branches)}]"
+
+
+def stack_of(kind: str) -> str:
+    """Return the kind without its branches: encoder, decoder, or what is neither."""
+    return kind.partition(" ")[0]
+
+
+def stack_kinds(model: ModelConfig, stack: Stack) -> dict[str, Branches]:
+    """Return the kinds of layers of a stack with their branches; one where all layers are alike."""
+    pattern = dict.fromkeys(model.branch_pattern(stack))
+    return {layer_kind(stack, branches if len(pattern) > 1 else None): branches for branches in pattern}
+
+
 def layer_costs(config: RunConfig) -> list[LayerCost]:
     """Parameters and forward FLOPs per sample of every entry of the layer list."""
-    model = config.model
-    table = table_parameters(model)
-    kinds = {
-        "embedding": (table, table, 0),
-        "bridge": (model.hidden_size, table, 0),
-        "head": (head_parameters(model), 0, head_flops(config)),
-        "output": (0, table, output_flops(config)),
-        "encoder": (
-            encoder_layer_parameters(model),
-            0,
-            0 if model.is_decoder_only else encoder_layer_flops(config),
-        ),
-        "decoder": (decoder_layer_parameters(model), 0, decoder_layer_flops(config)),
-    }
-    costs = [LayerCost(name, *kinds[name.partition(".")[0]]) for name in layer_names(model)]
-    lengths = {
-        "encoder.layers.0": config.data.encoder_seq_length,
-        "decoder.layers.0": config.data.decoder_seq_length,
-    }
+    model, table = config.model, table_parameters(config.model)
+    encoder = [] if model.is_decoder_only else [*_stack_costs(config, "encoder")]
+    bridge = [] if model.is_decoder_only else [LayerCost("bridge", model.hidden_size, table, 0, "bridge")]
     return [
-        replace(cost, parameters=cost.parameters + position_parameters(model, lengths.get(cost.name, 0)))
-        for cost in costs
+        LayerCost("embedding", table, table, 0, "embedding"),
+        *encoder,
+        *bridge,
+        *_stack_costs(config, "decoder"),
+        LayerCost("head", head_parameters(model), 0, head_flops(config), "head"),
+        LayerCost("output", 0, table, output_flops(config), "output"),
     ]
+
+
+def _stack_costs(config: RunConfig, stack: Stack) -> Iterator[LayerCost]:
+    model, is_encoder = config.model, stack == "encoder"
+    parameters = encoder_layer_parameters if is_encoder else decoder_layer_parameters
+    flops = encoder_layer_flops if is_encoder else decoder_layer_flops
+    kinds = {branches: kind for kind, branches in stack_kinds(model, stack).items()}
+    costs = {branches: (parameters(model, branches), flops(config, branches)) for branches in kinds}
+    length = config.data.encoder_seq_length if is_encoder else config.data.decoder_seq_length
+    for layer in range(model.encoder_layers if is_encoder else model.decoder_layers):
+        branches = model.layer_branches(stack, layer)
+        count, computed = costs[branches]
+        owned = count + (position_parameters(model, length) if layer == 0 else 0)
+        yield LayerCost(f"{stack}.layers.{layer}", owned, 0, computed, kinds[branches])

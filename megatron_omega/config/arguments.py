@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -66,7 +66,8 @@ def settings(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[S
 
 
 def _is_collection(field: FieldInfo) -> bool:
-    return getattr(field.annotation, "__origin__", None) is tuple
+    kinds = [_plain(kind) for kind in (field.annotation, *get_args(field.annotation))]
+    return getattr(field.annotation, "__origin__", None) is tuple or any(get_origin(kind) is tuple for kind in kinds)
 
 
 def _required_as_absent(found: Iterator[Setting]) -> Iterator[Setting]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import gcd
 
-from megatron_omega.config.schema import DECODER_BRANCHES, ENCODER_BRANCHES, Branch, ModelConfig, RunConfig
+from megatron_omega.config.schema import DECODER_BRANCHES, ENCODER_BRANCHES, Branch, ModelConfig, RunConfig, Stack
 
 
 def findings(
@@ -35,6 +35,11 @@ def findings(
 def notices(config: RunConfig) -> list[str]:
     """Return what is legal but probably not meant."""
     return [*_unwise(config)]
+
+
+def branches_used(model: ModelConfig, stack: Stack) -> set[Branch]:
+    """Return the branches of all layers of `stack`."""
+    return {branch for branches in model.branch_pattern(stack) for branch in branches}
 
 
 def num_pipeline_layers(model: ModelConfig) -> int:
@@ -84,20 +89,22 @@ def _architecture(model: ModelConfig) -> Iterator[str]:
     if model.positions == "sinusoidal" and model.hidden_size % 2:
         yield f"model.hidden_size={model.hidden_size} is odd; model.positions=sinusoidal needs sine and cosine pairs"
     if not model.is_decoder_only:
-        yield from _branches(model, "encoder", model.encoder_branches, ENCODER_BRANCHES)
-    yield from _branches(model, "decoder", model.decoder_branches, DECODER_BRANCHES)
+        yield from _branches(model, "encoder", ENCODER_BRANCHES)
+    yield from _branches(model, "decoder", DECODER_BRANCHES)
 
 
-def _branches(model: ModelConfig, part: str, branches: Sequence[Branch], legal: Sequence[Branch]) -> Iterator[str]:
-    name = f"model.{part}_branches"
-    shown = f"{name}=[{', '.join(branches)}]"
-    if not branches:
-        yield f"{name} is empty; name at least one of {one_of(legal)}"
-    for branch in sorted({*branches} - {*legal}):
-        yield f"{shown} has {branch}, which no {part} can use; use {one_of(legal)}"
-    for branch in sorted({branch for branch in branches if branches.count(branch) > 1}):
-        yield f"{shown} names {branch} more than once; name each branch once"
-    if "local" in branches and "axial" in branches and model.local_window < model.axial_width:
+def _branches(model: ModelConfig, stack: Stack, legal: Sequence[Branch]) -> Iterator[str]:
+    name, pattern = f"model.{stack}_branches", model.branch_pattern(stack)
+    for index, branches in enumerate(pattern):
+        place = name if len(pattern) == 1 else f"{name}[{index}]"
+        shown = f"{place}=[{', '.join(branches)}]"
+        if not branches:
+            yield f"{place} is empty; name at least one of {one_of(legal)}"
+        for branch in sorted({*branches} - {*legal}):
+            yield f"{shown} has {branch}, which no {stack} can use; use {one_of(legal)}"
+        for branch in sorted({branch for branch in branches if branches.count(branch) > 1}):
+            yield f"{shown} names {branch} more than once; name each branch once"
+    if {"local", "axial"} <= branches_used(model, stack) and model.local_window < model.axial_width:
         yield (
             f"model.local_window={model.local_window} is smaller than model.axial_width={model.axial_width} "
             f"(in {name}): parts of the text would never be seen; use a window of at least {model.axial_width}"
@@ -121,9 +128,10 @@ def _streams(config: RunConfig) -> Iterator[str]:
             "parallel.sequence_parallel=true with parallel.tensor_parallel_size=1; it shards between tensor-parallel "
             "ranks: use false, or at least 2 ranks"
         )
-    for part, branches in (("encoder", model.encoder_branches), ("decoder", model.decoder_branches)):
-        name, length = f"data.{part}_seq_length", getattr(data, f"{part}_seq_length")
-        if "axial" in branches and length % model.axial_width:
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    for stack in stacks:
+        name, length = f"data.{stack}_seq_length", getattr(data, f"{stack}_seq_length")
+        if "axial" in branches_used(model, stack) and length % model.axial_width:
             yield (
                 f"{name}={length} is not a multiple of model.axial_width={model.axial_width} (the axial branch works "
                 f"on whole rows); use {_nearest_multiples(length, model.axial_width)}"
@@ -321,8 +329,12 @@ def _reweights(config: RunConfig) -> Iterator[str]:
 
 def _unwise(config: RunConfig) -> Iterator[str]:
     model, objective = config.model, config.objective
-    if "axial" in model.decoder_branches and not {"causal", "local"} & {*model.decoder_branches}:
+    if "axial" in (decoder := branches_used(model, "decoder")) and not {"causal", "local"} & decoder:
         yield "model.decoder_branches has axial alone: no position can see all of its past; add local or causal"
+    stacks: tuple[tuple[Stack, int], ...] = (("encoder", model.encoder_layers), ("decoder", model.decoder_layers))
+    for stack, layers in stacks:
+        if 0 < layers < (lists := len(model.branch_pattern(stack))):
+            yield f"model.{stack}_branches has {lists} lists for {layers} layers; only the first {layers} are used"
     if not model.is_decoder_only and objective.masked_prefix and objective.mlm_weight and not model.mlm_head:
         yield "objective.masked_prefix masks tokens that nothing predicts, since model.mlm_head=false"
     if model.has_mlm_head and objective.mlm_weight and not objective.masked_prefix:

@@ -23,7 +23,7 @@ from megatron_omega.config.deepspeed import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
-from megatron_omega.config.schema import RunConfig
+from megatron_omega.config.schema import BRANCH_FORMS, RunConfig
 from megatron_omega.errors import ConfigError
 
 __all__ = ["Arguments", "ResolvedRun", "dump_config", "load_config", "parse_arguments", "resolve_run"]
@@ -176,7 +176,8 @@ def _remove(values: dict[str, Any], section: str, field: str | None) -> None:
 
 
 def _finding(detail: ErrorDetails) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).removeprefix(".")
+    parts = [part for part in detail["loc"] if part not in BRANCH_FORMS]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     if detail["type"] == "extra_forbidden":
         return f"{place}={_shown(detail['input'])}: there is no such setting; {_nearest(place)}"
     if detail["type"] == "missing":

@@ -7,9 +7,9 @@ Fields that depend on the number of processes are checked by `check_world`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -18,9 +18,23 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 Branch = Literal["full", "causal", "local", "axial", "dynamic"]
-ENCODER_BRANCHES: tuple[Branch, ...] = ("full", "local", "axial", "dynamic")
-DECODER_BRANCHES: tuple[Branch, ...] = ("causal", "local", "axial")
+Branches = tuple[Branch, ...]
+Stack = Literal["encoder", "decoder"]
+ENCODER_BRANCHES: Branches = ("full", "local", "axial", "dynamic")
+DECODER_BRANCHES: Branches = ("causal", "local", "axial")
 VOCABULARY_MULTIPLE = 128
+
+
+def _form_of_branches(value: object) -> str:
+    """Return which form a list of branches has: one for all layers, or a pattern of lists."""
+    return "pattern" if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else "alike"
+
+
+BRANCH_FORMS = ("alike", "pattern")
+LayerBranches = Annotated[
+    Annotated[Branches, Tag("alike")] | Annotated[tuple[Branches, ...], Tag("pattern")],
+    Discriminator(_form_of_branches),
+]
 
 
 class Section(BaseModel):
@@ -44,10 +58,11 @@ class ModelConfig(Section):
     """Encoder layers. 0 makes a decoder-only model."""
     decoder_layers: Positive = 96
     """Decoder layers."""
-    encoder_branches: tuple[Branch, ...] = ENCODER_BRANCHES
-    """Parallel attention branches of an encoder layer, out of: full, local, axial, dynamic."""
-    decoder_branches: tuple[Branch, ...] = DECODER_BRANCHES
-    """Parallel self-attention branches of a decoder layer, out of: causal, local, axial."""
+    encoder_branches: LayerBranches = ENCODER_BRANCHES
+    """Parallel attention branches of the encoder layers, out of: full, local, axial, dynamic. A list of lists is a
+    pattern: layer i has list i modulo their number."""
+    decoder_branches: LayerBranches = DECODER_BRANCHES
+    """Parallel self-attention branches of the decoder layers, out of: causal, local, axial; or a pattern, as above."""
     vocab_size: Positive = 32768
     """Pieces of the tokenizer. The table is padded to a multiple of 128 in every layout; padded logits are masked."""
     local_window: Positive = 128
@@ -77,6 +92,16 @@ class ModelConfig(Section):
     def padded_vocab_size(self) -> int:
         """Rows of the token table; depends on nothing but the vocabulary."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def branch_pattern(self, stack: Stack) -> tuple[Branches, ...]:
+        """Return the lists of branches that the layers of `stack` take in turn; one where all are alike."""
+        given = self.encoder_branches if stack == "encoder" else self.decoder_branches
+        return cast(tuple[Branches, ...], given if _form_of_branches(given) == "pattern" else (given,))
+
+    def layer_branches(self, stack: Stack, layer: int) -> Branches:
+        """Return the self-attention branches of one layer, counted from 0 in its stack."""
+        pattern = self.branch_pattern(stack)
+        return pattern[layer % len(pattern)]
 
     @property
     def is_decoder_only(self) -> bool:

@@ -49,7 +49,7 @@ a = depth_base / (encoder layers + decoder layers). Scores are scaled by 1 / sqr
 
 Branches, for token i attending j: full (all j), causal (j <= i), local (abs(i - j) < local_window), axial (heads with
 an even index: same i // axial_width; odd: same i % axial_width), dynamic (full, q times temperature, output times
-gate). In the decoder all are causal.
+gate). In the decoder all are causal. If `model.*_branches` is a list of lists, layer i has list i modulo their number.
 """
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_omega.config.schema import Branches
 from megatron_omega.model.attention import Stream, share_document
 from megatron_omega.model.attention_mix import CrossAttention, LayerCache, SelfAttention
 from megatron_omega.model.context import ModelContext
@@ -42,7 +43,9 @@ def recomputed(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
 class EncoderLayer(nn.Module):
     """x += a SelfMix(norm(x)); x += a FFN(norm(x))."""
 
-    def __init__(self, name: str, context: ModelContext, *, max_positions: int | None = None) -> None:
+    def __init__(
+        self, name: str, context: ModelContext, branches: Branches, *, max_positions: int | None = None
+    ) -> None:
         super().__init__()
         self.parallel = context.parallel
         self.kernels = context.kernels
@@ -50,7 +53,7 @@ class EncoderLayer(nn.Module):
         self.residual = context.model.residual_multiplier
         self.positions = InputPositions(f"{name}.positions", max_positions, context) if max_positions else None
         self.attention_norm = build_norm(f"{name}.attention_norm", context)
-        self.attention = SelfAttention(f"{name}.attention", context.model.encoder_branches, context, causal=False)
+        self.attention = SelfAttention(f"{name}.attention", branches, context, causal=False)
         self.feed_forward_norm = build_norm(f"{name}.feed_forward_norm", context)
         self.feed_forward = FeedForward(f"{name}.feed_forward", context)
 
@@ -75,7 +78,9 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """y += a SelfMix(norm(y)); y += a Cross(norm(y), memory); y += a FFN(norm(y)). Decoder-only models lack Cross."""
 
-    def __init__(self, name: str, context: ModelContext, *, max_positions: int | None = None) -> None:
+    def __init__(
+        self, name: str, context: ModelContext, branches: Branches, *, max_positions: int | None = None
+    ) -> None:
         super().__init__()
         self.parallel = context.parallel
         self.kernels = context.kernels
@@ -83,7 +88,7 @@ class DecoderLayer(nn.Module):
         self.residual = context.model.residual_multiplier
         self.positions = InputPositions(f"{name}.positions", max_positions, context) if max_positions else None
         self.attention_norm = build_norm(f"{name}.attention_norm", context)
-        self.attention = SelfAttention(f"{name}.attention", context.model.decoder_branches, context, causal=True)
+        self.attention = SelfAttention(f"{name}.attention", branches, context, causal=True)
         self.cross = None
         if not context.model.is_decoder_only:
             self.cross_norm = build_norm(f"{name}.cross_norm", context)

@@ -99,12 +99,14 @@ def _names(stack: str, count: int) -> list[str]:
 
 def _encoder_builder(name: str, index: int, context: ModelContext) -> Callable[[], nn.Module]:
     length = context.encoder_seq_length if _adds_positions(index, context) else None
-    return lambda: EncoderLayer(name, context, max_positions=length)
+    branches = context.model.layer_branches("encoder", index)
+    return lambda: EncoderLayer(name, context, branches, max_positions=length)
 
 
 def _decoder_builder(name: str, index: int, context: ModelContext) -> Callable[[], nn.Module]:
     length = context.decoder_seq_length if _adds_positions(index, context) else None
-    return lambda: DecoderLayer(name, context, max_positions=length)
+    branches = context.model.layer_branches("decoder", index)
+    return lambda: DecoderLayer(name, context, branches, max_positions=length)
 
 
 def _adds_positions(index: int, context: ModelContext) -> bool:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_omega.config.schema import Branch, RunConfig
+from megatron_omega.config.schema import Branch, Branches, RunConfig
 
 FP32 = 4
 INT64 = 8
+COPYING: set[Branch] = {"local", "axial"}
+"""Branches whose kernels keep copies of q, k and v in their own order."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +81,24 @@ class Shape:
         return tokens * (2 * self.hidden * FP32 + FP32)
 
 
-def encoder_layer(config: RunConfig, shape: Shape) -> int:
+def encoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
     """Bytes one encoder layer keeps, its segments apart."""
     if config.parallel.recompute == "full":
         return shape.stream(shape.encoder)
-    branches = config.model.encoder_branches
     mix = sum(self_attention(config, shape, branches, shape.encoder, causal=False))
     return mix + sum(feed_forward(config, shape, shape.encoder))
 
 
-def decoder_layer(config: RunConfig, shape: Shape) -> int:
+def decoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
     """Bytes one decoder layer keeps, segments and the shared memory apart."""
     if config.parallel.recompute == "full":
         return shape.stream(shape.decoder)
-    mix = sum(self_attention(config, shape, config.model.decoder_branches, shape.decoder, causal=True))
+    mix = sum(self_attention(config, shape, branches, shape.decoder, causal=True))
     cross = 0 if config.model.is_decoder_only else sum(cross_attention(shape))
     return mix + cross + sum(feed_forward(config, shape, shape.decoder))
 
 
-def self_attention(
-    config: RunConfig, shape: Shape, branches: tuple[Branch, ...], length: int, *, causal: bool
-) -> Iterator[int]:
+def self_attention(config: RunConfig, shape: Shape, branches: Branches, length: int, *, causal: bool) -> Iterator[int]:
     """Yield the bytes of each saved tensor of a self-attention mix with its norm."""
     count, tokens, e = len(branches), shape.micro_batch * length, shape.element
     query_key = 2 * count * tokens * shape.inner
@@ -112,8 +111,11 @@ def self_attention(
     yield query_key * FP32  # normalised
     if config.model.positions == "rotary":
         yield 2 * tokens * (shape.head_dim // 2) * e
-    yield query_key * e  # rotated q and k, all branches
-    yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it
+    has_views = not {*branches} <= COPYING  # of q, k and v, so that all of them stay
+    if has_views:
+        yield query_key * e  # rotated q and k, all branches
+    if has_views or e == FP32:
+        yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it, q and k before QK-norm too
     for branch in branches:
         yield from _branch(config, shape, branch, length, causal=causal)
     yield count * tokens * shape.inner * e  # input of the output projection

@@ -296,7 +296,7 @@ def _partition_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
     """Seconds that ZeRO-3 costs the host of a rank, which a CPU does not hide: its hooks around every module."""
     if estimate.candidate.zero_stage < 3 or not estimate.hardware.facts.is_cpu:
         return 0.0
-    layers = sum(stage.counts["encoder"] + stage.counts["decoder"] for stage in stages)
+    layers = sum(accounting.stack_of(kind) in ("encoder", "decoder") for stage in stages for kind in stage.kinds)
     return layers * estimate.micro_batches * PARTITION_HOST * estimate.hardware.facts.launch_seconds
 
 

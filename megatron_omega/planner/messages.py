@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megatron_omega.accounting import inner_size
+from megatron_omega.accounting import inner_size, stack_kinds, stack_of
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
@@ -91,9 +91,10 @@ def _matrices(config: RunConfig, kind: str) -> list[int]:
     """Return the elements of each matrix of a layer on one rank."""
     model, tp = config.model, config.parallel.tensor_parallel_size
     d, inner = model.hidden_size, inner_size(model) // tp
-    if kind not in ("encoder", "decoder"):
+    stack = stack_of(kind)
+    if stack != "encoder" and stack != "decoder":
         return [d * d] if kind == "head" and model.has_mlm_head else []
-    columns = inner * len(model.encoder_branches if kind == "encoder" else model.decoder_branches)
+    columns = inner * len(stack_kinds(model, stack)[kind])
     feed_forward = [2 * d * model.ffn_hidden_size // tp, d * model.ffn_hidden_size // tp]
-    cross = [inner * d, 2 * inner * d, inner * d] if kind == "decoder" and not model.is_decoder_only else []
+    cross = [inner * d, 2 * inner * d, inner * d] if stack == "decoder" and not model.is_decoder_only else []
     return [3 * columns * d, columns * d, *feed_forward, *cross]

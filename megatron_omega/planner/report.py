@@ -17,7 +17,7 @@ from megatron_omega.planner.messages import data_bytes, tied_ranks
 from megatron_omega.planner.operations import Assumptions, Operations, operations
 from megatron_omega.planner.pipeline_schedule import Timeline
 from megatron_omega.planner.ranking import Ranking
-from megatron_omega.planner.stages import stages_of
+from megatron_omega.planner.stages import Stage, stages_of
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
@@ -150,14 +150,19 @@ def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
         total = count * estimate.micro_batches
         yield f"tensor    {message.kind:<15} {total:>9,} x {message.num_bytes / 2**20:9.3f} MiB (rank {rank})"
     for index, stage in enumerate(estimate.stages[:-1]):
-        ends = stage.kinds[-1], estimate.stages[index + 1].kinds[0]
-        if index and (estimate.stages[index - 1].kinds[-1], stage.kinds[0]) == ends:
+        ends = _ends(stage, estimate.stages[index + 1])
+        if index and _ends(estimate.stages[index - 1], stage) == ends:
             continue
         forward, backward = pipeline_messages(estimate.config, *ends)
         yield (
             f"pipeline  {ends[0]} to {ends[1]}: {len(forward)} tensors, {sum(forward) / 2**20:.3f} MiB forward, "
             f"{sum(backward) / 2**20:.3f} MiB back, {estimate.micro_batches} times"
         )
+
+
+def _ends(before: Stage, after: Stage) -> tuple[str, str]:
+    """Return the stacks of the layers on both sides of a cut."""
+    return accounting.stack_of(before.kinds[-1]), accounting.stack_of(after.kinds[0])
 
 
 def _data_message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:

@@ -100,8 +100,8 @@ class Stage:
 
     def kept(self, config: RunConfig, works: Mapping[str, Work], shape: Shape) -> int:
         """Bytes kept for the backward pass of one micro-batch, shared tensors once."""
-        counts = self.counts
-        kept = sum(works[kind].kept * count for kind, count in counts.items())
+        kept = sum(works[kind].kept * count for kind, count in self.counts.items())
+        counts = Counter(accounting.stack_of(kind) for kind in self.kinds)
         uses_memory = counts["decoder"] or (counts["head"] and config.model.has_mlm_head)
         if uses_memory:
             kept += activations.memory_between_layers(config, shape)

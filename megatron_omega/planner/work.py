@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megatron_omega import accounting
-from megatron_omega.config.schema import Branch, ModelConfig, RunConfig
+from megatron_omega.config.schema import Branch, Branches, ModelConfig, RunConfig
 from megatron_omega.planner import activations
 from megatron_omega.planner.activations import FP32, INT64, Shape
 
@@ -99,17 +99,18 @@ class Work:
 
 
 def layer_works(config: RunConfig, *, fused_norms: bool = False, tensor_rank: int = 0) -> dict[str, Work]:
-    """Return the work of each kind of layer: embedding, encoder, bridge, decoder, head, output."""
+    """Return the work of each kind of layer: embedding, encoder, bridge, decoder, head, output.
+
+    A stack whose layers differ has several kinds (`accounting.stack_kinds`).
+    """
     shape = Shape.of(config, fused_norms=fused_norms)
-    works = {
-        "embedding": _embedding(config, shape),
-        "decoder": _layer(config, shape, tensor_rank, encoder=False),
-        "head": _head(config, shape),
-        "output": _output(config, shape),
-    }
+    works = {"embedding": _embedding(config, shape), "head": _head(config, shape), "output": _output(config, shape)}
+    for kind, branches in accounting.stack_kinds(config.model, "decoder").items():
+        works[kind] = _layer(config, shape, branches, tensor_rank, encoder=False)
     if not config.model.is_decoder_only:
-        works["encoder"] = _layer(config, shape, tensor_rank, encoder=True)
         works["bridge"] = _bridge(config, shape)
+        for kind, branches in accounting.stack_kinds(config.model, "encoder").items():
+            works[kind] = _layer(config, shape, branches, tensor_rank, encoder=True)
     return works
 
 
@@ -150,9 +151,8 @@ def _region(config: RunConfig, shape: Shape, length: int, blocks: int, again: in
     )
 
 
-def _layer(config: RunConfig, shape: Shape, tensor_rank: int, *, encoder: bool) -> Work:
+def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int, *, encoder: bool) -> Work:
     model, recompute = config.model, config.parallel.recompute
-    branches = model.encoder_branches if encoder else model.decoder_branches
     length = shape.encoder if encoder else shape.decoder
     has_cross = not encoder and not model.is_decoder_only
     products = [*_mix_products(shape, branches, length), *(_cross_products(shape) if has_cross else ())]
@@ -172,13 +172,13 @@ def _layer(config: RunConfig, shape: Shape, tensor_rank: int, *, encoder: bool) 
     forward, backward = _region(config, shape, length, blocks, blocks - 1 if recompute == "full" else 0)
     everything = config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
     keep = activations.encoder_layer if encoder else activations.decoder_layer
-    kept, whole = keep(config, shape), keep(everything, shape)
+    kept, whole = keep(config, shape, branches), keep(everything, shape, branches)
     launches = 60 + 44 * has_cross + sum(BRANCH_LAUNCHES[branch] for branch in branches)
     is_full = recompute == "full"
     redone = {"none": [], "swiglu": [], "ffn": [gate_up], "full": products[:-1]}[recompute]
     dense = sum(branch in ("full", "causal", "dynamic") for branch in branches)
     return Work(
-        parameters=_layer_parameters(config, encoder=encoder),
+        parameters=_layer_parameters(config, branches, encoder=encoder),
         products=tuple(products),
         attention_flops=attention,
         attention_bytes=shape.heads
@@ -209,15 +209,16 @@ def _gradients(shape: Shape, length: int) -> int:
     return tokens * 2 * shape.ffn * shape.element + 3 * tokens * shape.hidden * shape.element
 
 
-def _layer_parameters(config: RunConfig, *, encoder: bool) -> int:
+def _layer_parameters(config: RunConfig, branches: Branches, *, encoder: bool) -> int:
     """Local parameters: everything but the norms is sharded."""
     model, tp = config.model, config.parallel.tensor_parallel_size
     norms = (2 if encoder or model.is_decoder_only else 3) * model.hidden_size
-    count = accounting.encoder_layer_parameters(model) if encoder else accounting.decoder_layer_parameters(model)
+    parameters = accounting.encoder_layer_parameters if encoder else accounting.decoder_layer_parameters
+    count = parameters(model, branches)
     return (count - norms) // tp + norms
 
 
-def _mix_products(shape: Shape, branches: tuple[Branch, ...], length: int) -> Iterator[Product]:
+def _mix_products(shape: Shape, branches: Branches, length: int) -> Iterator[Product]:
     tokens, columns = shape.micro_batch * length, len(branches) * shape.inner
     yield Product(tokens, 3 * columns, shape.hidden)
     if "dynamic" in branches:
@@ -353,6 +354,7 @@ def pipeline_messages(config: RunConfig, kind_before: str, kind_after: str) -> t
     the memory, the decoder's hidden state and both segments. Integers get no gradient.
     """
     shape = Shape.of(config)
+    kind_before, kind_after = accounting.stack_of(kind_before), accounting.stack_of(kind_after)
     ids = {part: shape.micro_batch * length * INT64 for part, length in (("e", shape.encoder), ("d", shape.decoder))}
     model: ModelConfig = config.model
     if model.is_decoder_only or (kind_before == "decoder" and kind_after == "head" and not model.has_mlm_head):

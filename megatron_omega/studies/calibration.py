@@ -183,8 +183,12 @@ def _layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callab
     mine = tokens // parallel.size if parallel.sequence_parallel else tokens
     state, memory = (torch.randn(1, length, hidden, requires_grad=True) for length in (mine, tokens))
     segments = torch.ones(1, tokens, dtype=torch.long)
-    for kind, rest in ((EncoderLayer, ()), (DecoderLayer, (memory, segments))):
-        layers = [kind(f"timed.{number}", context) for number in range(LAYERS_IN_TURN)]
+    model = config.model
+    for kind, branches, rest in (
+        (EncoderLayer, model.layer_branches("encoder", 0), ()),
+        (DecoderLayer, model.layer_branches("decoder", 0), (memory, segments)),
+    ):
+        layers = [kind(f"timed.{number}", context, branches) for number in range(LAYERS_IN_TURN)]
         yield [partial(layer, state, segments, *rest) for layer in layers]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from megatron_omega.accounting import (
     training_flops_per_sample,
     training_flops_per_token,
 )
-from megatron_omega.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron_omega.config.schema import Branches, DataConfig, ModelConfig, RunConfig
 
 DECODER_ONLY = RunConfig(
     model=ModelConfig(
@@ -122,7 +123,7 @@ def test_axial_heads_of_a_slice_are_told_apart_by_their_global_index() -> None:
 
 
 def _layers(loads: list[int]) -> list[LayerCost]:
-    return [LayerCost(f"decoder.layers.{i}", load + 1, 0, load) for i, load in enumerate(loads)]
+    return [LayerCost(f"decoder.layers.{i}", load + 1, 0, load, "decoder") for i, load in enumerate(loads)]
 
 
 def _stages(loads: list[int], cuts: tuple[int, ...]) -> list[int]:
@@ -165,3 +166,24 @@ def test_another_load_moves_the_cut() -> None:
     loads = [1] * 8
     cuts = stage_boundaries(_layers(loads), 2, weight=lambda cost: 7.0 if cost.name.endswith(".0") else 1.0)
     assert cuts == (1,)
+
+
+def test_a_pattern_costs_what_its_layers_cost_and_moves_the_cuts() -> None:
+    """A layer costs what it does in a stack of its own kind; dense layers in front leave fewer to their stage."""
+    data = DataConfig(encoder_seq_length=2048, decoder_seq_length=2048)
+    dense: Branches = ("causal", "local", "axial")
+    sparse: Branches = ("local",)
+    shape: dict[str, Any] = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "encoder_layers": 0}
+    shape |= {"decoder_layers": 8, "vocab_size": 512}
+    alike = [
+        layer_costs(RunConfig(model=ModelConfig(**shape, decoder_branches=branches), data=data))[1]
+        for branches in (dense, sparse)
+    ]
+    model = ModelConfig(**shape, decoder_branches=(dense,) * 4 + (sparse,) * 4)
+    costs = layer_costs(RunConfig(model=model, data=data))
+    assert [(c.parameters, c.forward_flops) for c in costs[1:9]] == [
+        (c.parameters, c.forward_flops) for c in [alike[0]] * 4 + [alike[1]] * 4
+    ]
+    assert [costs[i].kind for i in (1, 8)] == ["decoder [causal, local, axial]", "decoder [local]"]
+    assert parameter_count(model) == sum(cost.parameters for cost in costs)
+    assert stage_boundaries(costs, 2)[0] < stage_boundaries([costs[0], *[alike[0]] * 8, *costs[9:]], 2)[0]

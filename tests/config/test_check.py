@@ -40,6 +40,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"model__decoder_branches": ["causal", "dynamic"]}, "has dynamic, which no decoder can use"),
     ({"model__decoder_branches": []}, "model.decoder_branches is empty"),
     ({"model__encoder_branches": ["full", "full"]}, "names full more than once"),
+    ({"model__encoder_branches": [["full"], []]}, "model.encoder_branches[1] is empty; name at least one of full"),
+    ({"model__decoder_branches": [["causal"], ["local", "full"]]}, "model.decoder_branches[1]=[local, full] has full, which no decoder can use"),
+    ({"model__encoder_branches": [["full", "local"], ["axial"]], "model__local_window": 16, "model__decoder_branches": ["causal"]}, "model.local_window=16 is smaller than model.axial_width=32 (in model.encoder_branches)"),
     ({"data__encoder_seq_length": 100}, "data.encoder_seq_length=100 is not a multiple of model.axial_width=32 (the axial branch works on whole rows); use 96 or 128"),
     ({"data__decoder_seq_length": 33}, "use 32 or 64"),
     ({"data__encoder_seq_length": 0}, "data.encoder_seq_length=0 with model.encoder_layers=96"),
@@ -139,6 +142,8 @@ def test_tools_need_no_corpus() -> None:
     ("changes", "expected"),
     [
         ({"model__decoder_branches": ["axial"]}, "axial alone"),
+        ({"model__decoder_branches": [["axial"], ["axial"]]}, "axial alone"),
+        ({"model__decoder_layers": 1, "model__decoder_branches": [["causal"], ["local"]]}, "only the first 1 are used"),
         ({"model__mlm_head": False}, "nothing predicts"),
         ({"objective__masked_prefix": 0}, "never trained"),
     ],

@@ -62,6 +62,21 @@ def test_lists_mappings_and_absent_sections_can_be_given_on_the_command_line() -
     assert config.batch.ramp_up is not None and config.batch.ramp_up.start == 4
 
 
+def test_a_pattern_of_branches_is_read_and_written_back() -> None:
+    config = load_config(None, {"model.encoder_branches": "[[full, local], [local, axial]]"})
+    assert config.model.encoder_branches == (("full", "local"), ("local", "axial"))
+    assert config.model.layer_branches("encoder", 5) == ("local", "axial")
+    assert config.model.layer_branches("decoder", 5) == config.model.decoder_branches
+    assert RunConfig.model_validate(yaml_text.parse(dump_config(config), "it")) == config
+
+
+def test_a_wrong_branch_is_named_with_its_place() -> None:
+    flat = findings_of(None, model__encoder_branches="[full, locall]")
+    assert len(flat) == 1 and flat[0].startswith("model.encoder_branches[1]=locall: must be 'full', ")
+    nested = findings_of(None, model__decoder_branches="[[causal], [local, axal]]")
+    assert len(nested) == 1 and nested[0].startswith("model.decoder_branches[1][1]=axal: must be 'full', ")
+
+
 def test_every_error_is_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "model:\n  hiden_size: 480\n  num_attention_heads: 0\nmodle: {}\nlearning_rate: 1\n")
     found = findings_of(path, parallel__tensor_parallel_size="5", optimizer__beta1="1.5")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,11 @@ SMALL: dict[str, Any] = {
     "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "encoder_layers": 2, "decoder_layers": 2,
     "vocab_size": 250, "local_window": 16, "axial_width": 8,
 }  # fmt: skip
+PATTERN: dict[str, Any] = {
+    "encoder_layers": 3,
+    "encoder_branches": [["full", "local"], ["axial", "local", "dynamic"]],
+    "decoder_branches": [["causal"], ["local", "axial"]],
+}
 LENGTH = 64
 
 
@@ -57,7 +62,9 @@ def test_the_large_model_has_exactly_the_parameters_of_its_card() -> None:
     assert round(built / 1e9, 1) == 11.9
 
 
-@pytest.mark.parametrize("fields", [{}, {"encoder_layers": 0, "decoder_branches": ("causal",)}, {"mlm_head": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"encoder_layers": 0, "decoder_branches": ("causal",)}, {"mlm_head": False}, PATTERN]
+)
 def test_every_parameter_has_one_name_and_the_count_is_the_closed_form(fields: dict[str, Any]) -> None:
     omega = Omega(context(**fields))
     infos = [info for info, _ in declared_parameters(omega)]
@@ -86,7 +93,9 @@ def test_no_decoder_branch_sees_the_future(branch: Any) -> None:
     assert seen[0, :8].all(), "a token of the same row and window must see the first one"
 
 
-@pytest.mark.parametrize("fields", [{}, {"encoder_layers": 0}, {"positions": "learned"}, {"positions": "sinusoidal"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"encoder_layers": 0}, {"positions": "learned"}, {"positions": "sinusoidal"}, PATTERN]
+)
 def test_the_whole_decoder_sees_no_future_and_no_other_document(fields: dict[str, Any]) -> None:
     omega = Omega(context(**fields))
     inputs, _ = made_up(omega.context.model)
@@ -150,6 +159,24 @@ def test_loss_is_lm_plus_weighted_mlm_plus_z() -> None:
         cross_entropy = (log_partition - logits.gather(1, wanted[wanted >= 0].unsqueeze(1)).squeeze(1)).sum()
         total += weight * factor.item() * (cross_entropy + 1e-4 * log_partition.square().sum()).item()
     assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_layers_take_the_lists_of_a_pattern_in_turn() -> None:
+    omega = Omega(context(**PATTERN))
+    found = {name: cast(Any, omega.module_named(name)).attention.branches for name in omega.names if ".layers." in name}
+    assert found == {
+        "encoder.layers.0": ("full", "local"), "encoder.layers.1": ("axial", "local", "dynamic"),
+        "encoder.layers.2": ("full", "local"), "decoder.layers.0": ("causal",), "decoder.layers.1": ("local", "axial"),
+    }  # fmt: skip
+    shapes = {info.name: info.shape for info, _ in declared_parameters(omega)}
+    assert shapes["encoder.layers.1.attention.qkv.weight"] == (3, 3, 6, 8, 48)
+    assert shapes["decoder.layers.0.attention.out.weight"] == (48, 1, 6, 8)
+
+
+def test_one_list_in_a_pattern_is_the_list_itself() -> None:
+    inputs, labels = made_up(context().model)
+    flat, nested = (Omega(context(encoder_branches=branches)) for branches in (["full", "axial"], [["full", "axial"]]))
+    assert flat(inputs, labels).item() == nested(inputs, labels).item()
 
 
 def test_dynamic_branch_starts_as_plain_attention() -> None:

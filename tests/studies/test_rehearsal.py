@@ -8,7 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_omega.accounting import layer_costs
-from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, PrecisionConfig, RunConfig
+from megatron_omega.config.schema import (
+    DECODER_BRANCHES,
+    ENCODER_BRANCHES,
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.omega import omega_layers
 from megatron_omega.planner.activations import Shape, decoder_layer, encoder_layer
@@ -23,6 +31,12 @@ T5 = ModelConfig(
 LLAMA = ModelConfig(
     hidden_size=128, ffn_hidden_size=512, num_attention_heads=8, encoder_layers=0, decoder_layers=4,
     decoder_branches=("causal", "local"), vocab_size=500,
+)  # fmt: skip
+
+PATTERN = ModelConfig(
+    hidden_size=96, ffn_hidden_size=256, num_attention_heads=8, encoder_layers=3, decoder_layers=4, vocab_size=500,
+    encoder_branches=(("full", "local"), ("local", "axial", "dynamic")), decoder_branches=(("causal",), ("local", "axial")),
+    local_window=32, positions="learned",
 )  # fmt: skip
 
 
@@ -41,6 +55,8 @@ def _config(model: ModelConfig, dtype: str, encoder: int, decoder: int) -> RunCo
         (CARD, "fp32", (768, 512), "tp2sp-pp2v-dp256-mb1-ffn-zero1"),
         (T5, "fp32", (96, 160), "tp4sp-pp3-dp1-mb3-swiglu-zero1"),
         (T5, "bf16", (96, 160), "tp1-pp1-dp1-mb1-full-zero1"),
+        (PATTERN, "bf16", (96, 160), "tp2sp-pp4-dp1-mb1-none-zero1"),
+        (PATTERN, "fp32", (96, 160), "tp1-pp2v-dp1-mb1-full-zero1"),
         (LLAMA, "bf16", (0, 200), "tp2-pp3-dp4-mb2-none-zero1"),
         (LLAMA, "fp32", (0, 200), "tp8sp-pp2-dp4-mb1-full-zero1"),
     ],
@@ -92,8 +108,8 @@ def test_kept_bytes_are_those_of_a_run_on_the_cpu() -> None:
         with FakeTensorMode():
             recipes = {recipe.name: recipe for recipe in omega_layers(context)}
             for name, predicted in (
-                ("encoder.layers.0", encoder_layer(config, shape)),
-                ("decoder.layers.0", decoder_layer(config, shape) + shape.whole(512)),
+                ("encoder.layers.0", encoder_layer(config, shape, ENCODER_BRANCHES)),
+                ("decoder.layers.0", decoder_layer(config, shape, DECODER_BRANCHES) + shape.whole(512)),
             ):
                 module = recipes[name].modules[0]
                 layer = module.build()
