@@ -1,5 +1,11 @@
-"""For tools that still ask for it; everything is in pyproject.toml."""
+"""Packages, and the folders of the sources that a wheel carries inside the package; the rest is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+CARRIED = {"megatron_omega.examples": "examples", "megatron_omega.ds_configs": "ds_configs"}
+
+setup(
+    packages=[*find_packages(include=["megatron_omega*"]), *CARRIED],
+    package_dir=CARRIED,
+    package_data={name: ["**/*"] for name in CARRIED},
+)

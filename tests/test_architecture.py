@@ -42,6 +42,8 @@ DEEPSPEED_FILES = {"model/pipeline.py"}
 DEEPSPEED_ROOMS = {"engine"}
 HEAVY = {"torch", "numpy", "deepspeed", "transformers", "datasets", "matplotlib", "tensorboard", "wandb"}
 PRINTING_ROOMS = {"commands"}
+FACES = {"__init__.py", "__main__.py"}
+"""What the package shows to others; no rooms."""
 MOST_FUNCTION_LINES = 69
 MOST_FILE_LINES = 400
 MOST_ENTRY_LINES = 60
@@ -80,7 +82,7 @@ def source(path: str, text: str) -> Source:
 
 def package_sources() -> list[Source]:
     root = REPOSITORY / PACKAGE
-    paths = [path for path in sorted(root.rglob("*.py")) if path != root / "__init__.py"]
+    paths = [path for path in sorted(root.rglob("*.py")) if path.relative_to(root).as_posix() not in FACES]
     return [source(path.relative_to(root).as_posix(), path.read_text()) for path in paths]
 
 

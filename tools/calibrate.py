@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Measure this machine, so that plans and forecasts are about it: tools/calibrate.py [--output runs/hardware.yaml]"""
+"""Measure this machine, so that plans and forecasts are about it: `megatron-omega calibrate`."""
 
-from megatron_omega.commands.calibrate import main
-from megatron_omega.commands.ending import exit_cleanly
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("calibrate", sys.argv[1:]))

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Rehearse a plan: run the real model code of every distinct stage on no data, and compare."""
+"""Run the model code of a planned layout without data, and compare with the plan: `megatron-omega dry-run`."""
 
 import sys
+from pathlib import Path
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.rehearse import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        sys.exit(0 if main() else 1)
+    sys.exit(run("dry-run", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the validation loss of a checkpoint, on as many ranks as it is started on, in any layout."""
+"""Measure the validation loss of a checkpoint: `megatron-omega evaluate`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.validate import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("evaluate", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Export a checkpoint as safetensors, config.json and tokenizer, and prove that the export says the same."""
+"""Export a checkpoint as safetensors, and prove that the export says the same: `megatron-omega export-hf`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.export import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("export-hf", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Find what stands behind <mask> (or [MASK]), with the encoder and its MLM head, from a checkpoint of any layout."""
+"""Predict masked tokens with a trained model: `megatron-omega fill-mask`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.fill_mask import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("fill-mask", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Continue a text with a trained model, from a checkpoint of any layout."""
+"""Continue a text with a trained model: `megatron-omega generate`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.generate import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("generate", sys.argv[1:]))

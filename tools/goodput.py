@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Say how much of a run's wall time went into steps that count, over all its restarts, and where the rest went."""
+"""Say how much of a run's time went into steps that count: `megatron-omega goodput`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.goodput import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("goodput", sys.argv[1:]))

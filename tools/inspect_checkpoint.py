@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Look into a checkpoint: its parameters, sizes and origin; whether it is whole; how it differs from another."""
+"""Look into checkpoints, verify and compare them: `megatron-omega inspect-checkpoint`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.inspect_checkpoint import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("inspect-checkpoint", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Look at shards, and at what a run read."""
+"""Look at shards, and at what a run read: `megatron-omega inspect-data`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.inspect_data import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("inspect-data", sys.argv[1:]))

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Start a run on this machine, on several, or under Slurm; docs/launching.md shows each."""
+"""Start all processes of a run: on this machine, on several, under Slurm: `megatron-omega launch`."""
 
 import sys
+from pathlib import Path
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.launch import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        sys.exit(main())
+    sys.exit(run("launch", sys.argv[1:]))

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Join shards into one, in the given order, copying bytes (of a Slurm array, for example)."""
+"""Join shards into one: `megatron-omega merge-shards`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.merge_shards import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("merge-shards", sys.argv[1:]))

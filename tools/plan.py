@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Plan a run without a GPU: rank every layout of a configuration on a number of accelerators."""
+"""Rank every layout of a configuration on a number of accelerators, without a GPU: `megatron-omega plan`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.plan import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("plan", sys.argv[1:]))

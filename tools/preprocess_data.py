@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Tokenize text into memory-mapped shards (Megatron's .bin/.idx), on all cores, resumable at any moment."""
+"""Tokenize text into memory-mapped shards: `megatron-omega preprocess-data`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.preprocess import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("preprocess-data", sys.argv[1:]))

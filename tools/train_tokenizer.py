@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Learn a SentencePiece tokenizer with the mask, mode and sentinel ids that the objectives need."""
+"""Learn a SentencePiece tokenizer with the ids that the objectives need: `megatron-omega train-tokenizer`."""
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.train_tokenizer import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        main()
+    sys.exit(run("train-tokenizer", sys.argv[1:]))

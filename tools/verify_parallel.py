@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Prove that layouts agree: train the same model for some steps under each, and compare losses and gradient norms."""
+"""Train under many layouts and compare every step: `megatron-omega verify-parallel`."""
 
 import sys
+from pathlib import Path
 
-from megatron_omega.commands.ending import exit_cleanly
-from megatron_omega.commands.verify_layouts import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_omega.commands.main import run
 
 if __name__ == "__main__":
-    with exit_cleanly():
-        sys.exit(main())
+    sys.exit(run("verify-parallel", sys.argv[1:]))

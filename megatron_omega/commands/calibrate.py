@@ -1,17 +1,15 @@
-"""Measure this machine, so that plans and forecasts are about it: tools/calibrate.py [--output runs/hardware.yaml]
+"""Measure this machine, so that plans and forecasts are about it.
 
-Takes about 40 seconds. `tools/plan.py --hardware runs/hardware.yaml --gpu cpu` reads the result, and so does every
-run started in this folder.
+Takes about 40 seconds. `megatron-omega plan --hardware runs/hardware.yaml --gpu cpu` reads the result, and so does
+every run started in this folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_omega.config import yaml_text
 from megatron_omega.errors import ConfigError
@@ -32,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_args(argv)
     if arguments.ranks < 2:
         raise ConfigError(f"--ranks {arguments.ranks} has nobody to talk to; use at least 2")
     import torch

@@ -1,8 +1,8 @@
 """Export a checkpoint as safetensors, config.json and tokenizer, and prove that the export says the same.
 
-tools/export_hf.py --checkpoint runs/omega-tiny --output exports/omega-tiny
+megatron-omega export-hf --checkpoint runs/omega-tiny --output exports/omega-tiny
 
-The folder has the layout that model hubs expect. tools/generate.py, tools/fill_mask.py and load_omega (in
+The folder has the layout that model hubs expect. megatron-omega generate, megatron-omega fill-mask and load_omega (in
 megatron_omega.export.loading) load it; every safetensors library reads its tensors, and its README.md says what
 they mean. The Transformers library has no such architecture: AutoModel does not load it.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_omega.checkpoint.catalogue import check_structure
 from megatron_omega.checkpoint.reader import open_checkpoint
@@ -29,7 +27,7 @@ from megatron_omega.log import configure_logging, get_logger
 logger = get_logger(__name__)
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder"
@@ -42,7 +40,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest file (default 5)")
     parser.add_argument("--device", default="cpu", help="where logits are compared (default cpu)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def choose_checkpoint(path: Path) -> Path:
@@ -72,8 +70,8 @@ def verdict(found: Comparison) -> str:
     )
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     configure_logging()
     if not arguments.shard_gigabytes > 0:
         raise ConfigError(f"--shard-gigabytes {arguments.shard_gigabytes:g} must be more than 0")

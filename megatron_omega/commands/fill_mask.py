@@ -1,17 +1,15 @@
 """Find what stands behind <mask> (or [MASK]), with the encoder and its MLM head, from a checkpoint of any layout.
 
-tools/fill_mask.py --checkpoint runs/omega-tiny --text "The [MASK] of the file is returned."
+megatron-omega fill-mask --checkpoint runs/omega-tiny --text "The [MASK] of the file is returned."
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -21,7 +19,7 @@ from megatron_omega.host.command_line import CommandLine
 from megatron_omega.log import configure_logging
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
@@ -32,7 +30,7 @@ def read_arguments() -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each text, a line each")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def show(filled: Filled) -> None:
@@ -44,8 +42,8 @@ def show(filled: Filled) -> None:
             print(f"    {candidate.probability:7.2%}  {candidate.piece!r}")
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     configure_logging()
     text_model = load_text_model(arguments.checkpoint, arguments.device, tokenizer=arguments.tokenizer)
     for text in arguments.text:

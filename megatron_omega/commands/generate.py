@@ -1,6 +1,6 @@
 """Continue a text with a trained model, from a checkpoint of any layout.
 
-tools/generate.py --checkpoint runs/omega-tiny --prompt "This function returns" --seed 1
+megatron-omega generate --checkpoint runs/omega-tiny --prompt "This function returns" --seed 1
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -26,7 +24,7 @@ from megatron_omega.log import configure_logging
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
@@ -44,7 +42,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format (default fp32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each prompt, a line each")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def prompts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -84,8 +82,8 @@ def show(
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     configure_logging()
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p)

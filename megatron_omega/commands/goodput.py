@@ -1,17 +1,15 @@
 """Say how much of a run's wall time went into steps that count, over all its restarts, and where the rest went.
 
-tools/goodput.py runs/omega
-tools/goodput.py runs/omega --json
+megatron-omega goodput runs/omega
+megatron-omega goodput runs/omega --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_omega.errors import DataError
 from megatron_omega.host.command_line import CommandLine
@@ -19,11 +17,11 @@ from megatron_omega.host.run_folder import EVENTS
 from megatron_omega.monitoring.goodput import describe, goodput_of
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object: every figure under its name")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not (arguments.run / EVENTS).exists():
         raise DataError(f"{arguments.run / EVENTS} is missing; give the folder of a run that was started")
     goodput = goodput_of(arguments.run)

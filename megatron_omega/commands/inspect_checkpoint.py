@@ -1,9 +1,9 @@
 """Look into a checkpoint: its parameters, sizes and origin; whether it is whole; how it differs from another.
 
-    tools/inspect_checkpoint.py runs/omega/checkpoints                        the checkpoints of a run
-    tools/inspect_checkpoint.py runs/omega/checkpoints/step-00000100          one of them
-    tools/inspect_checkpoint.py DIR --verify                                  read every byte, of one or of all
-    tools/inspect_checkpoint.py DIR --diff OTHER                              largest differences by parameter
+    megatron-omega inspect-checkpoint runs/omega/checkpoints                        the checkpoints of a run
+    megatron-omega inspect-checkpoint runs/omega/checkpoints/step-00000100          one of them
+    megatron-omega inspect-checkpoint DIR --verify                                  read every byte, of one or of all
+    megatron-omega inspect-checkpoint DIR --diff OTHER                              largest differences by parameter
 
 Of a folder of checkpoints `--diff` takes the newest. Exit code 4: the checkpoint is damaged or not one.
 """
@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_omega.checkpoint.inspection import (
     CheckpointRow,
@@ -31,7 +28,6 @@ from megatron_omega.checkpoint.inspection import (
 )
 from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.errors import CheckpointError
 from megatron_omega.host.command_line import CommandLine
 
@@ -47,21 +43,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool."""
-    with exit_cleanly():
-        options = build_parser().parse_args(arguments)
-        if options.diff is not None:
-            paths = newest_checkpoint(options.directory), newest_checkpoint(options.diff)
-            with open_checkpoint(paths[0]) as reader, open_checkpoint(paths[1]) as other:
-                show_comparison(compare(reader, other), paths, options.top, as_json=options.json)
-        elif rows := checkpoint_rows(options.directory, verify=options.verify):
-            show_run(rows, as_json=options.json)
-            if options.verify and (damage := [row.damage for row in rows if row.damage is not None]):
-                raise CheckpointError(*damage)
-        else:
-            with open_checkpoint(options.directory) as reader:
-                show_checkpoint(reader, verify=options.verify, as_json=options.json)
+    options = build_parser().parse_args(argv)
+    if options.diff is not None:
+        paths = newest_checkpoint(options.directory), newest_checkpoint(options.diff)
+        with open_checkpoint(paths[0]) as reader, open_checkpoint(paths[1]) as other:
+            show_comparison(compare(reader, other), paths, options.top, as_json=options.json)
+    elif rows := checkpoint_rows(options.directory, verify=options.verify):
+        show_run(rows, as_json=options.json)
+        if options.verify and (damage := [row.damage for row in rows if row.damage is not None]):
+            raise CheckpointError(*damage)
+    else:
+        with open_checkpoint(options.directory) as reader:
+            show_checkpoint(reader, verify=options.verify, as_json=options.json)
 
 
 def show_run(rows: Sequence[CheckpointRow], *, as_json: bool) -> None:

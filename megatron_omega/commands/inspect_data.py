@@ -1,11 +1,11 @@
 """Look at shards, and at what a run read.
 
-tools/inspect_data.py data/omega_text_document                     statistics
-tools/inspect_data.py data/omega_text_document --check             read everything: checksums, ids, pointers
-tools/inspect_data.py data/omega_text_document --show 17 --tokenizer-model tokenizer.model
-tools/inspect_data.py data/omega_text_document --histogram lengths.png
-tools/inspect_data.py --run runs/omega --step 12345                the text of a step, with its masks and spans
-tools/inspect_data.py --run runs/omega --find 4711                 the steps that saw a document
+megatron-omega inspect-data data/omega_text_document                     statistics
+megatron-omega inspect-data data/omega_text_document --check             read everything: checksums, ids, pointers
+megatron-omega inspect-data data/omega_text_document --show 17 --tokenizer-model tokenizer.model
+megatron-omega inspect-data data/omega_text_document --histogram lengths.png
+megatron-omega inspect-data --run runs/omega --step 12345                the text of a step, with its masks and spans
+megatron-omega inspect-data --run runs/omega --find 4711                 the steps that saw a document
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
@@ -38,7 +35,7 @@ from megatron_omega.monitoring.files import read_objects
 from megatron_omega.training.batch_size import Interval, consumed_after, samples_of_step
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="shards, without .bin and .idx")
     parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
@@ -54,7 +51,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="with --find: how many steps to search (default: all of the run)")
     parser.add_argument("--data-parallel-size", type=int, help="with --step: replicas (default: as the run last had)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.prefixes and not arguments.run:
         raise ConfigError("nothing to look at; give the prefix of a shard, or --run with --step or --find")
     if arguments.run and arguments.step is None and arguments.find is None:
@@ -173,8 +170,8 @@ def show_steps_of_document(arguments: argparse.Namespace) -> None:
         print(f"step {one['step']}, sample {one['sample']}")
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     if arguments.run and arguments.step is not None:
         show_step(arguments)
     elif arguments.run:

@@ -1,10 +1,10 @@
 """Start a run on this machine, on several, or under Slurm; docs/launching.md shows each.
 
-    tools/launch.py local    --ranks 8 --config examples/omega-tiny/run.yaml [--section.field value ...]
-    tools/launch.py hostfile --hosts n1 n2 --ranks-per-node 8 --config ...
-    tools/launch.py slurm    --nodes 64 --ranks-per-node 8 --config examples/omega-11.9b/run.yaml [--submit]
+    megatron-omega launch local    --ranks 8 --config examples/omega-tiny/run.yaml [--section.field value ...]
+    megatron-omega launch hostfile --hosts n1 n2 --ranks-per-node 8 --config ...
+    megatron-omega launch slurm    --nodes 64 --ranks-per-node 8 --config examples/omega-11.9b/run.yaml [--submit]
 
-What is not an option of this tool is the command line of pretrain_omega.py. `begin` and `end` are for the scripts.
+What is not an option of this verb is the command line of `train`. `begin` and `end` are for the scripts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import COMMAND, CommandLine
+from megatron_omega.host.shipped import located, presets
 from megatron_omega.launching import scripts
 from megatron_omega.launching.outcome import LOST, Verdict
 from megatron_omega.launching.turns import MAX_RESTARTS, Turn, next_step
 from megatron_omega.log import configure_logging, get_logger
 
+PACKAGE = "megatron_omega"
 log = get_logger()
 
 
@@ -76,14 +77,14 @@ def run_local(arguments: argparse.Namespace, run: list[str]) -> int:
 
     launch = scripts.Launch(tuple(run), 1, arguments.ranks, command="")
     directory = Path(launch.resolve().config.logging.run_directory)
-    program = [sys.executable, "-u", str(Path(__file__).resolve().parents[2] / scripts.PROGRAM), *run]
+    program = [sys.executable, "-u", "-m", PACKAGE, "train", *run]
     turn = Turn(directory, f"local-{os.getpid()}", max_restarts=arguments.max_restarts)
     return supervise(Job(program, arguments.ranks, port=arguments.port), turn).code
 
 
 def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write hostfile, environment file and script; print them."""
-    launch = scripts.Launch(tuple(run), len(arguments.hosts), arguments.ranks_per_node, command=_command())
+    launch = scripts.Launch(tuple(run), len(arguments.hosts), arguments.ranks_per_node, command=arguments.command)
     directory = launch.resolve().config.logging.run_directory
     files = scripts.HostFiles.beside(arguments.output or _beside_config(run, "hosts.sh"))
     texts = {
@@ -104,7 +105,7 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write and print the batch script; submit it where asked."""
     path = arguments.output or _beside_config(run, "evaluate.sbatch" if arguments.evaluate else "slurm.sbatch")
     launch = scripts.Launch(
-        tuple(run), arguments.nodes, arguments.ranks_per_node, command=_command(), device=arguments.device,
+        tuple(run), arguments.nodes, arguments.ranks_per_node, command=arguments.command, device=arguments.device,
         time=arguments.time, cpus_per_rank=arguments.cpus_per_rank, options=tuple(arguments.sbatch),
         is_evaluation=arguments.evaluate,
     )  # fmt: skip
@@ -162,17 +163,18 @@ def _beside_config(run: list[str], name: str) -> Path:
     words = dict(pairwise(run))
     if "--config" not in words:
         raise ConfigError(f"there is no --config to put {name} beside; give --output")
-    return Path(words["--config"]).parent / name
+    path = located(words["--config"], presets())
+    return (path.parent if path == Path(words["--config"]) else Path()) / name  # nothing is written into the package
 
 
-def _command() -> str:
-    words = [word for word in sys.argv[1:] if word not in ("--dry-run", "--submit")]
-    return shlex.join(["tools/launch.py", *words])
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join([COMMAND, "launch", *(word for word in argv if word not in ("--dry-run", "--submit"))])
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the tool; return its exit code."""
-    arguments, run = build_parser().parse_known_args()
+    arguments, run = build_parser().parse_known_args(argv)
+    arguments.command = _command(argv)
     configure_logging()
     if arguments.verb == "local":
         return run_local(arguments, run)

@@ -1,6 +1,6 @@
 """Join shards into one, in the given order, copying bytes (of a Slurm array, for example).
 
-tools/merge_shards.py --input data/omega-?????-of-00016_text_document.idx --output-prefix data/omega_text_document
+megatron-omega merge-shards --input data/omega-?????-of-00016_text_document.idx --output-prefix data/omega_text_document
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ import argparse
 import dataclasses
 import glob
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_omega.corpus.merge import merge_shards
 from megatron_omega.errors import DataError
 from megatron_omega.host.command_line import CommandLine
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes, or .idx files, or a folder of shards, or globs"
@@ -27,7 +25,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--output-prefix", required=True, help="prefix of the whole, without .bin and .idx")
     parser.add_argument("--dedup", choices=("exact",), help="keep the first of documents with the same tokens")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def find_prefixes(names: list[str]) -> list[str]:
@@ -46,8 +44,8 @@ def find_prefixes(names: list[str]) -> list[str]:
     return found
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     prefixes = find_prefixes(arguments.input)
     merged = merge_shards(prefixes, arguments.output_prefix, is_deduplicated=arguments.dedup == "exact")
     if arguments.json:

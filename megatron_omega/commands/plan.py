@@ -1,6 +1,6 @@
 """Plan a run without a GPU: rank every layout of a configuration on a number of accelerators.
 
-    tools/plan.py --config examples/omega-11.9b/run.yaml --gpus 256 --gpu h100-80g
+    megatron-omega plan --config examples/omega-11.9b/run.yaml --gpus 256 --gpu h100-80g
 
 Needs neither torch nor DeepSpeed. `--explain LAYOUT` shows one layout in detail, `--write DIR` turns one into files.
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError
@@ -33,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, required=True, help="number of accelerators")
     parser.add_argument("--gpu", required=True, help="accelerator, by its name in the hardware file")
     parser.add_argument(
-        "--hardware", type=Path, help="hardware file, as tools/calibrate.py writes (default: the built-in list)"
+        "--hardware", type=Path, help="hardware file, as megatron-omega calibrate writes (default: the built-in list)"
     )
     parser.add_argument("--network", help="connection between nodes, if not the accelerator's usual one")
     parser.add_argument("--global-batch-size", type=int, help="instead of the configuration's")
@@ -63,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_args(argv)
     _check(arguments)
     config = load_config(arguments.config)
     if arguments.global_batch_size is not None:

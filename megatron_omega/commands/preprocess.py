@@ -1,6 +1,6 @@
 """Tokenize text into memory-mapped shards (Megatron's .bin/.idx), on all cores, resumable at any moment.
 
-    tools/preprocess_data.py --input 'corpus/*.jsonl.gz' books/ --output-prefix data/omega \\
+    megatron-omega preprocess-data --input 'corpus/*.jsonl.gz' books/ --output-prefix data/omega \\
         --tokenizer-model tokenizer.model --append-eod --workers 16
 
 writes data/omega_text_document.{bin,idx} with their sidecars. Killed, the same command goes on where it was.
@@ -14,9 +14,7 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -31,7 +29,7 @@ from megatron_omega.log import configure_logging
 STREAM_BLOCK_BYTES = 16 << 20
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input")
     source.add_argument("--input", nargs="+", help="files, quoted globs or folders; - reads lines of JSON from stdin")
@@ -64,7 +62,7 @@ def read_arguments() -> argparse.Namespace:
     work.add_argument("--sentencepiece", action="store_true", help="encode with SentencePiece itself, not the shortcut")
     work.add_argument("--json", action="store_true", help="print the result as one JSON object")
     work.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def to_options(arguments: argparse.Namespace) -> Options:
@@ -138,8 +136,8 @@ def run(inputs: list[InputFile] | Stream, options: Options, *, is_quiet: bool) -
             raise Preempted("stopped; finished parts are kept, the same command goes on from there") from None
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     configure_logging()
     options = to_options(arguments)
     started = time.monotonic()

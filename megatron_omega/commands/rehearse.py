@@ -1,6 +1,6 @@
 """Rehearse a plan: run the real model code of every distinct stage without data or memory, and compare with the plan.
 
-    tools/dry_run.py --config examples/omega-11.9b/run.yaml --gpus 1024 --gpu h100-80g --random 4
+    megatron-omega dry-run --config examples/omega-11.9b/run.yaml --gpus 1024 --gpu h100-80g --random 4
 
 Fails (exit 1) where parameters, FLOPs, messages or their bytes differ at all, or kept activations by more than 1%.
 """
@@ -11,11 +11,9 @@ import argparse
 import json
 import random
 import resource
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError
@@ -65,9 +63,9 @@ def choose(arguments: argparse.Namespace) -> list[Candidate]:
     return chosen + generator.sample(pool, min(arguments.random, len(pool)))
 
 
-def main() -> bool:
-    """Run the tool; return whether everything agreed."""
-    arguments = build_parser().parse_args()
+def main(argv: Sequence[str]) -> int:
+    """Rehearse, print, and return the exit code: 1 if anything differs."""
+    arguments = build_parser().parse_args(argv)
     chosen = choose(arguments)
     from megatron_omega.studies.rehearsal import (  # torch comes in here, after all that can be refused
         Rehearsal,
@@ -106,4 +104,4 @@ def main() -> bool:
         print(json.dumps({"layouts": results, **cost}))
     else:
         print(f"{cost['cpu_seconds']:.1f} CPU-seconds, {cost['peak_gib']:.2f} GiB")
-    return agreed
+    return 0 if agreed else 1

@@ -1,6 +1,6 @@
 """Learn a SentencePiece tokenizer with the mask, mode and sentinel ids that the objectives need.
 
-tools/train_tokenizer.py --input 'corpus/*.jsonl.gz' --output tokenizer.model --vocab-size 32768
+megatron-omega train-tokenizer --input 'corpus/*.jsonl.gz' --output tokenizer.model --vocab-size 32768
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
@@ -25,7 +23,7 @@ from megatron_omega.host.command_line import CommandLine
 MAX_RECORD_BYTES = 64 << 20
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="jsonl, parquet, Arrow or text files, globs, folders")
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
@@ -40,7 +38,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def texts(files: list[InputFile], keys: list[str], budget: int) -> Iterator[str]:
@@ -65,8 +63,8 @@ def texts(files: list[InputFile], keys: list[str], budget: int) -> Iterator[str]
                     return
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    arguments = read_arguments(argv)
     found = texts(expand_inputs(arguments.input), arguments.json_keys, int(arguments.megabytes * 1e6))
     first = next(found, None)
     if first is None:

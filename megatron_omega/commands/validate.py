@@ -1,6 +1,6 @@
 """Measure the validation loss of a checkpoint, on as many ranks as it is started on, in any layout.
 
-    srun python tools/evaluate.py --config examples/omega-1b/run.yaml [--load PATH] [--evaluation.num_batches 64]
+    srun megatron-omega evaluate --config examples/omega-1b/run.yaml [--load PATH] [--evaluation.num_batches 64]
 
 Takes the command line of pretrain_omega.py; without --load it takes the run's newest checkpoint. Trains nothing.
 """
@@ -10,19 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from collections.abc import Sequence
 
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import resolve_run
 from megatron_omega.host.environment import complete_environment
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool."""
-    arguments = parse_arguments(sys.argv[1:], program="evaluate.py")
+    arguments = parse_arguments(argv, program="megatron-omega evaluate")
     place = complete_environment()
     from megatron_omega.run.validation import as_evaluation, evaluate  # torch comes in here
 

@@ -1,6 +1,6 @@
 """Prove that layouts agree: train the same model for some steps under each, and compare losses and gradient norms.
 
-    tools/verify_parallel.py --config examples/omega-tiny/run.yaml
+    megatron-omega verify-parallel --config examples/omega-tiny/run.yaml
 
 runs the whole list: tensor, pipeline and data parallel in {1, 2}, each ZeRO stage, tensor parallel 3, 4 stages with
 cuts inside the encoder and the decoder, DualPipeV, sequence parallelism. With
@@ -23,11 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tqdm import tqdm
 
-from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.config.arguments import Override, read_overrides
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, HangError
@@ -119,15 +116,14 @@ def print_table(verdicts: list[Verdict], steps: int) -> None:
     print(f"FAIL: {failed} of {len(verdicts)} layouts" if failed else f"PASS: all {len(verdicts)} layouts agree")
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Verify, print, and return the exit code."""
     parser = build_parser()
-    with exit_cleanly():
-        options, rest = parser.parse_known_args()
-        try:
-            verdicts = verify(options, rest, parser)
-        except TimeoutError as error:
-            raise HangError(f"{error} ({options.timeout_seconds:g} s); give --timeout-seconds more") from None
+    options, rest = parser.parse_known_args(argv)
+    try:
+        verdicts = verify(options, rest, parser)
+    except TimeoutError as error:
+        raise HangError(f"{error} ({options.timeout_seconds:g} s); give --timeout-seconds more") from None
     if options.json:
         rows = [{"layout": v.label, **v.differences, "tolerance": v.tolerance, "passed": v.passed} for v in verdicts]
         print(json.dumps(rows, indent=2))

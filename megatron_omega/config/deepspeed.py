@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.shipped import deepspeed_settings, located
 
 AUTO = "auto"
 NEVER_STEPS = 10**12
@@ -99,10 +100,13 @@ def read_deepspeed_json(path: Path | str | None) -> dict[str, Any]:
     if path is None:
         return dict(DEFAULT_SETTINGS)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+        file = located(path, deepspeed_settings())
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
+        known = ", ".join(deepspeed_settings())
         raise ConfigError(
-            f"--deepspeed_config {path} cannot be read: {error.strerror}; try ds_configs/zero1.json"
+            f"--deepspeed_config {path} cannot be read: {error.strerror}; give the path of a JSON file, or a name that "
+            f"comes with the package: {known}"
         ) from None
     except ValueError as error:
         raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}") from None

@@ -25,6 +25,7 @@ from megatron_omega.config.deepspeed import (
 )
 from megatron_omega.config.schema import BRANCH_FORMS, RunConfig
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.shipped import located, presets
 
 __all__ = ["Arguments", "ResolvedRun", "dump_config", "load_config", "parse_arguments", "resolve_run"]
 
@@ -118,10 +119,14 @@ def _read_file(path: Path | str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = located(path, presets()).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"--config {path} cannot be read: {reason}; give the path of a YAML file") from None
+        known = ", ".join(presets())
+        raise ConfigError(
+            f"--config {path} cannot be read: {reason}; give the path of a YAML file, or a name that comes with the "
+            f"package: {known}"
+        ) from None
     values = yaml_text.parse(text, str(path))
     if values is None:
         return {}

@@ -125,7 +125,7 @@ class Corpus(Section):
     """One corpus of a blend."""
 
     prefix: str
-    """Path of the indexed shard without .bin / .idx, as tools/preprocess_data.py wrote it."""
+    """Path of the indexed shard without .bin / .idx, as megatron-omega preprocess-data wrote it."""
     weight: PositiveFloat = 1.0
     """Share of samples drawn from this corpus, relative to the other weights."""
 

@@ -282,7 +282,9 @@ def _map(path: str) -> mmap.mmap:
             f"shard {path} does not exist; a prefix is the path without .bin and .idx, as preprocess_data.py printed it"
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"shard {path} cannot be read ({error}); make it again with tools/preprocess_data.py") from None
+        raise DataError(
+            f"shard {path} cannot be read ({error}); make it again with megatron-omega preprocess-data"
+        ) from None
 
 
 def _read_layout(index: mmap.mmap, path: str) -> _Layout:

@@ -89,4 +89,6 @@ def load_origins(prefix: str | Path) -> Origins | None:
         with np.load(path, allow_pickle=False) as content:
             return Origins(tuple(str(name) for name in content["files"]), content["runs"])
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); make the shard again with tools/preprocess_data.py") from None
+        raise DataError(
+            f"{path} is damaged ({error}); make the shard again with megatron-omega preprocess-data"
+        ) from None

@@ -50,7 +50,9 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
             raise ValueError(f"format {content.get('format')!r} is unknown")
         return Sidecar(**content)
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); make the shard again with tools/preprocess_data.py") from None
+        raise DataError(
+            f"{path} is damaged ({error}); make the shard again with megatron-omega preprocess-data"
+        ) from None
 
 
 def check_sidecar(shard: IndexedShard, tokenizer: Tokenizer) -> None:

@@ -59,7 +59,9 @@ class Tokenizer:
         try:
             self.processor.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise DataError(f"{path} is not a SentencePiece model; make one with tools/train_tokenizer.py") from None
+            raise DataError(
+                f"{path} is not a SentencePiece model; make one with megatron-omega train-tokenizer"
+            ) from None
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
@@ -72,7 +74,7 @@ class Tokenizer:
             reason = error.strerror or str(error)
             raise DataError(
                 f"tokenizer {path} cannot be read ({reason}); correct the path, "
-                "or train one with tools/train_tokenizer.py"
+                "or train one with megatron-omega train-tokenizer"
             ) from None
         return cls(model, str(path))
 
@@ -96,7 +98,7 @@ class Tokenizer:
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise DataError(
-                f"tokenizer {self.path} has no control symbols {shown}; train one with tools/train_tokenizer.py"
+                f"tokenizer {self.path} has no control symbols {shown}; train one with megatron-omega train-tokenizer"
             )
         ids = {piece: self.processor.piece_to_id(piece) for piece in CONTROL_PIECES}
         return SpecialIds(

@@ -16,7 +16,7 @@ file and the XXH3-64 of its bytes (`parameters`).
 
 ## What reads them
 
-megatron-omega: `tools/generate.py --checkpoint FOLDER`, `tools/fill_mask.py --checkpoint FOLDER`, or
+megatron-omega: `megatron-omega generate --checkpoint FOLDER`, `megatron-omega fill-mask --checkpoint FOLDER`, or
 
     from megatron_omega.export.loading import load_omega
     model, config = load_omega("FOLDER")

@@ -48,7 +48,7 @@ def fill_mask(text_model: TextModel, text: str, *, top_k: int = 5) -> Filled:
     model, config, tokenizer = text_model.model, text_model.config, text_model.tokenizer
     if not config.model.has_mlm_head:
         reason = "is decoder-only" if config.model.is_decoder_only else "was built with model.mlm_head: false"
-        raise ConfigError(f"{text_model.path} has no MLM head (the model {reason}); use tools/generate.py")
+        raise ConfigError(f"{text_model.path} has no MLM head (the model {reason}); use megatron-omega generate")
     if top_k < 1:
         raise ConfigError(f"top_k={top_k} must be 1 or more")
     special = tokenizer.special

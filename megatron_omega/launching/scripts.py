@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from megatron_omega.config.load import ResolvedRun, load_config, resolve_run
 from megatron_omega.errors import ConfigError
 from megatron_omega.launching import templates
 
-PROGRAM = "pretrain_omega.py"
+CHECKOUT_PROGRAM = "pretrain_omega.py"
+PYTHON_PROGRAM, DEEPSPEED_PROGRAM = "-m megatron_omega train", "--module megatron_omega train"
+"""What `python` and `deepspeed` are told to start where there is no checkout."""
 PASSED_ON = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HOME", "TORCH_EXTENSIONS_DIR")
 """Variables that ssh does not carry to the other hosts, and ranks read. No secrets: the file is plain text."""
 
@@ -35,9 +38,14 @@ class Launch:
     cpus_per_rank: int = 8
     options: tuple[str, ...] = ()
     """Further options of sbatch, such as --partition=gpu."""
-    program: str = PROGRAM
+    program: str | None = None
+    """What each rank runs, if not a training of this package."""
     is_evaluation: bool = False
     """Measure the validation loss instead of training."""
+
+    def program_of(self, launcher_program: str) -> str:
+        """Return what ranks run: in a checkout its entry point, elsewhere what a launcher takes in its place."""
+        return self.program or (CHECKOUT_PROGRAM if Path(CHECKOUT_PROGRAM).exists() else launcher_program)
 
     @property
     def ranks(self) -> int:
@@ -55,8 +63,17 @@ class Launch:
         return resolve_run(parse_arguments(self.arguments), self.ranks)
 
 
+def activation() -> str:
+    """Return the line that enters the environment: the checkout's own, or the one this process runs in."""
+    if Path(CHECKOUT_PROGRAM).exists():
+        return "source .venv/bin/activate"
+    if sys.prefix == sys.base_prefix:
+        return f"# no virtual environment: {sys.executable} is used as it is found on the path"
+    return f"source {shlex.quote(sys.prefix)}/bin/activate"
+
+
 def run_directory(arguments: Sequence[str]) -> Path:
-    """Return the run folder of a command line of `pretrain_omega.py`. Raises ConfigError."""
+    """Return the run folder of a command line of a run. Raises ConfigError."""
     parsed = parse_arguments(arguments)
     return Path(load_config(parsed.config, parsed.overrides).logging.run_directory)
 
@@ -77,7 +94,8 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
         threads=launch.cpus_per_rank,
         device=launch.device,
         arguments=shlex.join(launch.arguments),
-        program=launch.program,
+        program=launch.program_of(PYTHON_PROGRAM),
+        activation=activation(),
     )
 
 
@@ -121,7 +139,8 @@ def hosts_script(launch: Launch, files: HostFiles, port: int, directory: str) ->
         hostfile=shlex.quote(str(files.hostfile)),
         environment=shlex.quote(str(files.environment)),
         port=port,
-        program=launch.program,
+        program=launch.program_of(DEEPSPEED_PROGRAM),
+        activation=activation(),
     )
 
 
@@ -129,7 +148,7 @@ def without_ssh(launch: Launch, hosts: Sequence[str], files: HostFiles, port: in
     """Return the command for each host where there is no ssh between them."""
     return [
         f"deepspeed --hostfile {shlex.quote(str(files.hostfile))} --no_ssh --node_rank {rank} --master_addr {hosts[0]} "
-        f"--master_port {port} --no_local_rank {launch.program} {shlex.join(launch.arguments)}"
+        f"--master_port {port} --no_local_rank {launch.program_of(DEEPSPEED_PROGRAM)} {shlex.join(launch.arguments)}"
         for rank in range(len(hosts))
     ]
 

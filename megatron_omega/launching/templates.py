@@ -19,11 +19,11 @@ PRETRAIN = (
     + """\
 # Three minutes before the time limit the ranks are told to save. What every exit code leads to: docs/launching.md
 set -u
-source .venv/bin/activate
+$activation
 export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
 run=($arguments "$$@")
 
-codes=$$(python tools/launch.py begin "$${run[@]}") || exit $$?
+codes=$$(python -m megatron_omega launch begin "$${run[@]}") || exit $$?
 export codes
 # A task for each rank, which finds its place in SLURM_*. Signals are for the ranks, which handle them; what else is in
 # the step (this shell, data workers) ignores them. A stop is no bad exit: Slurm would end those not through saving.
@@ -34,7 +34,7 @@ srun --kill-on-bad-exit=1 --wait=60 bash -c '
     [ $$code -eq 0 ] || echo $$code > "$$codes/$$SLURM_PROCID"
     [ $$code -eq 75 ] && exit 0
     exit $$code' rank "$${run[@]}"
-again=$$(python tools/launch.py end --code $$? "$${run[@]}")
+again=$$(python -m megatron_omega launch end --code $$? "$${run[@]}")
 code=$$?
 if [ -n "$$again" ] && [ -z "$${OMEGA_CHAIN:-}" ]; then # in a chain the next job goes on
     scontrol requeue "$$SLURM_JOB_ID"
@@ -49,9 +49,9 @@ EVALUATE = (
     + """\
 # The loss of the newest checkpoint, or of --load PATH, on the validation part of the corpus.
 set -eu
-source .venv/bin/activate
+$activation
 export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
-srun --kill-on-bad-exit=1 --wait=60 python -u tools/evaluate.py $arguments "$$@"
+srun --kill-on-bad-exit=1 --wait=60 python -u -m megatron_omega evaluate $arguments "$$@"
 """
 )
 
@@ -64,15 +64,15 @@ HOSTS = """\
 #   touch $run_directory/stop
 # What every exit code leads to: docs/launching.md
 set -u
-source .venv/bin/activate
+$activation
 run=($arguments "$$@")
 export OMEGA_JOB=hosts-$$$$ DS_ENV_FILE=$environment
 
 while true; do
-    python tools/launch.py begin "$${run[@]}" > /dev/null || exit $$?
+    python -m megatron_omega launch begin "$${run[@]}" > /dev/null || exit $$?
     deepspeed --hostfile $hostfile --master_port $port --no_local_rank \\
         $program "$${run[@]}"
-    again=$$(python tools/launch.py end --code $$? --stop-is-final "$${run[@]}")
+    again=$$(python -m megatron_omega launch end --code $$? --stop-is-final "$${run[@]}")
     code=$$?
     [ -n "$$again" ] || exit $$code
 done

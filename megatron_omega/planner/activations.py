@@ -1,8 +1,8 @@
 """Bytes that a layer keeps for its backward pass, tensor by tensor, for one micro-batch on one rank.
 
 Mirrors what autograd saves in `model/`: every entry below is one storage, named after what it holds. It is checked
-byte by byte by `tools/dry_run.py`. On the CPU an RMSNorm keeps its input and its normalised input in fp32; on a GPU it
-keeps the input it was given. `heads` is the number of this rank's heads, so any even split is exact.
+byte by byte by `megatron-omega dry-run`. On the CPU an RMSNorm keeps its input and its normalised input in fp32; on a
+GPU it keeps the input it was given. `heads` is the number of this rank's heads, so any even split is exact.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import GIB, Hardware, find_hardware, read_hardware
 
 CALIBRATED = Path("runs/hardware.yaml")
-"""Where tools/calibrate.py leaves what it measured, relative to the working directory."""
+"""Where megatron-omega calibrate leaves what it measured, relative to the working directory."""
 
 
 def machine_called(device_name: str) -> Hardware | None:

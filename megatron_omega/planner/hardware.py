@@ -1,7 +1,7 @@
 """What machines can do: peak rates, links, and the share of them that our kernels reach. Data, read from YAML.
 
-`hardware.yaml` beside this file lists common accelerators; `tools/calibrate.py` writes a file of the same form for
-the machine at hand. Times of single operations follow from it; nothing here knows of models.
+`hardware.yaml` beside this file lists common accelerators; `megatron-omega calibrate` writes a file of the same form
+for the machine at hand. Times of single operations follow from it; nothing here knows of models.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _slurm(estimate: Estimate, run: Path, deepspeed: Path, slurm: Path) -> str:
         ("--config", str(run), "--deepspeed_config", str(deepspeed)),
         nodes,
         per_node,
-        command=f"tools/plan.py; {estimate.candidate.label}: {estimate.step_seconds:.2f} s a step predicted on {where}",
+        command=f"megatron-omega plan; {estimate.candidate.label}: {estimate.step_seconds:.2f} s a step on {where}",
         options=("--exclusive",),
     )
     return slurm_script(launch, slurm, Path(estimate.config.logging.run_directory).name)

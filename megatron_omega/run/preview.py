@@ -1,6 +1,6 @@
 """What `pretrain_omega.py --dry-run` prints: the run as it would start, and what it would cost. Imports no torch.
 
-The estimate is the planner's, for a common machine: a calculation, not a measurement. `tools/plan.py` does it for
+The estimate is the planner's, for a common machine: a calculation, not a measurement. `megatron-omega plan` does it for
 others, and compares layouts.
 """
 
@@ -162,7 +162,7 @@ def _cost_lines(preview: Preview) -> Iterator[str]:
         f"{config.batch.global_batch_size * accounting.tokens_per_sample(config):,} tokens per step, "
         f"{preview.assumptions.tokens:,.0f} in {config.training.train_steps:,} steps"
     )
-    yield f"calculated for {preview.candidate.world_size} x {machine} (others: tools/plan.py), not measured:"
+    yield f"calculated for {preview.candidate.world_size} x {machine} (others: megatron-omega plan), not measured:"
     yield (
         f"  step {estimate.step_seconds:.3g} s ({low:.3g} to {high:.3g}), {estimate.tokens_per_second:,.0f} tokens/s, "
         f"MFU {estimate.mfu:.1%}, bubble {estimate.bubble:.1%}"

@@ -16,7 +16,7 @@ from parts import KINDS, SHAPES, Saved, full_tensors
 
 from megatron_omega.checkpoint.inspection import checkpoint_rows, compare, parameter_rows
 from megatron_omega.checkpoint.reader import open_checkpoint
-from megatron_omega.commands import inspect_checkpoint
+from megatron_omega.commands.main import run as run_verb
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -24,7 +24,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     said, complained, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(said), redirect_stderr(complained):
         try:
-            inspect_checkpoint.main([str(argument) for argument in arguments])
+            run_verb("inspect-checkpoint", [str(argument) for argument in arguments])
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess([], code, said.getvalue(), complained.getvalue())

@@ -27,10 +27,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(tool: str, *arguments: object, stdin: str = "") -> str:
         module = importlib.import_module(f"megatron_omega.commands.{tool}")
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
-        module.main()
+        module.main([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
     return call

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_omega.commands import verify_layouts
+from megatron_omega.commands.main import run
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import ModelConfig
 from megatron_omega.studies.layouts import COMPARED, LayoutUnderTest, compare, every_layout, tolerance_of
@@ -31,8 +31,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Tool:
             return [dict.fromkeys(COMPARED, 2.0 + (off or {}).get(layout.label, 0.0))] * steps
 
         monkeypatch.setattr(verify_layouts, "measure", measured)
-        monkeypatch.setattr(sys, "argv", ["verify_parallel.py", "--config", *map(str, arguments)])
-        return verify_layouts.main()
+        return run("verify-parallel", ["--config", *map(str, arguments)])
 
     return call
 

@@ -22,8 +22,7 @@ SCRIPTS = sorted(
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
     """Call the tool in this process, in the checkout; return its exit code and what it printed."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["tools/launch.py", *words])
-    code = launch.main()
+    code = launch.main(words)
     return code, capsys.readouterr().out
 
 
@@ -32,7 +31,7 @@ def test_examples_are_what_the_tool_writes(
     script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (ROOT / script).read_text()
-    command = re.search(r"^# Written by: tools/launch.py (.*)$", text, re.MULTILINE)
+    command = re.search(r"^# Written by: megatron-omega launch (.*)$", text, re.MULTILINE)
     assert command
     assert call(capsys, monkeypatch, *shlex.split(command[1]), "--dry-run") == (0, text)
 

@@ -31,7 +31,7 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return the ranks below a launcher, by rank."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        if any(word.endswith("pretrain_omega.py") for word in child.cmdline()):
+        if {"megatron_omega", "train"} <= {*child.cmdline()} or "pretrain_omega.py" in child.cmdline():
             found[child.environ()["RANK"]] = child
     return [found[rank] for rank in sorted(found)]
 

@@ -1,24 +1,22 @@
-#!/usr/bin/env python3
-"""Gather real text that every Python installation carries: documentation, docstrings, READMEs, licences -> one jsonl.
+"""Real text that every Python installation carries: documentation, docstrings, READMEs, licences.
 
 The order is a fixed shuffle (so that any cut by documents is a fair sample), exact duplicates are left out, and each
-kind of text has a share, so that licences and generated reference pages do not crowd out prose. Needs only Python.
+kind of text has a share, so that licences and generated reference pages do not crowd out prose. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import email
 import hashlib
 import json
 import re
 import site
-import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 SHARES = {"docstring": 0.78, "documentation": 0.10, "readme": 0.10, "licence": 0.02}
@@ -28,6 +26,15 @@ SMALLEST, LARGEST = 200, 20_000  # characters of a document
 LARGEST_SOURCE, LEAST_PROSE = 150_000, 0.35  # a module is parsed where that share of it stands in triple quotes
 LARGEST_SHARE = 0.06  # of all text, for one package and kind
 QUOTED = re.compile(r'"""(.+?)"""', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file of text holds."""
+
+    documents: int
+    size_bytes: int
+    """Of the text itself."""
 
 
 def roots() -> list[Path]:
@@ -118,11 +125,6 @@ def documents(text: str) -> Iterator[str]:
     yield text
 
 
-def progress(message: str, *, end: str = "") -> None:
-    if sys.stderr.isatty() or end:
-        print(f"\r{message:<70}", end=end, file=sys.stderr, flush=True)
-
-
 def candidates() -> Iterator[tuple[str, str, str, Path]]:
     """Yield (shuffle key, kind, package, path) of every file that may carry text, in a fixed shuffle."""
     places = set(roots())
@@ -137,7 +139,9 @@ def candidates() -> Iterator[tuple[str, str, str, Path]]:
     yield from sorted(found.values())
 
 
-def gather(files: Iterable[tuple[str, str, str, Path]], budget: int) -> list[dict[str, str]]:
+def gather(
+    files: Iterable[tuple[str, str, str, Path]], budget: int, progress: Callable[[float], None]
+) -> list[dict[str, str]]:
     """Read files until each kind has its share of `budget` bytes; leave out what is no prose or was seen before."""
     room = {kind: share * budget for kind, share in SHARES.items()}
     taken: Counter[tuple[str, str]] = Counter()
@@ -155,26 +159,21 @@ def gather(files: Iterable[tuple[str, str, str, Path]], budget: int) -> list[dic
             taken[kind, package] += len(text.encode())
             order = hashlib.blake2b(f"{key}{number}".encode(), digest_size=8).hexdigest()
             found.append((order, {"text": text, "kind": kind, "source": "/".join(path.parts[-3:])}))
-        progress(f"gathering text: {(budget - sum(max(0, left) for left in room.values())) / 1e6:.1f} MB")
+        progress((budget - sum(max(0, left) for left in room.values())) / 1e6)
         if all(left <= 0 for left in room.values()):
             break
     return [document for _, document in sorted(found, key=lambda item: item[0])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="jsonl to write")
-    parser.add_argument("--megabytes", type=float, default=6.0, help="how much text to gather (default 6)")
-    arguments = parser.parse_args()
-    found = gather(candidates(), int(arguments.megabytes * 1e6))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
+def write_installed_text(output: Path, megabytes: float, progress: Callable[[float], None] = lambda _: None) -> Written:
+    """Write `megabytes` of text to the jsonl `output`: objects with text, kind and source.
+
+    `progress` is called with the megabytes found so far.
+    """
+    found = gather(candidates(), int(megabytes * 1e6), progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in found)
-    partial.replace(arguments.output)
-    size = sum(len(document["text"].encode()) for document in found)
-    progress(f"{arguments.output}: {len(found):,} documents, {size / 1e6:.1f} MB of text", end="\n")
-
-
-if __name__ == "__main__":
-    main()
+    partial.replace(output)
+    return Written(len(found), sum(len(document["text"].encode()) for document in found))

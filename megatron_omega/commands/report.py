@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Say what a run learned: validation losses before and after, beside a uniform guess and the unigram entropy.
 
-python examples/omega-tiny/report.py --run runs/omega-tiny
+megatron-omega report --run runs/omega-tiny
 """
 
 from __future__ import annotations
@@ -9,29 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 
-from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.objectives import IGNORED_LABEL
 from megatron_omega.data.samples import open_sources
 from megatron_omega.errors import DataError
+from megatron_omega.host import run_folder
+from megatron_omega.host.command_line import CommandLine
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
     """Return every validation of the run, oldest first."""
     try:
-        lines = (run / "events.jsonl").read_text().splitlines()
+        lines = (run / run_folder.EVENTS).read_text().splitlines()
     except OSError as error:
-        raise DataError(f"{run}/events.jsonl cannot be read: {error.strerror}; give the folder of a run") from None
+        raise DataError(
+            f"{run / run_folder.EVENTS} cannot be read: {error.strerror}; give the folder of a run"
+        ) from None
     found = [event for event in map(json.loads, lines) if event["event"] == "evaluate"]
     if not found:
         raise DataError(f"{run} has no validation yet; set evaluation.interval_steps")
@@ -53,16 +52,15 @@ def unigram_entropy(config: RunConfig) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the figures; return 1 where the model learned less than the frequencies of words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run with validations")
-    options = parser.parse_args()
-    with exit_cleanly():
-        config = load_config(options.run / "config.yaml")
-        found = validations(options.run)
-        first, last = found[0], found[-1]
-        uniform, unigram = math.log(config.model.vocab_size), unigram_entropy(config)
+    options = parser.parse_args(argv)
+    config = load_config(options.run / run_folder.CONFIG)
+    found = validations(options.run)
+    first, last = found[0], found[-1]
+    uniform, unigram = math.log(config.model.vocab_size), unigram_entropy(config)
     print(f"validation, nats per token     before    after {last['step']} steps")
     print(f"  language modelling        {first['lm_loss']:9.3f}{last['lm_loss']:9.3f}")
     print(f"  masked tokens             {first['mlm_loss']:9.3f}{last['mlm_loss']:9.3f}")
@@ -72,7 +70,3 @@ def main() -> int:
     ):
         print(f"{name:<28}{bound:9.3f}   (the model is {bound - last['lm_loss']:.2f} below)")
     return 0 if last["lm_loss"] < min(uniform - 1.5, unigram) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
