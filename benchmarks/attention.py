@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import Pattern, Stream, attend, share_document, visible
+from megatron_omega.model.attention import attend, branch_facts
 from megatron_omega.model.kernels import PORTABLE
+from megatron_omega.model.stream import Pattern, Stream, share_document, visible
 
 HEADS, HEAD_DIM, WINDOW, WIDTH = 4, 20, 128, 64
 CASES: tuple[tuple[Branch, bool], ...] = (("local", False), ("local", True), ("axial", False), ("axial", True))
@@ -48,7 +49,8 @@ def measure(branch: Branch, length: int, rounds: int, *, causal: bool) -> dict[s
     mask = visible(branch, pattern, places, places, HEADS) & share_document(segments, segments).unsqueeze(1)
 
     def ours() -> Tensor:
-        return attend(branch, pattern, query, key, value, Stream(segments, PORTABLE))
+        facts = branch_facts(branch, pattern, Stream(segments, PORTABLE), query.dtype)
+        return attend(branch, pattern, query, key, value, facts, PORTABLE)
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -21,6 +21,7 @@ from megatron_omega.log import get_logger
 from megatron_omega.model.attention_mix import LayerCache
 from megatron_omega.model.layers import DecoderLayer, Head
 from megatron_omega.model.omega import Omega, vocabulary_logits
+from megatron_omega.model.stream import Continued, Stream
 
 BLOCK_TOKENS = 256
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -31,10 +32,10 @@ logger = get_logger(__name__)
 def encode(model: Omega, ids: Sequence[int]) -> Tensor:
     """Return the memory [1, s, d] of one document."""
     tokens = torch.tensor([list(ids)], device=model.table.weight.device)
-    segments = torch.ones_like(tokens)
+    stream = Stream(torch.ones_like(tokens), model.context.kernels)
     hidden = model.module_named("embedding")(tokens)
     for index in range(model.context.model.encoder_layers):
-        hidden = model.module_named(f"encoder.layers.{index}")(hidden, segments)
+        hidden = model.module_named(f"encoder.layers.{index}")(hidden, stream)
     return model.module_named("bridge")(hidden)
 
 
@@ -61,8 +62,9 @@ class Continuation:
         """Run ids [t] after what was read -> hidden states [1, t, d]."""
         table = self._model.table
         hidden = table(torch.tensor([list(ids)], device=table.weight.device))
+        new = Continued(self._caches[0].self_attention.length, len(ids), hidden.device)
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            hidden = layer.extend(hidden, cache, self._memory)
+            hidden = layer.extend(hidden, cache, new, self._memory)
         return hidden
 
 

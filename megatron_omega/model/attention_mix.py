@@ -8,17 +8,18 @@ all-reduce for all of them. Parallel heterogeneous branches: arXiv 1911.09483, 2
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import Pattern, Stream, attend, visible
+from megatron_omega.model.attention import BranchFacts, attend, branch_facts
 from megatron_omega.model.context import ModelContext
-from megatron_omega.model.embeddings import rotate
+from megatron_omega.model.embeddings import RotaryTable, rotate
 from megatron_omega.model.kernels import scaled_dot_product_attention
+from megatron_omega.model.stream import Continued, Pattern, Stream, continued_mask, rotations
 from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_omega.parallel.parameters import declare_parameter
 
@@ -57,6 +58,13 @@ class LayerCache:
     memory_keys_values: tuple[Tensor, Tensor] | None = None
 
 
+class MixFacts(NamedTuple):
+    """What a self-attention mix takes of a stream: tensors alone, made before and shared by equal layers."""
+
+    branches: tuple[BranchFacts, ...]
+    rotary: RotaryTable | None
+
+
 class SelfAttention(nn.Module):
     """All self-attention branches of one layer."""
 
@@ -78,43 +86,53 @@ class SelfAttention(nn.Module):
         if "dynamic" in branches:
             self.dynamic = DynamicActivation(f"{name}.dynamic", context)
 
-    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+    def facts(self, stream: Stream, dtype: torch.dtype) -> MixFacts:
+        """Return what `forward` takes of `stream`, for hidden states of `dtype`."""
+        branches = tuple(branch_facts(branch, self.pattern, stream, dtype) for branch in self.branches)
+        return MixFacts(branches, self._rotary(stream, dtype))
+
+    def forward(self, hidden: Tensor, facts: MixFacts) -> Tensor:
         """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
-        query, key, value = self._project(hidden, stream.positions)
+        query, key, value = self._project(hidden, facts.rotary)
         attended = []
         for index, branch in enumerate(self.branches):
             q, k, v = query[:, index], key[:, index], value[:, index]
             if branch == "dynamic":
                 temperature, gate = self.dynamic(hidden)
-                attended.append(attend(branch, self.pattern, q * temperature, k, v, stream) * gate)
+                attended.append(self._attend(index, q * temperature, k, v, facts) * gate)
             else:
-                attended.append(attend(branch, self.pattern, q, k, v, stream))
+                attended.append(self._attend(index, q, k, v, facts))
         return self._merge(torch.stack(attended, dim=1))
 
-    def extend(self, hidden: Tensor, cache: SelfCache) -> Tensor:
+    def extend(self, hidden: Tensor, cache: SelfCache, new: Continued) -> Tensor:
         """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
-        seen = cache.length
-        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
-        query, key, value = self._project(hidden, positions.expand(hidden.shape[:2]))
+        query, key, value = self._project(hidden, self._rotary(new, hidden.dtype))
         keys, values = cache.append(key, value)
         attended = []
         for index, branch in enumerate(self.branches):
-            first = max(0, seen + 1 - self.pattern.window) if branch == "local" else 0
-            keys_at = torch.arange(first, cache.length, device=hidden.device)
-            mask = visible(branch, self.pattern, positions, keys_at, query.shape[2])
+            first, mask = new.once(continued_mask, branch, self.pattern, query.shape[2])
             attended.append(
                 scaled_dot_product_attention(
-                    query[:, index], keys[:, index, :, first:], values[:, index, :, first:], mask.unsqueeze(0)
+                    query[:, index], keys[:, index, :, first:], values[:, index, :, first:], mask
                 )
             )
         return self._merge(torch.stack(attended, dim=1))
 
-    def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, facts: MixFacts) -> Tensor:
+        return attend(self.branches[index], self.pattern, query, key, value, facts.branches[index], self.kernels)
+
+    def _rotary(self, stream: Stream | Continued, dtype: torch.dtype) -> RotaryTable | None:
+        model = self.model
+        if model.positions != "rotary":
+            return None
+        return stream.once(rotations, model.resolved_head_dim, model.rotary_base, dtype)
+
+    def _project(self, hidden: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return normed, rotated q and k, and v: each [b, branches, heads, s, head_dim]."""
         qkv = self.qkv(hidden).unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
         query_key = self.kernels.norm(qkv[:, :, :, :2], self.gains, self.model.norm_epsilon)
-        if self.model.positions == "rotary":
-            query_key = rotate(query_key, positions, self.model.rotary_base)
+        if rotary is not None:
+            query_key = rotate(query_key, rotary)
         query, key = query_key.permute(3, 0, 2, 4, 1, 5)  # of [b, s, branches, 2, heads, head_dim]
         return query, key, qkv[:, :, :, 2].permute(0, 2, 3, 1, 4)
 

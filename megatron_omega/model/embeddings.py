@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from megatron_omega.model.context import ModelContext
 from megatron_omega.parallel.parameters import declare_parameter
 
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions, each [b, s, head_dim / 2]."""
 
-def rotate(query_key: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on the last axis of [b, s, ..., head_dim]; positions [b, s]."""
-    cosine, sine = _waves(positions, query_key.shape[-1] // 2, base)  # [b, s, head_dim / 2]
-    shape = (*positions.shape, *(1,) * (query_key.dim() - 3), -1)
-    cosine, sine = cosine.view(shape).to(query_key.dtype), sine.view(shape).to(query_key.dtype)
+
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> RotaryTable:
+    """Return the table of `positions` [b, s] in the working format."""
+    cosine, sine = _waves(positions, head_dim // 2, base)
+    return cosine.to(dtype), sine.to(dtype)
+
+
+def rotate(query_key: Tensor, table: RotaryTable) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on the last axis of [b, s, ..., head_dim]."""
+    shape = (*table[0].shape[:2], *(1,) * (query_key.dim() - 3), -1)
+    cosine, sine = table[0].view(shape), table[1].view(shape)
     first, second = query_key.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from megatron_omega.config.schema import Branches
-from megatron_omega.model.attention import Stream, share_document
-from megatron_omega.model.attention_mix import CrossAttention, LayerCache, SelfAttention
+from megatron_omega.model.attention_mix import CrossAttention, LayerCache, MixFacts, SelfAttention
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import InputPositions
 from megatron_omega.model.feed_forward import FeedForward
+from megatron_omega.model.stream import Continued, Stream, cross_mask, positions
 from megatron_omega.parallel.layers import RMSNorm
 from megatron_omega.parallel.parameters import declare_parameter
 
@@ -35,9 +37,23 @@ def build_norm(name: str, context: ModelContext) -> RMSNorm:
     )  # fmt: skip
 
 
-def recomputed(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Call `function`, keep its arguments only, and run it again in the backward pass."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call `function`, keep its arguments (nested tuples of tensors) only, and run it again in the backward pass."""
+    leaves, structure = tree_flatten(arguments)
+
+    def call(*leaves: Any) -> Tensor:
+        return function(*tree_unflatten(leaves, structure))
+
+    return checkpoint(call, *leaves, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
+class LayerFacts(NamedTuple):
+    """What a layer takes of its stream: tensors alone, made once per micro-batch and stage."""
+
+    mix: MixFacts
+    positions: Tensor | None
+    """Of the first layer of a stack, where positions are added to the embeddings."""
+    cross_mask: Tensor | None = None
 
 
 class EncoderLayer(nn.Module):
@@ -57,18 +73,23 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = build_norm(f"{name}.feed_forward_norm", context)
         self.feed_forward = FeedForward(f"{name}.feed_forward", context)
 
-    def forward(self, hidden: Tensor, segments: Tensor) -> Tensor:
-        """hidden [b, s, d] ([b, s/tp, d] under sequence parallelism), segments [b, s] -> hidden."""
+    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+        """hidden [b, s, d] ([b, s/tp, d] under sequence parallelism) of the documents of `stream` -> hidden."""
+        facts = self._facts(stream, hidden.dtype)
         if self.recompute == "full":
-            return recomputed(self._layer, hidden, segments)
-        return self._layer(hidden, segments)
+            return recomputed(self._layer, hidden, facts)
+        return self._layer(hidden, facts)
 
-    def _layer(self, hidden: Tensor, segments: Tensor) -> Tensor:
+    def _facts(self, stream: Stream, dtype: torch.dtype) -> LayerFacts:
+        return LayerFacts(
+            self.attention.facts(stream, dtype), None if self.positions is None else stream.once(positions)
+        )
+
+    def _layer(self, hidden: Tensor, facts: LayerFacts) -> Tensor:
         parallel, a = self.parallel, self.residual
-        stream = Stream(segments, self.kernels)
-        if self.positions is not None:
-            hidden = self.positions(hidden, stream.positions)
-        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), stream))
+        if self.positions is not None and facts.positions is not None:
+            hidden = self.positions(hidden, facts.positions)
+        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
         feed_forward = parallel.enter(self.feed_forward_norm(hidden))
         if self.recompute == "ffn":
             return hidden + a * parallel.leave(recomputed(self.feed_forward, feed_forward))
@@ -96,37 +117,43 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = build_norm(f"{name}.feed_forward_norm", context)
         self.feed_forward = FeedForward(f"{name}.feed_forward", context)
 
-    def forward(self, hidden: Tensor, segments: Tensor, *memory: Tensor) -> Tensor:
-        """hidden [b, s_d, d], segments [b, s_d]; `memory` is (memory [b, s_e, d], its segments [b, s_e]) or nothing."""
+    def forward(
+        self, hidden: Tensor, stream: Stream, memory: Tensor | None = None, memory_stream: Stream | None = None
+    ) -> Tensor:
+        """hidden [b, s_d, d] of the documents of `stream`, memory [b, s_e, d] of those of `memory_stream` -> hidden."""
+        facts = self._facts(stream, memory_stream, hidden.dtype)
         if self.recompute == "full":
-            return recomputed(self._layer, hidden, segments, *memory)
-        return self._layer(hidden, segments, *memory)
+            return recomputed(self._layer, hidden, facts, memory)
+        return self._layer(hidden, facts, memory)
 
-    def _layer(self, hidden: Tensor, segments: Tensor, *memory: Tensor) -> Tensor:
+    def _facts(self, stream: Stream, memory_stream: Stream | None, dtype: torch.dtype) -> LayerFacts:
+        return LayerFacts(
+            self.attention.facts(stream, dtype),
+            None if self.positions is None else stream.once(positions),
+            None if memory_stream is None else stream.once(cross_mask, memory_stream, dtype),
+        )
+
+    def _layer(self, hidden: Tensor, facts: LayerFacts, memory: Tensor | None) -> Tensor:
         parallel, a = self.parallel, self.residual
-        stream = Stream(segments, self.kernels)
-        if self.positions is not None:
-            hidden = self.positions(hidden, stream.positions)
-        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), stream))
+        if self.positions is not None and facts.positions is not None:
+            hidden = self.positions(hidden, facts.positions)
+        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
         if self.cross is not None:
-            encoded, encoder_segments = memory
-            mask = share_document(segments, encoder_segments).unsqueeze(1)
+            assert memory is not None
             query = parallel.enter(self.cross_norm(hidden))
-            hidden = hidden + a * parallel.leave(self.cross(query, encoded, mask))
+            hidden = hidden + a * parallel.leave(self.cross(query, memory, facts.cross_mask))
         feed_forward = parallel.enter(self.feed_forward_norm(hidden))
         if self.recompute == "ffn":
             return hidden + a * parallel.leave(recomputed(self.feed_forward, feed_forward))
         return hidden + a * parallel.leave(self.feed_forward(feed_forward))
 
-    def extend(self, hidden: Tensor, cache: LayerCache, memory: Tensor | None) -> Tensor:
+    def extend(self, hidden: Tensor, cache: LayerCache, new: Continued, memory: Tensor | None) -> Tensor:
         """Run new tokens [b, t, d] of one unpacked document after those in `cache`; on one tensor-parallel rank."""
         assert self.parallel.size == 1, "text is generated from an unsharded model"
         a = self.residual
         if self.positions is not None:
-            seen = cache.self_attention.length
-            positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
-            hidden = self.positions(hidden, positions.expand(hidden.shape[:2]))
-        hidden = hidden + a * self.attention.extend(self.attention_norm(hidden), cache.self_attention)
+            hidden = self.positions(hidden, new.once(positions))
+        hidden = hidden + a * self.attention.extend(self.attention_norm(hidden), cache.self_attention, new)
         if self.cross is not None:
             if cache.memory_keys_values is None:
                 assert memory is not None

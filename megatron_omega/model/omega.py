@@ -11,22 +11,29 @@ first, so that the same list runs here in order and in `model.pipeline` across s
     encoder   (hidden [b,s_e,d], encoder segments [b,s_e], decoder ids [b,s_d], decoder segments [b,s_d])
     decoder   (memory [b,s_e,d], hidden [b,s_d,d], encoder segments, decoder segments); decoder-only (hidden, segments)
     output    (decoder hidden,) or (decoder hidden, encoder hidden, MLM bias), ready for the tied table
+
+While the layers of one stage run, segments are `Stream`s, which keep what the layers' facts are made of: `flow`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from megatron_omega.model.context import ModelContext
+from megatron_omega.model.kernels import Kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer, EncoderNorm, Head
 from megatron_omega.model.loss import PretrainingLoss, VocabularyHeads
+from megatron_omega.model.stream import Stream
 from megatron_omega.parallel.layers import TokenTable
 
 State = tuple[Tensor, ...]
+"""What travels between stages."""
+Flow = tuple[Any, ...]
+"""What travels between the layers of one stage: a `State` whose segments are `Stream`s."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class ModuleRecipe:
     """How to build one module, and how it acts on what travels between layers."""
 
     build: Callable[[], nn.Module]
-    apply: Callable[[nn.Module, State], State]
+    apply: Callable[[nn.Module, Flow], Flow]
     is_token_table: bool = False
 
 
@@ -49,13 +56,28 @@ class LayerRecipe:
 class Step(nn.Module):
     """A built module with its place in the flow."""
 
-    def __init__(self, module: nn.Module, apply: Callable[[nn.Module, State], State]) -> None:
+    def __init__(self, module: nn.Module, apply: Callable[[nn.Module, Flow], Flow]) -> None:
         super().__init__()
         self.module = module
         self._apply_to = apply
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Flow) -> Flow:
         return self._apply_to(self.module, state)
+
+
+def flow(state: State, kernels: Kernels) -> Flow:
+    """Turn what a stage receives into what its layers take: integers that follow floats or ids become streams."""
+    if len(state) == 2:
+        return state[0], Stream(state[1], kernels)
+    first, second, third, fourth = state
+    if second.is_floating_point():
+        return first, second, Stream(third, kernels), Stream(fourth, kernels)
+    return first, Stream(second, kernels), third, Stream(fourth, kernels)
+
+
+def leave_flow(state: Flow) -> State:
+    """Turn what the last layer of a stage returns into what the next stage receives."""
+    return tuple(part.segments if isinstance(part, Stream) else part for part in state)
 
 
 def build_token_table(context: ModelContext) -> TokenTable:
@@ -113,39 +135,39 @@ def _adds_positions(index: int, context: ModelContext) -> bool:
     return index == 0 and context.model.positions != "rotary"
 
 
-def _table(name: str, context: ModelContext, apply: Callable[[nn.Module, State], State]) -> LayerRecipe:
+def _table(name: str, context: ModelContext, apply: Callable[[nn.Module, Flow], Flow]) -> LayerRecipe:
     return LayerRecipe(name, (ModuleRecipe(lambda: build_token_table(context), apply, is_token_table=True),))
 
 
-def _on_first(module: nn.Module, state: State) -> State:
+def _on_first(module: nn.Module, state: Flow) -> Flow:
     first, *rest = state
     return (module(first), *rest)
 
 
-def _embed_decoder(table: nn.Module, state: State) -> State:
-    memory, encoder_segments, decoder_ids, decoder_segments = state
-    return memory, table(decoder_ids), encoder_segments, decoder_segments
+def _embed_decoder(table: nn.Module, state: Flow) -> Flow:
+    memory, encoder_stream, decoder_ids, decoder_stream = state
+    return memory, table(decoder_ids), encoder_stream, decoder_stream
 
 
-def _apply_encoder(layer: nn.Module, state: State) -> State:
-    hidden, encoder_segments, decoder_ids, decoder_segments = state
-    return layer(hidden, encoder_segments), encoder_segments, decoder_ids, decoder_segments
+def _apply_encoder(layer: nn.Module, state: Flow) -> Flow:
+    hidden, encoder_stream, *decoder = state
+    return layer(hidden, encoder_stream), encoder_stream, *decoder
 
 
-def _apply_decoder(layer: nn.Module, state: State) -> State:
+def _apply_decoder(layer: nn.Module, state: Flow) -> Flow:
     if len(state) == 2:
-        hidden, segments = state
-        return layer(hidden, segments), segments
-    memory, hidden, encoder_segments, decoder_segments = state
-    return memory, layer(hidden, decoder_segments, memory, encoder_segments), encoder_segments, decoder_segments
+        hidden, stream = state
+        return layer(hidden, stream), stream
+    memory, hidden, encoder_stream, decoder_stream = state
+    return memory, layer(hidden, decoder_stream, memory, encoder_stream), encoder_stream, decoder_stream
 
 
-def _apply_last_decoder(layer: nn.Module, state: State) -> State:
+def _apply_last_decoder(layer: nn.Module, state: Flow) -> Flow:
     state = _apply_decoder(layer, state)
     return state if len(state) == 2 else (state[1], state[3])
 
 
-def _apply_head(head: nn.Module, state: State) -> State:
+def _apply_head(head: nn.Module, state: Flow) -> Flow:
     if len(state) == 2:
         return head(state[0])
     memory, hidden, *_ = state
@@ -179,7 +201,7 @@ class Omega(nn.Module):
 
     def hidden(self, inputs: State) -> State:
         """Return what the tied table turns into logits."""
-        state = inputs
+        state = flow(inputs, self.context.kernels)
         for step in self.steps:
             state = step(state)
         return state

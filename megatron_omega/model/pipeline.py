@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_omega.config.layout import Layout
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.loss import LOSS_PARTS, PretrainingLoss
-from megatron_omega.model.omega import ModuleRecipe, State, Step, omega_layers
+from megatron_omega.model.omega import ModuleRecipe, State, Step, flow, leave_flow, omega_layers
 from megatron_omega.parallel.layers import TokenTable
 
 _TABLE = "token_table"
@@ -75,6 +75,7 @@ class _OmegaPipeline(PipelineModule):
         loss = PretrainingLoss(context)
         super().__init__(loss_fn=partial(self._loss_of, loss), **arguments)
         self._loss = loss
+        self._kernels = context.kernels
 
     def _loss_of(self, loss: PretrainingLoss, outputs: State, labels: State) -> Tensor:
         table = cast(nn.Module, self.tied_modules[_TABLE])
@@ -96,8 +97,8 @@ class _OmegaPipeline(PipelineModule):
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
     def forward(self, forward_input: State) -> State:
-        outputs = super().forward(forward_input)
-        return _join(outputs) if isinstance(outputs, tuple) else outputs
+        outputs = super().forward(flow(forward_input, self._kernels))
+        return _join(leave_flow(outputs))
 
 
 class _OneForwardOneBackward(_OmegaPipeline):

@@ -15,8 +15,6 @@ from megatron_omega.config.schema import Branch, Branches, RunConfig
 
 FP32 = 4
 INT64 = 8
-COPYING: set[Branch] = {"local", "axial"}
-"""Branches whose kernels keep copies of q, k and v in their own order."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Shape:
 
 
 def encoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
-    """Bytes one encoder layer keeps, its segments apart."""
+    """Bytes one encoder layer keeps, the shared facts of its stream apart."""
     if config.parallel.recompute == "full":
         return shape.stream(shape.encoder)
     mix = sum(self_attention(config, shape, branches, shape.encoder, causal=False))
@@ -90,7 +88,7 @@ def encoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
 
 
 def decoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
-    """Bytes one decoder layer keeps, segments and the shared memory apart."""
+    """Bytes one decoder layer keeps, the shared facts of its streams and the memory apart."""
     if config.parallel.recompute == "full":
         return shape.stream(shape.decoder)
     mix = sum(self_attention(config, shape, branches, shape.decoder, causal=True))
@@ -109,12 +107,10 @@ def self_attention(config: RunConfig, shape: Shape, branches: Branches, length: 
         yield 2 * count * shape.inner * FP32  # gains in fp32
     yield 2 * count * tokens * shape.heads * FP32  # reciprocal roots
     yield query_key * FP32  # normalised
-    if config.model.positions == "rotary":
-        yield 2 * tokens * (shape.head_dim // 2) * e
-    has_views = not {*branches} <= COPYING  # of q, k and v, so that all of them stay
-    if has_views:
+    is_filled = {"axial": length % config.model.axial_width, "local": length % config.model.local_window}
+    if any(not is_filled.get(branch) for branch in branches):  # what is filled to whole chunks or rows is copied
         yield query_key * e  # rotated q and k, all branches
-    if has_views or e == FP32:
+    if e == FP32 or any(branch != "local" and not is_filled.get(branch) for branch in branches):
         yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it, q and k before QK-norm too
     for branch in branches:
         yield from _branch(config, shape, branch, length, causal=causal)
@@ -127,17 +123,8 @@ def _branch(config: RunConfig, shape: Shape, branch: Branch, length: int, *, cau
     if branch == "local":
         yield from _local(config, shape, length, causal=causal)
     elif branch == "axial":
-        width = config.model.axial_width
-        rows, row_heads, column_heads = length // width, (heads + 1) // 2, heads // 2
-        yield 3 * part  # q, k, v on the grid
-        yield b * rows * width * width * e  # mask of the rows
-        if column_heads:
-            yield b * width * rows * rows * e  # mask of the columns
-            yield 3 * part * column_heads // heads if b > 1 else 0  # columns of several samples are copied
-        yield b * length * heads * FP32  # log-sum-exp
-        yield part * (row_heads + column_heads) // heads
+        yield from _axial(config, shape, length)
     else:
-        yield b * length * length * e  # mask
         yield b * length * heads * FP32
         yield part
         if branch == "dynamic":
@@ -145,16 +132,51 @@ def _branch(config: RunConfig, shape: Shape, branch: Branch, length: int, *, cau
             yield part  # q times temperature
 
 
+def _axial(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
+    b, heads, e = shape.micro_batch, shape.heads, shape.element
+    filled = ceil(length / config.model.axial_width) * config.model.axial_width
+    part = b * filled * shape.inner * e
+    yield 3 * part if filled > length else 0  # q, k and v on the grid are copied to fill it
+    yield 3 * part * (heads // 2) // heads if b > 1 else 0  # columns of several samples are copied
+    yield b * filled * heads * FP32  # log-sum-exp
+    yield part
+
+
 def _local(config: RunConfig, shape: Shape, length: int, *, causal: bool) -> Iterator[int]:
     b, window, e = shape.micro_batch, config.model.local_window, shape.element
     chunks = ceil(length / window)
-    reach = (2 if causal else 3) * window
-    padded = (chunks - 1) * window + reach
-    keys = chunks * reach if b > 1 else padded  # overlapping views of one sample, copies for several
-    yield b * chunks * window * reach * e  # mask
+    padded = (chunks + 1 + (not causal)) * window
+    keys = chunks * (2 if causal else 3) * window if b > 1 else padded  # overlapping views of one sample
     yield 2 * b * keys * shape.inner * e
-    yield 2 * b * chunks * window * shape.inner * e  # q, and the attended values
+    yield b * chunks * window * shape.inner * e * (1 + (chunks * window > length))  # attended values; q if filled
     yield b * chunks * window * shape.heads * FP32
+
+
+def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: int, *, causal: bool) -> Iterator[int]:
+    """Yield the bytes of each tensor that all layers of a stack share on a stage: rotary tables and masks."""
+    b, e, width, window = shape.micro_batch, shape.element, config.model.axial_width, config.model.local_window
+    if config.model.positions == "rotary":
+        yield 2 * b * length * (shape.head_dim // 2) * e
+    if {"full", "causal", "dynamic"} & {*branches}:
+        yield b * length * length * e
+    if "local" in branches:
+        yield b * ceil(length / window) * window * (2 if causal else 3) * window * e
+    if "axial" in branches:
+        rows = ceil(length / width)
+        yield b * rows * width * width * e
+        if shape.heads > 1 or config.parallel.recompute == "full":  # one head of the first rank attends rows only
+            yield b * width * rows * rows * e
+
+
+def facts(config: RunConfig, shape: Shape, encoder: Branches, decoder: Branches) -> int:
+    """Bytes of what the layers of a stage share for one micro-batch, given all branches of its stacks."""
+    kept = 0
+    if encoder:
+        kept += sum(stream_facts(config, shape, encoder, shape.encoder, causal=False))
+    if decoder:
+        kept += sum(stream_facts(config, shape, decoder, shape.decoder, causal=True))
+        kept += shape.micro_batch * shape.decoder * shape.encoder * shape.element  # mask of cross-attention
+    return kept
 
 
 def cross_attention(shape: Shape) -> Iterator[int]:
@@ -172,7 +194,6 @@ def cross_attention(shape: Shape) -> Iterator[int]:
     if e == FP32:
         yield b * shape.decoder * shape.inner * e  # q before QK-norm
     yield 2 * b * shape.encoder * shape.inner * e  # the k, v projection
-    yield b * shape.decoder * shape.encoder * e  # mask
     yield b * shape.decoder * shape.heads * FP32
     yield 2 * b * shape.decoder * shape.inner * e  # attended values; input of the output projection
 
@@ -225,8 +246,3 @@ def output(config: RunConfig, shape: Shape) -> int:
 def memory_between_layers(config: RunConfig, shape: Shape) -> int:
     """Bytes of the encoder's output, which all decoder layers of a stage share."""
     return shape.whole(shape.encoder) if not config.model.is_decoder_only else 0
-
-
-def segments(shape: Shape, *, encoder: bool, decoder: bool) -> int:
-    """Bytes of the segment numbers, which all layers of a stage share."""
-    return shape.micro_batch * INT64 * (shape.encoder * encoder + shape.decoder * decoder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from megatron_omega import accounting
-from megatron_omega.config.schema import RunConfig
+from megatron_omega.config.schema import Branches, RunConfig, Stack
 from megatron_omega.planner import activations
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
@@ -105,10 +105,13 @@ class Stage:
         uses_memory = counts["decoder"] or (counts["head"] and config.model.has_mlm_head)
         if uses_memory:
             kept += activations.memory_between_layers(config, shape)
-        if config.parallel.recompute != "full":  # only a recomputed layer keeps its arguments
-            return kept + sum(shape.micro_batch * length * activations.INT64 for length in self.learned_positions)
-        uses_encoder_segments = counts["encoder"] or (counts["decoder"] and not config.model.is_decoder_only)
-        return kept + activations.segments(shape, encoder=bool(uses_encoder_segments), decoder=bool(counts["decoder"]))
+        kept += activations.facts(config, shape, self._branches(config, "encoder"), self._branches(config, "decoder"))
+        return kept + sum(shape.micro_batch * length * activations.INT64 for length in self.learned_positions)
+
+    def _branches(self, config: RunConfig, stack: Stack) -> Branches:
+        """Return all branches of the stage's layers of one stack."""
+        kinds = accounting.stack_kinds(config.model, stack)
+        return tuple(dict.fromkeys(branch for kind in self.counts if kind in kinds for branch in kinds[kind]))
 
     def backward_moments(self, config: RunConfig, works: Mapping[str, Work], shape: Shape) -> Iterator[Moment]:
         """Yield the first and the last layer of every run of equal layers, in the order of a backward pass.

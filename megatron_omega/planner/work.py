@@ -79,7 +79,7 @@ class Work:
     forward_messages: Messages = field(default_factory=Counter)
     backward_messages: Messages = field(default_factory=Counter)
     kept: int = 0
-    """Bytes kept for the backward pass; segments, memory and stage inputs apart."""
+    """Bytes kept for the backward pass; the facts of streams, memory and stage inputs apart."""
     forms_gradients: bool = False
     """Whether the forward pass does the backward pass's products too."""
     expected: float = 1.0

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
+from megatron_omega.model.stream import Stream
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
 from megatron_omega.planner.stages import layer_seconds
@@ -182,14 +183,14 @@ def _layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callab
     tokens, hidden = config.data.encoder_seq_length, config.model.hidden_size
     mine = tokens // parallel.size if parallel.sequence_parallel else tokens
     state, memory = (torch.randn(1, length, hidden, requires_grad=True) for length in (mine, tokens))
-    segments = torch.ones(1, tokens, dtype=torch.long)
+    stream = Stream(torch.ones(1, tokens, dtype=torch.long), context.kernels)
     model = config.model
     for kind, branches, rest in (
         (EncoderLayer, model.layer_branches("encoder", 0), ()),
-        (DecoderLayer, model.layer_branches("decoder", 0), (memory, segments)),
+        (DecoderLayer, model.layer_branches("decoder", 0), (memory, stream)),
     ):
         layers = [kind(f"timed.{number}", context, branches) for number in range(LAYERS_IN_TURN)]
-        yield [partial(layer, state, segments, *rest) for layer in layers]
+        yield [partial(layer, state, stream, *rest) for layer in layers]
 
 
 def _forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.loss import PretrainingLoss
-from megatron_omega.model.omega import State, build_token_table, omega_layers
+from megatron_omega.model.omega import State, build_token_table, flow, leave_flow, omega_layers
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
@@ -97,11 +97,12 @@ def count_stage(config: RunConfig, first: int, last: int) -> Counts:
         parameters = {p for module, _ in modules if module is not None for p in module.parameters()}
         counts.parameters = sum(parameter.numel() for parameter in parameters)
         keeper = _Keeper(parameters)
-        state = _inputs(config, names[0])
+        state = flow(_inputs(config, names[0]), context.kernels)
         with counter, keeper.hooks():
             for module, apply in modules:
                 assert module is not None
                 state = apply(module, state)
+        state = leave_flow(state)
         if names[-1] != "output":
             _describe_cut(counts, state)
             outputs, counts.forward_flops = [output for output in state if output.requires_grad], counter.flops
@@ -126,9 +127,7 @@ def _labels(config: RunConfig) -> State:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Call the kernel that scaled dot-product attention takes on a CPU, with the mask it makes of a boolean one."""
-    if attn_mask is not None:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    """Call the kernel that scaled dot-product attention takes on a CPU."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=attn_mask)[0]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import Pattern, Stream, attend, share_document, visible
+from megatron_omega.model.attention import attend, branch_facts
 from megatron_omega.model.kernels import PORTABLE
+from megatron_omega.model.stream import Pattern, Stream, positions, share_document, visible
 
 CASES: list[tuple[Branch, bool]] = [
     ("full", False), ("causal", True), ("local", False), ("local", True), ("axial", False), ("axial", True),
@@ -27,6 +28,12 @@ def packed_segments(lengths: list[int], width: int, total: int) -> Tensor:
         segments[:, position : position + length] = document
         position += -(-length // width) * width
     return segments
+
+
+def attended(branch: Branch, pattern: Pattern, parts: list[Tensor], segments: Tensor) -> Tensor:
+    query, key, value = parts
+    facts = branch_facts(branch, pattern, Stream(segments, PORTABLE), query.dtype)
+    return attend(branch, pattern, query, key, value, facts, PORTABLE)
 
 
 def dense_reference(branch: Branch, pattern: Pattern, parts: list[Tensor], segments: Tensor) -> Tensor:
@@ -57,9 +64,8 @@ def test_branches_equal_their_dense_definition(
     parts = [
         torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)
     ]
-    query, key, value = parts
     gradient = torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator)
-    found = attend(branch, pattern, query, key, value, Stream(segments, PORTABLE))
+    found = attended(branch, pattern, parts, segments)
     expected = dense_reference(branch, pattern, parts, segments)
     assert torch.allclose(found, expected, atol=1e-12)
     for left, right in zip(
@@ -102,21 +108,21 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(("branch", "causal"), CASES)
 def test_local_and_axial_never_build_an_n_by_n_mask(branch: Branch, *, causal: bool) -> None:
     length, heads, size = 1024, 2, 4
-    query, key, value = (torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3))
+    parts = [torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3)]
     segments = packed_segments([600, 400], 16, length)
     with LargestTensor() as largest:
-        attend(branch, Pattern(causal, 32, 16), query, key, value, Stream(segments, PORTABLE)).sum().backward()
+        attended(branch, Pattern(causal, 32, 16), parts, segments).sum().backward()
     is_dense = branch in ("full", "causal")
     assert (largest.elements >= length * length) == is_dense
 
 
 def test_positions_count_inside_documents() -> None:
     segments = torch.tensor([[1, 1, 1, 0, 2, 2, 0, 0]])
-    assert Stream(segments, PORTABLE).positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
+    assert positions(Stream(segments, PORTABLE)).tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
 
 
 def test_padding_never_gives_a_not_a_number() -> None:
     segments = torch.zeros(1, 40, dtype=torch.long)
-    query, key, value = (torch.randn(1, 2, 40, 4) for _ in range(3))
+    parts = [torch.randn(1, 2, 40, 4) for _ in range(3)]
     for branch, causal in CASES:
-        assert attend(branch, Pattern(causal, 16, 8), query, key, value, Stream(segments, PORTABLE)).isfinite().all()
+        assert attended(branch, Pattern(causal, 16, 8), parts, segments).isfinite().all()

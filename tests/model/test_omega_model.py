@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import ModelConfig
-from megatron_omega.model.attention import Stream
 from megatron_omega.model.attention_mix import SelfAttention
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE
 from megatron_omega.model.omega import Omega, omega_layers
+from megatron_omega.model.stream import Stream
 from megatron_omega.parallel.parameters import declared_parameters
 
 SMALL: dict[str, Any] = {
@@ -32,6 +32,10 @@ LENGTH = 64
 
 def context(**fields: Any) -> ModelContext:
     return ModelContext(ModelConfig(**SMALL | fields), encoder_seq_length=LENGTH, decoder_seq_length=LENGTH, seed=1)
+
+
+def attend_all(attention: SelfAttention, hidden: Tensor, segments: Tensor) -> Tensor:
+    return attention(hidden, attention.facts(Stream(segments, PORTABLE), hidden.dtype))
 
 
 def made_up(model: ModelConfig, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -85,11 +89,11 @@ def test_no_decoder_branch_sees_the_future(branch: Any) -> None:
     for cut in (1, 13, 31, 63):
         changed = hidden.clone()
         changed[:, cut:] = torch.randn(1, LENGTH - cut, 48)
-        before, after = (attention(state, Stream(segments, PORTABLE))[:, :cut] for state in (hidden, changed))
+        before, after = (attend_all(attention, state, segments)[:, :cut] for state in (hidden, changed))
         assert torch.equal(before, after)
     past = hidden.clone()
     past[:, 0] += 1
-    seen = (attention(past, Stream(segments, PORTABLE)) != attention(hidden, Stream(segments, PORTABLE))).any(dim=-1)
+    seen = (attend_all(attention, past, segments) != attend_all(attention, hidden, segments)).any(dim=-1)
     assert seen[0, :8].all(), "a token of the same row and window must see the first one"
 
 
@@ -182,8 +186,7 @@ def test_one_list_in_a_pattern_is_the_list_itself() -> None:
 def test_dynamic_branch_starts_as_plain_attention() -> None:
     dynamic, full = (SelfAttention("same", (branch,), context(), causal=False) for branch in ("dynamic", "full"))
     hidden, segments = torch.randn(2, LENGTH, 48), torch.ones(2, LENGTH, dtype=torch.long)
-    stream = Stream(segments, PORTABLE)
-    assert torch.equal(dynamic(hidden, stream), full(hidden, stream))
+    assert torch.equal(attend_all(dynamic, hidden, segments), attend_all(full, hidden, segments))
 
 
 def test_a_mix_is_the_sum_of_its_branches() -> None:
@@ -196,5 +199,5 @@ def test_a_mix_is_the_sum_of_its_branches() -> None:
         with torch.no_grad():
             alone.qkv.weight.copy_(mix.qkv.weight[index : index + 1])
             alone.out.weight.copy_(mix.out.weight[:, index : index + 1])
-        total += alone(hidden, Stream(segments, PORTABLE))
-    assert torch.allclose(mix(hidden, Stream(segments, PORTABLE)), total, atol=1e-5)
+        total += attend_all(alone, hidden, segments)
+    assert torch.allclose(attend_all(mix, hidden, segments), total, atol=1e-5)

@@ -18,8 +18,8 @@ from megatron_omega.config.schema import (
     RunConfig,
 )
 from megatron_omega.model.context import ModelContext
-from megatron_omega.model.omega import omega_layers
-from megatron_omega.planner.activations import Shape, decoder_layer, encoder_layer
+from megatron_omega.model.omega import flow, omega_layers
+from megatron_omega.planner.activations import Shape, decoder_layer, encoder_layer, facts
 from megatron_omega.planner.candidates import parse_label
 from megatron_omega.studies.rehearsal import Comparison, Rehearsal, count_stage, fake_world
 
@@ -92,7 +92,7 @@ def test_flops_are_those_of_the_flop_counter() -> None:
             is_encoder = name.startswith("encoder")
             state = (hidden, *[segments] * 3) if is_encoder else (memory, hidden, segments, segments)
             with FlopCounterMode(display=False) as counter:
-                output = module.apply(layer, state)[0 if is_encoder else 1]
+                output = module.apply(layer, flow(state, context.kernels))[0 if is_encoder else 1]
                 torch.autograd.backward([output], [torch.empty_like(output)])
             assert counter.get_total_flops() == 3 * costs[name].forward_flops
 
@@ -108,8 +108,16 @@ def test_kept_bytes_are_those_of_a_run_on_the_cpu() -> None:
         with FakeTensorMode():
             recipes = {recipe.name: recipe for recipe in omega_layers(context)}
             for name, predicted in (
-                ("encoder.layers.0", encoder_layer(config, shape, ENCODER_BRANCHES)),
-                ("decoder.layers.0", decoder_layer(config, shape, DECODER_BRANCHES) + shape.whole(512)),
+                (
+                    "encoder.layers.0",
+                    encoder_layer(config, shape, ENCODER_BRANCHES) + facts(config, shape, ENCODER_BRANCHES, ()),
+                ),
+                (
+                    "decoder.layers.0",
+                    decoder_layer(config, shape, DECODER_BRANCHES)
+                    + facts(config, shape, (), DECODER_BRANCHES)
+                    + shape.whole(512),
+                ),
             ):
                 module = recipes[name].modules[0]
                 layer = module.build()
@@ -129,7 +137,7 @@ def test_kept_bytes_are_those_of_a_run_on_the_cpu() -> None:
                 is_encoder = name.startswith("encoder")
                 state = (hidden, *[segments] * 3) if is_encoder else (memory, hidden, segments, segments)
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    module.apply(layer, state)
+                    module.apply(layer, flow(state, context.kernels))
                 assert sum(storage.nbytes() for storage in kept.values()) == predicted
     finally:
         torch.set_default_dtype(previous)

@@ -16,6 +16,7 @@ from megatron_omega.engine.engine import MicroBatch, start_distributed
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
+from megatron_omega.model.stream import Stream
 from megatron_omega.parallel.parameters import declared_parameters
 from megatron_omega.parallel.topology import create_topology
 
@@ -45,12 +46,20 @@ def _count_all_reduces() -> dict[str, tuple[int, int]]:
     start_distributed(local_rank=0, timeout_seconds=60)
     parallel = create_topology(Layout(tensor=2)).tensor_parallel()
     context = ModelContext.of(small_config(), parallel)
-    segments = torch.ones(1, LENGTH, dtype=torch.long)
+    stream = Stream(torch.ones(1, LENGTH, dtype=torch.long), context.kernels)
     hidden, memory = (torch.randn(1, LENGTH, 48, requires_grad=True) for _ in range(2))
     counts = {}
     for name, layer, state in (
-        ("encoder", EncoderLayer("encoder.layers.0", context), (hidden, segments)),
-        ("decoder", DecoderLayer("decoder.layers.0", context), (hidden, segments, memory, segments)),
+        (
+            "encoder",
+            EncoderLayer("encoder.layers.0", context, context.model.layer_branches("encoder", 0)),
+            (hidden, stream),
+        ),
+        (
+            "decoder",
+            DecoderLayer("decoder.layers.0", context, context.model.layer_branches("decoder", 0)),
+            (hidden, stream, memory, stream),
+        ),
     ):
         with CountedAllReduces() as forward:
             output = layer(*state)
