@@ -51,6 +51,11 @@ def meeting_host(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("MASTER_ADDR", "127.0.0.1")
 
 
+def run_secret(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the secret by which the ranks of a run know each other, if the launcher gave them one."""
+    return environ.get("OMEGA_RUN_SECRET") or None
+
+
 def require_repeatable_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
     """Ask cuBLAS for results that do not depend on timing; read when CUDA starts."""
     environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

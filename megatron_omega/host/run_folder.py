@@ -7,6 +7,7 @@ loss.png         monitoring  the curves
 launches.jsonl   launching   each start with its end
 exit-codes/      launching   what the ranks of a launch returned
 stacks/          watchdog    where the ranks stood when they hung
+.monitor/        watchdog    where the monitors of a running run meet; closed to other users
 stop             the user    asks for a stop; removed when it is obeyed
 checkpoints/     checkpoint  step-00000100/ and so on
 SUCCESS          monitoring  written last of all: the run is complete
@@ -19,6 +20,7 @@ PLOT = "loss.png"
 LAUNCHES = "launches.jsonl"
 EXIT_CODES = "exit-codes"
 STACKS = "stacks"
+MONITOR = ".monitor"
 STOP = "stop"
 CHECKPOINTS = "checkpoints"
 SUCCESS = "SUCCESS"

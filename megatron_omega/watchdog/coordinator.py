@@ -17,6 +17,7 @@ import selectors
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,18 +26,36 @@ from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.watchdog import diagnosis as verdicts
 from megatron_omega.watchdog.diagnosis import Failure, Member, Standing, Verdict
-from megatron_omega.watchdog.messages import Line, Message
+from megatron_omega.watchdog.messages import FROM_MONITOR, Line, Message, is_well_formed
+from megatron_omega.watchdog.reception import Reception
+from megatron_omega.watchdog.stack_files import StackFiles
 from megatron_omega.watchdog.stacks import Frame
 
 TICK_SECONDS = 0.2
 GREETING_SECONDS = 1.0
-SILENCE_SECONDS = 10.0
 FINDINGS_SECONDS = 20.0
 """How long the rest may take to arrive when one rank has said already that the run cannot start."""
 GRACE_SECONDS = 1.0
-DUMP_SECONDS = 4.0
 END_SECONDS = 3.0
 _OWN_PAUSE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the hub waits for what, seconds. More ranks are given more time: one process hears them all."""
+
+    start_seconds: float
+    silence_seconds: float
+    """Without a word from a monitor, after which its host counts as gone."""
+    dump_seconds: float
+    """For all stacks to arrive, once they are asked for."""
+
+    @staticmethod
+    def of(
+        num_ranks: int, start_seconds: float, silence_seconds: float | None = None, dump_seconds: float | None = None
+    ) -> Limits:
+        """Return the limits of a run; what is not given follows from the number of ranks."""
+        return Limits(start_seconds, silence_seconds or 10.0 + num_ranks / 200, dump_seconds or 4.0 + num_ranks / 200)
 
 
 @dataclass
@@ -57,6 +76,8 @@ class _Seat:
     is_open: bool = True
     is_done: bool = False
     dump: Standing | None = None
+    stack: str | None = None
+    """What was dumped last, as text."""
 
     @property
     def is_overdue(self) -> bool:
@@ -67,13 +88,11 @@ class Hub:
     """Judges the ranks of one run. `serve` returns when all are done or ended."""
 
     def __init__(
-        self, listener: socket.socket, world_size: int, token: str, run_directory: Path, start_timeout_seconds: float
+        self, listener: socket.socket, world_size: int, secret: str, run_directory: Path, limits: Limits
     ) -> None:
-        self._listener = listener
         self._world_size = world_size
-        self._token = token
         self._run_directory = run_directory
-        self._start_timeout = start_timeout_seconds
+        self._limits = limits
         self._seats: dict[int, _Seat] = {}
         self._seat_of: dict[Line, _Seat] = {}
         self._failures: list[Failure] = []
@@ -82,28 +101,28 @@ class Hub:
         self._has_started = False
         self._greeted = 0.0
         self._selector = selectors.DefaultSelector()
+        self._reception = Reception(listener, self._selector, secret, world_size)
 
     def serve(self) -> None:
         """Run until the end of all ranks."""
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
         begin = last = time.monotonic()
         verdict = None
         while verdict is None and not self._is_over():
-            for key, _ in self._selector.select(TICK_SECONDS):
-                self._accept() if key.fileobj is self._listener else self._hear(key.data)
+            self._listen()
             now = time.monotonic()
             if now - last > _OWN_PAUSE_SECONDS:  # this process slept, not the others: count from here
                 for seat in self._seats.values():
                     seat.heard = now
             last = now
+            self._reception.look_around(now)
             self._greet(now)
             verdict = self._judge(now, begin)
+        self._reception.close()
         if verdict is not None:
             self._end(verdict)
         for line in [seat.line for seat in self._seats.values()]:
             line.close()
-        self._listener.close()
+        self._selector.close()
 
     def _greet(self, now: float) -> None:
         """Let the monitors know that the hub is there: one that is cut off ends its rank by itself."""
@@ -115,35 +134,49 @@ class Hub:
 
     # ---- hearing
 
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(2.0)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._selector.register(connection, selectors.EVENT_READ, Line(connection))
+    def _listen(self) -> None:
+        """Hear everybody who has something to say, for a moment."""
+        for key, _ in self._selector.select(TICK_SECONDS):
+            if key.fileobj is self._reception.listener:
+                self._reception.accept(time.monotonic())
+            elif self._reception.is_guest(key.data):
+                self._welcome(key.data)
+            elif key.data in self._seat_of:  # else it was turned away since
+                self._hear(self._seat_of[key.data])
 
-    def _hear(self, line: Line) -> None:
-        messages = line.receive()
-        seat = self._seat_of.get(line)
-        if messages is None:
-            self._selector.unregister(line.connection)
-            line.close()
-            if seat is not None:
-                self._lose(seat)
+    def _welcome(self, line: Line) -> None:
+        """Give a monitor that has proved itself the seat of its rank, unless there is none or somebody sits there."""
+        messages = self._reception.hear(line)
+        if not messages:
             return
-        for message in messages:
-            if message["kind"] == "hello":
-                self._seat(line, message)
-            elif seat is not None:
-                self._note(seat, message)
-
-    def _seat(self, line: Line, message: Message) -> None:
-        if message.get("token") != self._token:
-            return
+        message = messages[0]
         member = Member(message["rank"], message["place"], message["host"], message["pid"])
+        if member.rank >= self._world_size or member.rank in self._seats:
+            self._reception.turn_away(line)
+            return
+        self._reception.seat(line)
         seat = _Seat(
             member, line, message["findings"], message["finding_code"], message["fingerprint"], time.monotonic()
         )
         self._seats[member.rank] = self._seat_of[line] = seat
+        if len(self._seats) == self._world_size:
+            self._reception.close()
+        self._take(seat, messages[1:])
+
+    def _hear(self, seat: _Seat) -> None:
+        self._take(seat, seat.line.receive())
+
+    def _take(self, seat: _Seat, messages: list[Message] | None) -> None:
+        for message in messages or ():
+            if not is_well_formed(message, FROM_MONITOR):
+                messages = None
+                break
+            self._note(seat, message)
+        if messages is None:
+            self._selector.unregister(seat.line.connection)
+            del self._seat_of[seat.line]
+            seat.line.close()
+            self._lose(seat)
 
     def _note(self, seat: _Seat, message: Message) -> None:
         seat.heard = time.monotonic()
@@ -154,7 +187,7 @@ class Hub:
         if kind == "dump":
             frames = [Frame(*frame) for frame in message["frames"]]
             seat.dump = Standing(seat.member, seat.phase, seat.step, seat.age, seat.state, frames)
-            self._keep_stack(seat.member.rank, message["text"])
+            seat.stack = message["text"]
         elif kind == "failed":
             self._fail(Failure(seat.member, *(message[k] for k in ("phase", "message", "error", "trace", "code"))))
         elif kind == "lost":
@@ -186,17 +219,18 @@ class Hub:
         seats = list(self._seats.values())
         if not self._has_started:
             return self._judge_start(seats, now - begin)
-        silent = [seat.member for seat in seats if not seat.is_done and now - seat.heard > SILENCE_SECONDS]
+        silent = [seat.member for seat in seats if not seat.is_done and now - seat.heard > self._limits.silence_seconds]
         if silent:
-            return verdicts.silence_verdict(silent, SILENCE_SECONDS)
+            return verdicts.silence_verdict(silent, self._limits.silence_seconds)
         return self._judge_progress([seat for seat in seats if not seat.is_done], now)
 
     def _judge_start(self, seats: list[_Seat], waited: float) -> Verdict | None:
         findings = any(seat.findings for seat in seats)
         if len(seats) < self._world_size and not (findings and waited > FINDINGS_SECONDS):
-            if waited < self._start_timeout:
+            limit = self._limits.start_seconds
+            if waited < limit:
                 return None
-            return verdicts.absence_verdict([seat.member for seat in seats], self._world_size, self._start_timeout)
+            return verdicts.absence_verdict([seat.member for seat in seats], self._world_size, limit)
         findings = [(text, seat.finding_code) for seat in seats for text in seat.findings]
         prints = {seat.member.rank: seat.fingerprint for seat in seats}
         findings += [(text, ConfigError.exit_code) for text in verdicts.disagreements(prints)]
@@ -210,7 +244,7 @@ class Hub:
     def _judge_progress(self, seats: list[_Seat], now: float) -> Verdict | None:
         if self._dumps_until is None:
             if any(seat.is_overdue for seat in seats):
-                self._dumps_until = now + DUMP_SECONDS
+                self._dumps_until = now + self._limits.dump_seconds
                 for seat in seats:
                     seat.line.send("dump", resume=False)
             return None
@@ -223,8 +257,7 @@ class Hub:
                 seat.dump = None
             return None
         self._resume_stopped([seat for seat in seats if seat.dump is not None and seat.dump.state == "T"])
-        standings = [seat.dump or Standing(seat.member, seat.phase, seat.step, seat.age, seat.state) for seat in seats]
-        return verdicts.hang_verdict(standings, str(self._stack_folder()))
+        return verdicts.hang_verdict([_standing_of(seat) for seat in seats], str(self._stack_folder()))
 
     def _resume_stopped(self, seats: list[_Seat]) -> None:
         """Let stopped processes go on for the moment in which they write their stacks; others have written theirs."""
@@ -232,11 +265,7 @@ class Hub:
         for seat in seats:
             seat.dump = None
             seat.line.send("dump", resume=True)
-        until = time.monotonic() + DUMP_SECONDS
-        while any(seat.dump is None for seat in seats) and time.monotonic() < until:
-            for key, _ in self._selector.select(TICK_SECONDS):
-                if key.fileobj is not self._listener:
-                    self._hear(key.data)
+        self._listen_while(lambda: any(seat.dump is None for seat in seats), self._limits.dump_seconds)
         for seat, standing in zip(seats, stopped, strict=True):
             if seat.dump is not None and standing is not None:  # it may have moved on then: only its stack counts
                 seat.dump = replace(standing, frames=seat.dump.frames)
@@ -247,17 +276,23 @@ class Hub:
         others = [seat for rank, seat in self._seats.items() if rank and seat.is_open]
         for seat in others:
             seat.line.send("end", code=verdict.code)
-        until = time.monotonic() + END_SECONDS
-        while any(seat.is_open for seat in others) and time.monotonic() < until:
-            for key, _ in self._selector.select(TICK_SECONDS):
-                if key.fileobj is not self._listener:
-                    self._hear(key.data)
+        stacks = StackFiles(self._stack_folder(), {r: seat.stack for r, seat in self._seats.items() if seat.stack})
+        self._listen_while(lambda: any(seat.is_open for seat in others), END_SECONDS)
         self._record(verdict)
-        text = "\n".join((verdict.trace.rstrip(), *verdict.lines) if verdict.trace else verdict.lines)
+        lines: Sequence[str] = (*verdict.lines, *stacks.finish())
+        text = "\n".join((verdict.trace.rstrip(), *lines) if verdict.trace else lines)
         sys.stderr.write(f"\n{text}\n")
         sys.stderr.flush()
         if 0 in self._seats:
             self._seats[0].line.send("end", code=verdict.code)
+
+    def _listen_while(self, is_awaited: Callable[[], bool], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while is_awaited() and time.monotonic() < until:
+            self._listen()
+            for seat in self._seats.values():
+                if seat.is_open:
+                    seat.line.flush()
 
     def _record(self, verdict: Verdict) -> None:
         if not verdict.event:
@@ -271,7 +306,8 @@ class Hub:
     def _stack_folder(self) -> Path:
         return self._run_directory / run_folder.STACKS
 
-    def _keep_stack(self, rank: int, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stack_folder().mkdir(parents=True, exist_ok=True)
-            (self._stack_folder() / f"rank-{rank:05d}.txt").write_text(text)
+
+def _standing_of(seat: _Seat) -> Standing:
+    """Return where a rank stands: as its stack says or, where none has arrived, as its last beat did."""
+    member, phase, step, age, state = seat.member, seat.phase, seat.step, seat.age, seat.state
+    return seat.dump or Standing(member, phase, step, age, state, has_answered=False)

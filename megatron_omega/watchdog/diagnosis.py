@@ -68,6 +68,8 @@ class Standing:
     """Process state, as in /proc/PID/stat: T is stopped, D waits for a device."""
     frames: Sequence[Frame] = ()
     """Its main thread, innermost first; empty where no stack could be had."""
+    has_answered: bool = True
+    """Whether its monitor was heard when all were asked. One that was not yet is no suspect for that."""
 
     @property
     def waits_in(self) -> str | None:
@@ -149,11 +151,17 @@ def disagreements(fingerprints: Mapping[int, Mapping[str, str]]) -> list[str]:
 
 def hang_verdict(standings: Sequence[Standing], folder: str) -> Verdict:
     """Name the ranks that the others wait for, and who waits where."""
-    guilty = _guilty(standings)
+    answered = [standing for standing in standings if standing.has_answered]
+    unheard = [standing.member.rank for standing in standings if not standing.has_answered]
+    guilty = _guilty(answered)
     lines = [f"hang: {_plight(standing)}" for standing in guilty]
-    if not guilty:
+    if not guilty and unheard:
+        lines = [f"hang: every rank that answered waits for another; no answer from {rank_ranges(unheard)}"]
+    elif not guilty:
         lines = ["hang: every rank waits for another; they disagree about what comes next"]
-    lines += _waiting([standing for standing in standings if standing not in guilty])
+    lines += _waiting([standing for standing in answered if standing not in guilty])
+    if guilty and unheard:
+        lines.append(f"  no answer in time from {rank_ranges(unheard)}")
     lines.append(f"  stacks of all ranks: {folder}")
     event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder}
     return Verdict(HangError.exit_code, tuple(lines), event=event)

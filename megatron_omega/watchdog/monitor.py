@@ -7,33 +7,32 @@ monitor. It ends soon after its rank, whatever happens, and never outlives the r
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import resource
-import secrets
 import selectors
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 from megatron_omega.errors import HangError
-from megatron_omega.watchdog.coordinator import SILENCE_SECONDS, Hub
+from megatron_omega.watchdog import meeting, sealing
+from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.diagnosis import LOST_EXIT_CODE
 from megatron_omega.watchdog.heartbeat import Beacon
-from megatron_omega.watchdog.messages import Line, Message
+from megatron_omega.watchdog.meeting import Address
+from megatron_omega.watchdog.messages import FROM_HUB, Line, Message, is_well_formed
 from megatron_omega.watchdog.stacks import main_thread
 
-ADDRESS_FILE = ".monitor.json"
 BEAT_SECONDS = 1.0
 _MEET_SECONDS = 0.2
 _STACK_SECONDS = 2.0
+_STACK_BYTES = 1 << 17
 _END_SECONDS = 1.5
 _CONNECT_SECONDS = 2.0
+_PROOF_SECONDS = 5.0
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -48,6 +47,8 @@ class Monitor:
         self._hub: Line | None = None
         self._hub_heard = 0.0
         self._facts: Message = {}
+        self._limits = Limits.of(1, 0.0)
+        self._address: Address | None = None
         self._hello: Message | None = None
         self._is_done = False
         self._server: threading.Thread | None = None
@@ -92,6 +93,12 @@ class Monitor:
         kind = message["kind"]
         if kind == "watch":
             self._facts = message
+            self._limits = Limits.of(
+                message["world_size"],
+                message["start_timeout"],
+                message.get("silence_seconds"),
+                message.get("dump_seconds"),
+            )
             if message["rank"] == 0:
                 self._start_hub()
         elif kind == "hello":
@@ -126,39 +133,32 @@ class Monitor:
     # ---- the hub
 
     def _start_hub(self) -> None:
-        facts = self._facts
-        directory = Path(facts["run_directory"])
-        token = secrets.token_hex(8)
+        """Serve as the judge of all ranks. Where that is impossible the ranks say that rank 0 did not arrive."""
+        directory = Path(self._facts["run_directory"])
         _allow_many_files()
-        is_local = facts["master"] in ("localhost", "::1") or facts["master"].startswith("127.")
-        listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=4096)
-        hub = Hub(listener, facts["world_size"], token, directory, facts["start_timeout"])
-        published = None
-        for address in _address_files(directory):
-            with contextlib.suppress(OSError):
-                address.parent.mkdir(parents=True, exist_ok=True)
-                _publish(address, {"port": listener.getsockname()[1], "token": token})
-                published = address
-                break
+        try:
+            listener, self._address = meeting.open_hub(self._facts["master"])
+            published = meeting.publish(self._address, directory)
+        except OSError as error:
+            sys.stderr.write(f"\nwarning: ranks on other hosts cannot meet rank 0's monitor: {error}\n")
+            published = None
+            if self._address is None:
+                return
+        hub = Hub(listener, self._facts["world_size"], self._address.secret, directory, self._limits)
         self._server = threading.Thread(target=_serve, args=(hub, published), name="hub")
-        facts |= {"port": listener.getsockname()[1], "token": token}
         self._server.start()
 
     def _try_to_connect(self, selector: selectors.BaseSelector, waited: float) -> None:
         facts = self._facts
-        address = facts if "port" in facts else _read_address(Path(facts["run_directory"]))
-        if address is not None:
-            with contextlib.suppress(OSError):
-                host = "127.0.0.1" if "port" in facts else facts["master"]
-                connection = socket.create_connection((host, address["port"]), timeout=_CONNECT_SECONDS)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._hub, self._hub_heard = Line(connection), time.monotonic()
-                selector.register(connection, selectors.EVENT_READ)
-                self._hub.send("hello", token=address["token"], **self._introduction())
-                for message in self._said:
-                    self._hub.send(**message)
-                return
-        if waited > facts["start_timeout"] + SILENCE_SECONDS:
+        address = self._address or meeting.find_address(Path(facts["run_directory"]))
+        hub = None if address is None else _meet(address)
+        if hub is not None:
+            self._hub, self._hub_heard = hub, time.monotonic()
+            selector.register(hub.connection, selectors.EVENT_READ)
+            hub.send("hello", **self._introduction())
+            for message in self._said:
+                hub.send(**message)
+        elif waited > facts["start_timeout"] + self._limits.silence_seconds:
             self._end_alone(HangError.exit_code, f"rank 0 did not arrive within {facts['start_timeout']:.0f} s")
 
     def _introduction(self) -> Message:
@@ -172,7 +172,7 @@ class Monitor:
         self._hub.connection.settimeout(0.0)
         messages = self._hub.receive()
         self._hub.connection.settimeout(_CONNECT_SECONDS)
-        if messages is None:
+        if messages is None or not all(is_well_formed(message, FROM_HUB) for message in messages):
             selector.unregister(self._hub.connection)
             if not self._is_done:
                 self._end_alone(LOST_EXIT_CODE, "the connection to rank 0's host is gone")
@@ -180,8 +180,9 @@ class Monitor:
         for message in messages:
             self._hub_heard = now
             self._obey(message)
-        if now - self._hub_heard > SILENCE_SECONDS:
-            self._end_alone(LOST_EXIT_CODE, f"no word from rank 0's host for {SILENCE_SECONDS:.0f} s")
+        if now - self._hub_heard > self._limits.silence_seconds:
+            limit = self._limits.silence_seconds
+            self._end_alone(LOST_EXIT_CODE, f"no word from rank 0's host for {limit:.0f} s")
 
     def _obey(self, message: Message) -> None:
         kind = message["kind"]
@@ -193,8 +194,8 @@ class Monitor:
             self._end(message["code"])
 
     def _end_alone(self, code: int, reason: str) -> None:
-        """End the rank without the hub's word. One line for each host: rank 0 is not there to speak for all."""
-        if self._facts["local_rank"] == 0 and self._facts["rank"]:
+        """End the rank without the hub's word. One line for each host: nobody is there to speak for all."""
+        if self._facts["local_rank"] == 0:
             sys.stderr.write(f"\nerror: {reason}; seen from rank {self._facts['rank']} on {self._facts['host']}\n")
             sys.stderr.flush()
         self._end(code)
@@ -223,7 +224,7 @@ class Monitor:
             if now > before and now == size:
                 break
             size = now
-        return os.pread(self._stacks, size - before, before).decode(errors="replace")
+        return os.pread(self._stacks, min(size - before, _STACK_BYTES), before).decode(errors="replace")
 
     def _end(self, code: int) -> None:
         self._is_done = True
@@ -241,10 +242,19 @@ class Monitor:
                 os.kill(self._parent, number)
 
 
-def _address_files(run_directory: Path) -> list[Path]:
-    """Return where ranks look for the hub: the run folder; where that cannot be written, a place of this host."""
-    key = hashlib.sha256(f"{os.getuid()} {run_directory}".encode()).hexdigest()[:16]
-    return [run_directory / ADDRESS_FILE, Path(tempfile.gettempdir()) / f"omega-monitor-{key}.json"]
+def _meet(address: Address) -> Line | None:
+    """Connect to the hub, and prove to each other who one is; None where it is not there, or not of this run."""
+    try:
+        connection = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        return None
+    hub = sealing.enter(connection, address.secret, _PROOF_SECONDS)
+    if hub is None:
+        connection.close()
+    else:
+        connection.settimeout(_CONNECT_SECONDS)
+    return hub
 
 
 def _allow_many_files() -> None:
@@ -254,28 +264,12 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _serve(hub: Hub, address: Path | None) -> None:
+def _serve(hub: Hub, published: Path | None) -> None:
     try:
         hub.serve()
     finally:
-        if address is not None:
-            with contextlib.suppress(OSError):
-                address.unlink()
-
-
-def _publish(path: Path, values: Message) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(values, file)
-    unfinished.replace(path)
-
-
-def _read_address(run_directory: Path) -> Message | None:
-    for path in _address_files(run_directory):
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(path.read_text())
-    return None
+        if published is not None:
+            meeting.withdraw(published)
 
 
 def _process_state(pid: int) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Callable
 
+from watchdog.attacks import WITH_SECRET, WITHOUT_SECRET
+
 from faults.laboratory import STEPS, Laboratory, Outcome, after_step, demand, last_words
+from megatron_omega.watchdog import meeting
 
 Fault = Callable[[Laboratory], Outcome]
 DETECTION_SECONDS = 10.0
@@ -193,6 +197,35 @@ def tracker(lab: Laboratory) -> Outcome:
     return lab.compare(run, problems=problems, said=last_words(ending.log, 1))
 
 
+def strangers(lab: Laboratory) -> Outcome:
+    """Everybody talks to the hub, with and without the secret, while a rank is late and while the run trains."""
+    run = lab.run()
+    attempt = run.start()
+    late = run.world_size - 1
+    attempt.send(late, signal.SIGSTOP)
+    attempt.wait_until(lambda: meeting.find_address(run.directory) is not None)
+    address = meeting.find_address(run.directory)
+    assert address is not None
+    place, held = (address.host, address.port), []
+    for attack in WITHOUT_SECRET.values():
+        held += attack(place)
+    for nonsense in WITH_SECRET.values():
+        held += nonsense(place, address.secret)
+    attempt.send(late, signal.SIGCONT)
+    after_step(attempt, STEPS // 2)
+    problems = []
+    for name, attack in WITHOUT_SECRET.items():
+        with contextlib.suppress(ConnectionRefusedError):
+            held += attack(place)
+            problems.append(f"{name}: the hub still takes connections when all ranks have come")
+    ending = attempt.wait()
+    for connection in held:
+        connection.close()
+    if set(ending.codes) != {0} or "error" in ending.log:
+        problems.append(f"exit codes {ending.codes}: {last_words(ending.log)}")
+    return lab.compare(run, problems=problems, said=last_words(ending.log, 1))
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL of a rank of the first stage": kill("first"),
     "SIGKILL of a rank of a middle stage": kill("middle"),
@@ -213,4 +246,5 @@ FAULTS: dict[str, Fault] = {
     "clock set back by an hour": clock,
     "loader worker killed": loader_worker,
     "wandb unreachable": tracker,
+    "strangers at the hub": strangers,
 }

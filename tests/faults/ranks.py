@@ -18,10 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_omega.host.run_folder import METRICS, SUCCESS
+from megatron_omega.host.run_folder import METRICS, MONITOR, SUCCESS
 from megatron_omega.launching.local_ranks import free_port
 from megatron_omega.monitoring.files import read_objects
-from megatron_omega.watchdog.monitor import ADDRESS_FILE
 
 PR_SET_PDEATHSIG = 1
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.run.assembly", "faults.injection"]
@@ -91,7 +90,7 @@ class Attempt:
     def _whole_log(self) -> str:
         """Return the log once the monitors have had their last word."""
         until = time.monotonic() + 15.0
-        while time.monotonic() < until and (self.run_directory / ADDRESS_FILE).exists():
+        while time.monotonic() < until and (self.run_directory / MONITOR).exists():
             time.sleep(0.1)
         return self.log_path.read_text(errors="replace")
 

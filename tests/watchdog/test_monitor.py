@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_omega.watchdog.coordinator import Hub
+from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.guard import STACK_SIGNAL
 from megatron_omega.watchdog.heartbeat import Beacon
 from megatron_omega.watchdog.messages import Line, Message
+from megatron_omega.watchdog.sealing import enter
 
 RANK = """
 import faulthandler, os, signal, socket, subprocess, sys, tempfile, threading, time
@@ -134,9 +135,9 @@ def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
     pair = Pair(tmp_path, "done", "done")
     assert pair.codes() == [0, 0]
     until = time.monotonic() + 20
-    while (tmp_path / ".monitor.json").exists() and time.monotonic() < until:
+    while (tmp_path / ".monitor").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    assert not (tmp_path / ".monitor.json").exists()
+    assert not (tmp_path / ".monitor").exists()
     assert pair.said() == ""
 
 
@@ -190,18 +191,19 @@ def test_a_hub_takes_a_thousand_ranks(tmp_path: Path) -> None:
         pytest.skip(f"only {hard} files may be open")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    hub = threading.Thread(target=Hub(listener, count, "token", tmp_path, 60.0).serve)
+    hub = threading.Thread(target=Hub(listener, count, "secret", tmp_path, Limits.of(count, 60.0)).serve)
     hub.start()
-    lines = [Line(socket.create_connection(listener.getsockname())) for _ in range(count)]
+    lines = [enter(socket.create_connection(listener.getsockname()), "secret", 30.0) for _ in range(count)]
     for rank, line in enumerate(lines):
-        line.send("hello", token="token", rank=rank, place="here", host=f"h{rank // 8}", pid=1, findings=[],
+        assert line is not None
+        line.send("hello", rank=rank, place="here", host=f"h{rank // 8}", pid=1, findings=[],
                   finding_code=2, fingerprint={"code": "same"})  # fmt: skip
-    for line in lines:
+    for line in filter(None, lines):
         line.connection.settimeout(30.0)
         assert {"kind": "go"} in (line.receive() or [])
         line.send("done")
     hub.join(timeout=30.0)
     assert not hub.is_alive()
-    for line in lines:
+    for line in filter(None, lines):
         line.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

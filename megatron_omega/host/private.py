@@ -1,0 +1,37 @@
+"""Folders and files that are this user's alone: what others on the host could have put there is not taken."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def private_folder(path: Path) -> Path:
+    """Return `path` as a folder that only this user can enter, made where it does not exist.
+
+    Raises PermissionError if it is somebody else's, open to others, or a link; OSError if it cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    refuse_others(path, is_folder=True)
+    return path
+
+
+def refuse_others(path: Path, *, is_folder: bool = False) -> None:
+    """Raise PermissionError unless `path` is a file or folder, no link, of this user and closed to others."""
+    found = path.lstat()
+    is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
+    if not is_kind or found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
+        raise PermissionError(f"{path} is not private to this user")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user can read; it appears whole. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    unfinished.replace(path)
