@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_omega.config import yaml_text
-from megatron_omega.config.schema import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_omega.config.schema import Section
+from megatron_omega.config.schema.base import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from megatron_omega.errors import ConfigError
 
 GIB = 1024**3

@@ -1,0 +1,75 @@
+"""What is read and how it becomes examples: the sections `data` and `objective`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_omega.config.schema.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+class Corpus(Section):
+    """One corpus of a blend."""
+
+    prefix: str
+    """Path of the indexed shard without .bin / .idx, as megatron-omega preprocess-data wrote it."""
+    weight: PositiveFloat = 1.0
+    """Share of samples drawn from this corpus, relative to the other weights."""
+
+
+class Reweight(Section):
+    """A change of the blend's weights in mid-run."""
+
+    from_sample: Positive
+    """First global sample drawn with these weights."""
+    weights: tuple[NonNegativeFloat, ...]
+    """One weight for each corpus; 0 leaves it out."""
+
+
+class DataConfig(Section):
+    """The corpus, and how samples are drawn from it."""
+
+    tokenizer: str = ""
+    """Path of the SentencePiece model."""
+    corpora: tuple[Corpus, ...] = ()
+    """Corpora to blend: a list of {prefix, weight}."""
+    reweight: tuple[Reweight, ...] = ()
+    """Later weights of the blend, each {from_sample, weights}, ascending. No corpus repeats or loses a sample by it."""
+    split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (969.0, 30.0, 1.0)
+    """Relative sizes of the train, validation and test parts, cut by documents in each corpus."""
+    encoder_seq_length: NonNegative = 2048
+    """Tokens of the encoder stream of a sample (0 for decoder-only models)."""
+    decoder_seq_length: Positive = 2048
+    """Tokens of the decoder stream of a sample."""
+    order: Literal["flat", "megatron"] = "flat"
+    """Order of samples: flat = a stateless permutation, nothing stored; megatron = megatron-core's GPTDataset order."""
+    num_workers: NonNegative = 0
+    """Loader processes for each rank that reads data; 0 reads in the training process."""
+    prefetch_batches: Positive = 2
+    """Micro-batches each loader process keeps ready."""
+
+
+class ObjectiveConfig(Section):
+    """What is asked of the model. Decided per example by (seed, epoch, sample index), never by rank or worker."""
+
+    prefix_lm: NonNegativeFloat = 0.60
+    """Weight of prefix language modelling (decoder-only models always use plain language modelling)."""
+    span_corruption: NonNegativeFloat = 0.25
+    """Weight of span corruption."""
+    masked_prefix: NonNegativeFloat = 0.15
+    """Weight of masked prefix: tokens of the prefix are masked for the MLM head, the decoder continues it."""
+    empty_prefix_fraction: Fraction = 1 / 6
+    """Share of prefix-LM examples with an empty prefix: plain text generation."""
+    span_rate: Fraction = 0.15
+    """Share of tokens replaced by span corruption."""
+    span_mean_length: PositiveFloat = 3.0
+    """Mean length of a corrupted span, tokens."""
+    extreme_span_fraction: Fraction = 1 / 3
+    """Share of span-corruption examples that are extreme: rate 0.5, or mean length 32."""
+    mask_rate: Fraction = 0.15
+    """Share of encoder tokens predicted by the MLM head: 80% masked, 10% replaced, 10% kept."""
+    mlm_weight: NonNegativeFloat = 0.5
+    """Weight of the MLM loss beside the LM loss."""
+    z_loss_weight: NonNegativeFloat = 1e-4
+    """Weight of the z-loss (squared log-partition) of both heads."""
+    loss_chunk_tokens: Positive = 1024
+    """Tokens whose logits are held at a time; full logits never are."""

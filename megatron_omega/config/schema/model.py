@@ -1,0 +1,106 @@
+"""The architecture: the section `model`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, cast
+
+from pydantic import Discriminator, Tag
+
+from megatron_omega.config.schema.base import NonNegative, Positive, PositiveFloat, Section
+
+Branch = Literal["full", "causal", "local", "axial", "dynamic"]
+Branches = tuple[Branch, ...]
+Stack = Literal["encoder", "decoder"]
+ENCODER_BRANCHES: Branches = ("full", "local", "axial", "dynamic")
+DECODER_BRANCHES: Branches = ("causal", "local", "axial")
+VOCABULARY_MULTIPLE = 128
+
+
+def _form_of_branches(value: object) -> str:
+    """Return which form a list of branches has: one for all layers, or a pattern of lists."""
+    return "pattern" if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else "alike"
+
+
+BRANCH_FORMS = ("alike", "pattern")
+LayerBranches = Annotated[
+    Annotated[Branches, Tag("alike")] | Annotated[tuple[Branches, ...], Tag("pattern")],
+    Discriminator(_form_of_branches),
+]
+
+
+class ModelConfig(Section):
+    """The architecture. Everything here is part of a checkpoint's identity."""
+
+    hidden_size: Positive = 960
+    """Width of the residual stream."""
+    ffn_hidden_size: Positive = 16384
+    """Width of the gated feed-forward block (gate and up each have this many columns)."""
+    num_attention_heads: Positive = 48
+    """Heads of every attention branch."""
+    head_dim: Positive | None = None
+    """Size of one head; hidden_size / num_attention_heads where it is not given. Must be even (rotary pairs)."""
+    encoder_layers: NonNegative = 96
+    """Encoder layers. 0 makes a decoder-only model."""
+    decoder_layers: Positive = 96
+    """Decoder layers."""
+    encoder_branches: LayerBranches = ENCODER_BRANCHES
+    """Parallel attention branches of the encoder layers, out of: full, local, axial, dynamic. A list of lists is a
+    pattern: layer i has list i modulo their number."""
+    decoder_branches: LayerBranches = DECODER_BRANCHES
+    """Parallel self-attention branches of the decoder layers, out of: causal, local, axial; or a pattern, as above."""
+    vocab_size: Positive = 32768
+    """Pieces of the tokenizer. The table is padded to a multiple of 128 in every layout; padded logits are masked."""
+    local_window: Positive = 128
+    """Reach W of the local branch: |i - j| < W in the encoder, 0 <= i - j < W in the decoder."""
+    axial_width: Positive = 32
+    """Row width w of the axial branch; constant, never derived from the length. Needs local_window >= axial_width."""
+    positions: Literal["rotary", "sinusoidal", "learned"] = "rotary"
+    """Positional encoding; a position is the index inside the document."""
+    rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: PositiveFloat = 1e-6
+    """Epsilon of every RMSNorm."""
+    depth_base: Positive = 2
+    """Depth (encoder + decoder layers) at which the residual multiplier is 1; it is depth_base / depth (CompleteP)."""
+    width_base: Positive = 128
+    """Width at which hidden matrices get the full learning rate: theirs is scaled by width_base / hidden_size."""
+    output_multiplier: PositiveFloat = 0.5
+    """Factor on the logits of the tied table."""
+    mlm_head: bool = True
+    """Whether the encoder output has a masked-language-modelling head (encoder-decoders only)."""
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token table; depends on nothing but the vocabulary."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def branch_pattern(self, stack: Stack) -> tuple[Branches, ...]:
+        """Return the lists of branches that the layers of `stack` take in turn; one where all are alike."""
+        given = self.encoder_branches if stack == "encoder" else self.decoder_branches
+        return cast(tuple[Branches, ...], given if _form_of_branches(given) == "pattern" else (given,))
+
+    def layer_branches(self, stack: Stack, layer: int) -> Branches:
+        """Return the self-attention branches of one layer, counted from 0 in its stack."""
+        pattern = self.branch_pattern(stack)
+        return pattern[layer % len(pattern)]
+
+    @property
+    def is_decoder_only(self) -> bool:
+        return self.encoder_layers == 0
+
+    @property
+    def has_mlm_head(self) -> bool:
+        return self.mlm_head and not self.is_decoder_only
+
+    @property
+    def residual_multiplier(self) -> float:
+        return self.depth_base / (self.encoder_layers + self.decoder_layers)
+
+    @property
+    def width_multiplier(self) -> float:
+        """Factor on the learning rate of hidden matrices."""
+        return self.width_base / self.hidden_size
