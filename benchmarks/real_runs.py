@@ -150,10 +150,11 @@ def time_steps(config: RunConfig, stage: int, steps: int) -> dict[str, list[floa
 
 def _engine(config: RunConfig, stage: int) -> Any:
     from megatron_omega.config.deepspeed import resolve_deepspeed
+    from megatron_omega.config.layout import layout_of
     from megatron_omega.engine.engine import start_distributed
     from megatron_omega.parallel.topology import create_topology
     from megatron_omega.planner.plan_files import ZERO
-    from megatron_omega.run.assembly import build_engine, layout_of
+    from megatron_omega.run.assembly import build_engine
 
     start_distributed(local_rank=int(os.environ["LOCAL_RANK"]), timeout_seconds=600)
     layout = layout_of(config, int(os.environ["WORLD_SIZE"]))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_omega.config.deepspeed import resolve_deepspeed
+from megatron_omega.config.layout import layout_of
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.engine.engine import Engine, MicroBatch, start_distributed
 from megatron_omega.parallel.topology import create_topology
-from megatron_omega.run.assembly import build_engine, layout_of
+from megatron_omega.run.assembly import build_engine
 
 ENCODER, DECODER, WIDTH = 48, 32, 8
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
 
+from megatron_omega.config.schema import ModelConfig, RunConfig
+
 Axis = Literal["pipeline", "data", "tensor"]
 AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
 
@@ -73,3 +75,30 @@ class Layout:
 
     def __str__(self) -> str:
         return f"PP {self.pipeline} x DP {self.data} x TP {self.tensor}"
+
+
+def ranks_per_replica(config: RunConfig) -> int:
+    """Return the processes that hold one replica of the model."""
+    return config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """Return the layout of `world_size` processes, which are a multiple of `ranks_per_replica`."""
+    parallel = config.parallel
+    return Layout(
+        parallel.pipeline_parallel_size, world_size // ranks_per_replica(config), parallel.tensor_parallel_size
+    )
+
+
+def num_pipeline_layers(model: ModelConfig) -> int:
+    """Return the entries of the layer list: embedding, encoder layers, bridge, decoder layers, head, output.
+
+    A decoder-only model has no bridge.
+    """
+    return model.decoder_layers + 3 if model.is_decoder_only else model.encoder_layers + model.decoder_layers + 4
+
+
+def num_stages(config: RunConfig) -> int:
+    """Return the pieces the layer list is cut into: two for each rank of a V, one otherwise."""
+    stages = config.parallel.pipeline_parallel_size
+    return 2 * stages if config.parallel.pipeline_schedule == "dualpipev" else stages

@@ -23,6 +23,7 @@ from megatron_omega.config.deepspeed import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
+from megatron_omega.config.layout import ranks_per_replica
 from megatron_omega.config.schema import BRANCH_FORMS, RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.shipped import located, presets
@@ -60,7 +61,7 @@ def resolve_run(arguments: Arguments, world_size: int | None = None) -> Resolved
     stage = effective_zero_stage(config, user_json)
     crossed = check.findings(config, world_size, stage)
     findings += _unrelated_to(faulty, crossed)
-    replica = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    replica = ranks_per_replica(config)
     data_parallel_size = max(1, (world_size or replica) // replica)
     settings_for_engine = None
     try:

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Literal, cast
 
 from megatron_omega.config import check
+from megatron_omega.config.layout import ranks_per_replica
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
 
@@ -90,9 +91,8 @@ def parse_label(label: str) -> Candidate:
 def of_config(config: RunConfig, world_size: int, zero_stage: int) -> Candidate:
     """Return the layout that `config` itself asks for."""
     parallel = config.parallel
-    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     return Candidate(
-        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, max(1, world_size // replica),
+        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, max(1, world_size // ranks_per_replica(config)),
         parallel.sequence_parallel, parallel.pipeline_schedule, config.batch.micro_batch_size, parallel.recompute,
         zero_stage,
     )  # fmt: skip

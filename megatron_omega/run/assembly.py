@@ -15,7 +15,7 @@ import torch
 
 from megatron_omega import accounting
 from megatron_omega.checkpoint.store import CheckpointStore
-from megatron_omega.config.layout import Layout
+from megatron_omega.config.layout import layout_of, num_stages
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Batch
@@ -115,18 +115,11 @@ def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -
     return opened[0]
 
 
-def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """Return the layout of `world_size` processes."""
-    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    return Layout(pipeline, world_size // (tensor * pipeline), tensor)
-
-
 def stage_boundaries(config: RunConfig) -> tuple[int, ...]:
     """Return the first layer of every pipeline stage after the first: as configured, or cut by cost."""
     if config.parallel.stage_boundaries is not None:
         return config.parallel.stage_boundaries
-    folds = 2 if config.parallel.pipeline_schedule == "dualpipev" else 1
-    return accounting.stage_boundaries(accounting.layer_costs(config), folds * config.parallel.pipeline_parallel_size)
+    return accounting.stage_boundaries(accounting.layer_costs(config), num_stages(config))
 
 
 def build_model(config: RunConfig, topology: Topology, kernels: Kernels = PORTABLE) -> torch.nn.Module:

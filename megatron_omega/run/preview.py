@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_omega import accounting
-from megatron_omega.config.check import num_stages
+from megatron_omega.config.layout import num_stages, ranks_per_replica
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.samples import open_sources
@@ -59,8 +59,7 @@ class Preview:
         settings, batch = self.resolved.deepspeed, self.config.batch
         accumulation = settings.values["gradient_accumulation_steps"]
         replicas = batch.global_batch_size // (batch.micro_batch_size * accumulation)
-        replica = self.config.parallel.tensor_parallel_size * self.config.parallel.pipeline_parallel_size
-        return of_config(self.config, replicas * replica, settings.zero_stage)
+        return of_config(self.config, replicas * ranks_per_replica(self.config), settings.zero_stage)
 
     @cached_property
     def estimate(self) -> Estimate:

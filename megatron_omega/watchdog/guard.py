@@ -26,7 +26,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from megatron_omega.config.layout import Coordinate
+from megatron_omega.config.layout import layout_of, ranks_per_replica
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import OmegaError, Preempted
 from megatron_omega.host.environment import ProcessPlace, meeting_host
@@ -207,11 +207,7 @@ def _leave_to_the_thread(number: int, frame: object) -> None:
 
 
 def _coordinates(config: RunConfig, place: ProcessPlace) -> str:
-    parallel = config.parallel
-    rest, tensor = divmod(place.rank, parallel.tensor_parallel_size)
-    replicas = place.world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    pipeline, data = divmod(rest, max(1, replicas))
-    return str(Coordinate(pipeline, data, tensor))
+    return str(layout_of(config, max(place.world_size, ranks_per_replica(config))).coordinate(place.rank))
 
 
 def _as_error(findings: Sequence[str], code: int) -> OmegaError:

@@ -1,0 +1,73 @@
+"""Contradictions of streams, corpora and their blend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from megatron_omega.config.check.architecture import branches_used
+from megatron_omega.config.check.words import nearest_multiples
+from megatron_omega.config.schema import RunConfig, Stack
+
+
+def streams(config: RunConfig) -> Iterator[str]:
+    model, data, tp = config.model, config.data, config.parallel.tensor_parallel_size
+    if model.is_decoder_only and data.encoder_seq_length:
+        yield (
+            f"data.encoder_seq_length={data.encoder_seq_length} with model.encoder_layers=0; "
+            "a decoder-only model has no encoder stream: use 0"
+        )
+    if not model.is_decoder_only and not data.encoder_seq_length:
+        yield (
+            f"data.encoder_seq_length=0 with model.encoder_layers={model.encoder_layers}; give the encoder stream a "
+            "length, or use model.encoder_layers=0"
+        )
+    if config.parallel.sequence_parallel and tp == 1:
+        yield (
+            "parallel.sequence_parallel=true with parallel.tensor_parallel_size=1; it shards between tensor-parallel "
+            "ranks: use false, or at least 2 ranks"
+        )
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    for stack in stacks:
+        name, length = f"data.{stack}_seq_length", getattr(data, f"{stack}_seq_length")
+        if "axial" in branches_used(model, stack) and length % model.axial_width:
+            yield (
+                f"{name}={length} is not a multiple of model.axial_width={model.axial_width} (the axial branch works "
+                f"on whole rows); use {nearest_multiples(length, model.axial_width)}"
+            )
+        if config.parallel.sequence_parallel and length % tp:
+            yield (
+                f"{name}={length} is not divisible by parallel.tensor_parallel_size={tp}, which sequence parallelism "
+                f"needs; use {nearest_multiples(length, tp)}"
+            )
+
+
+def corpus(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.corpora:
+        yield "data.corpora is empty; name at least one: --data.corpora '[{prefix: PATH}]'"
+    if not data.tokenizer:
+        yield "data.tokenizer is not set; give the path of the SentencePiece model the corpus was encoded with"
+    yield from _reweights(config)
+    train, validation, _ = data.split
+    if train == 0:
+        yield f"data.split={list(data.split)} has no train part; its first number must be positive"
+    if validation == 0 and config.evaluation.interval_steps:
+        yield (
+            f"data.split={list(data.split)} has no validation part, but evaluation.interval_steps="
+            f"{config.evaluation.interval_steps}; use evaluation.interval_steps=0, or give it a share"
+        )
+
+
+def _reweights(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    for change in data.reweight:
+        if len(change.weights) != len(data.corpora):
+            yield (
+                f"data.reweight from sample {change.from_sample} has {len(change.weights)} weights for "
+                f"{len(data.corpora)} corpora; give one for each entry of data.corpora"
+            )
+        elif sum(change.weights) == 0:
+            yield f"data.reweight from sample {change.from_sample} leaves out every corpus; keep one above 0"
+    if any(first.from_sample >= second.from_sample for first, second in pairwise(data.reweight)):
+        yield "data.reweight is not ascending in from_sample; sort its entries"

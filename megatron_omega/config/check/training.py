@@ -1,0 +1,87 @@
+"""Contradictions of a run's course: batch sizes, the schedule, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_omega.config.check.words import divisors, nearest_multiples, one_of
+from megatron_omega.config.schema import RunConfig
+
+
+def batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, batch = config.parallel, config.batch
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    dp = 1
+    if world_size is not None:
+        if world_size % (tp * pp):
+            yield (
+                f"{world_size} processes are not divisible by parallel.tensor_parallel_size={tp} x "
+                f"parallel.pipeline_parallel_size={pp}; start {nearest_multiples(world_size, tp * pp)}"
+            )
+            return
+        dp = world_size // (tp * pp)
+    yield from _ramp_up(config)
+    needed = batch.micro_batch_size * dp
+    for size in ramp_up_sizes(config):
+        name = "batch.global_batch_size" if size == batch.global_batch_size else "batch.ramp_up: the global batch size"
+        if size % needed:
+            replicas = f" x {dp} data-parallel replicas" if world_size is not None else ""
+            yield (
+                f"{name}={size} is not divisible by batch.micro_batch_size={batch.micro_batch_size}{replicas}; "
+                f"use {nearest_multiples(size, needed)}"
+            )
+        elif parallel.pipeline_schedule == "dualpipev" and pp > 1 and size // needed < 2 * pp:
+            yield (
+                f"{name}={size} makes {size // needed} micro-batches for each replica, and parallel.pipeline_schedule="
+                f"dualpipev needs at least {2 * pp} (2 x parallel.pipeline_parallel_size); "
+                f"use at least {2 * pp * needed}"
+            )
+
+
+def _ramp_up(config: RunConfig) -> Iterator[str]:
+    ramp, final = config.batch.ramp_up, config.batch.global_batch_size
+    if ramp is None:
+        return
+    if ramp.start >= final:
+        yield (
+            f"batch.ramp_up.start={ramp.start} is not below batch.global_batch_size={final}; "
+            "start smaller, or leave batch.ramp_up out"
+        )
+    elif (final - ramp.start) % ramp.increment:
+        steps = divisors(final - ramp.start)
+        near = sorted(sorted(steps, key=lambda step: abs(step - ramp.increment))[:2])
+        yield (
+            f"batch.ramp_up.increment={ramp.increment} does not lead from {ramp.start} to batch.global_batch_size="
+            f"{final}; use {one_of(near)}"
+        )
+
+
+def ramp_up_sizes(config: RunConfig) -> list[int]:
+    """Return the global batch sizes a run goes through, smallest first; one size where there is no ramp-up."""
+    final, ramp = config.batch.global_batch_size, config.batch.ramp_up
+    if ramp is None or ramp.start >= final:
+        return [final]
+    return [*range(ramp.start, final, ramp.increment), final]
+
+
+def schedule(config: RunConfig) -> Iterator[str]:
+    schedule, steps = config.schedule, config.training.train_steps
+    if schedule.warmup_steps > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than training.train_steps={steps}; "
+            f"use at most {steps}"
+        )
+    elif schedule.decay == "wsd" and schedule.warmup_steps + round(schedule.decay_fraction * steps) > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_fraction={schedule.decay_fraction:g} "
+            f"overlap within training.train_steps={steps}; use a fraction of at most "
+            f"{1 - schedule.warmup_steps / steps:.2g}"
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(config.optimizer, name) == 1:
+            yield f"optimizer.{name}=1 never forgets; use a decay below 1"
+
+
+def checkpoints(config: RunConfig) -> Iterator[str]:
+    if config.checkpoint.load_weights_only and config.checkpoint.load is None:
+        yield "checkpoint.load_weights_only=true without checkpoint.load; say which checkpoint (--load PATH)"
