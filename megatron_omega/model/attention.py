@@ -96,12 +96,28 @@ def _axial(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: B
     """Even global heads attend along rows of `width` tokens, odd ones along columns."""
     length, width = query.shape[2], pattern.width
     parts = [_fill_tokens(part, -length % width).unflatten(2, (-1, width)) for part in (query, key, value)]
-    attended = torch.empty_like(parts[0])
-    first_row_head = pattern.first_head % 2
-    for first, across, mask in ((first_row_head, _ROWS, facts[0]), (1 - first_row_head, _COLUMNS, facts[1])):
-        if first < query.shape[1]:
-            attended[:, first::2] = _attend_lines([part[:, first::2] for part in parts], across, mask)
-    return attended.flatten(2, 3)[:, :, :length]
+    masks = facts if pattern.first_head % 2 == 0 else facts[::-1]
+    axes = (_ROWS, _COLUMNS) if pattern.first_head % 2 == 0 else (_COLUMNS, _ROWS)
+    lines = [_attend_lines(*arguments) for arguments in zip(_by_parity(parts), axes, masks, strict=False)]
+    return _interleave(lines).flatten(2, 3)[:, :, :length]
+
+
+def _by_parity(parts: list[Tensor]) -> list[list[Tensor]]:
+    """Part heads of even and of odd index; the odd ones are left out if there are none."""
+    heads = parts[0].shape[1]
+    if heads % 2:
+        return [[part[:, first::2] for part in parts] for first in range(min(heads, 2))]
+    return [list(half) for half in zip(*(part.unflatten(1, (-1, 2)).unbind(2) for part in parts), strict=True)]
+
+
+def _interleave(halves: list[Tensor]) -> Tensor:
+    """Put heads of even and of odd index in their order again."""
+    if len(halves) == 1:
+        return halves[0]
+    even, odd = halves
+    if even.shape[1] == odd.shape[1]:
+        return torch.stack((even, odd), dim=2).flatten(1, 2)
+    return torch.cat((_interleave([even[:, :-1], odd]), even[:, -1:]), dim=1)
 
 
 def _attend_lines(parts: list[Tensor], across: int, mask: Tensor) -> Tensor:

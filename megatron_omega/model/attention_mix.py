@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megatron_omega.config.schema import Branch
 from megatron_omega.model.attention import BranchFacts, attend, branch_facts
 from megatron_omega.model.context import ModelContext
-from megatron_omega.model.embeddings import RotaryTable, rotate
+from megatron_omega.model.embeddings import RotaryTable
+from megatron_omega.model.heads import split_heads
 from megatron_omega.model.kernels import scaled_dot_product_attention
 from megatron_omega.model.stream import Continued, Pattern, Stream, continued_mask, rotations
 from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -89,56 +90,49 @@ class SelfAttention(nn.Module):
     def facts(self, stream: Stream, dtype: torch.dtype) -> MixFacts:
         """Return what `forward` takes of `stream`, for hidden states of `dtype`."""
         branches = tuple(branch_facts(branch, self.pattern, stream, dtype) for branch in self.branches)
-        return MixFacts(branches, self._rotary(stream, dtype))
+        return MixFacts(branches, self._rotary(stream))
 
     def forward(self, hidden: Tensor, facts: MixFacts) -> Tensor:
         """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
-        query, key, value = self._project(hidden, facts.rotary)
         attended = []
-        for index, branch in enumerate(self.branches):
-            q, k, v = query[:, index], key[:, index], value[:, index]
-            if branch == "dynamic":
+        for index, (query, key, value) in enumerate(self._project(hidden, facts.rotary)):
+            if self.branches[index] == "dynamic":
                 temperature, gate = self.dynamic(hidden)
-                attended.append(self._attend(index, q * temperature, k, v, facts) * gate)
+                attended.append(self._attend(index, query * temperature, key, value, facts) * gate)
             else:
-                attended.append(self._attend(index, q, k, v, facts))
-        return self._merge(torch.stack(attended, dim=1))
+                attended.append(self._attend(index, query, key, value, facts))
+        return self._merge(attended)
 
     def extend(self, hidden: Tensor, cache: SelfCache, new: Continued) -> Tensor:
         """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
-        query, key, value = self._project(hidden, self._rotary(new, hidden.dtype))
-        keys, values = cache.append(key, value)
+        projected = self._project(hidden, self._rotary(new))
+        keys, values = cache.append(*(torch.stack([parts[which] for parts in projected], dim=1) for which in (1, 2)))
         attended = []
         for index, branch in enumerate(self.branches):
-            first, mask = new.once(continued_mask, branch, self.pattern, query.shape[2])
-            attended.append(
-                scaled_dot_product_attention(
-                    query[:, index], keys[:, index, :, first:], values[:, index, :, first:], mask
-                )
-            )
-        return self._merge(torch.stack(attended, dim=1))
+            query = projected[index][0]
+            first, mask = new.once(continued_mask, branch, self.pattern, query.shape[1])
+            seen = keys[:, index, :, first:], values[:, index, :, first:]
+            attended.append(scaled_dot_product_attention(query, *seen, mask))
+        return self._merge(attended)
 
     def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, facts: MixFacts) -> Tensor:
         return attend(self.branches[index], self.pattern, query, key, value, facts.branches[index], self.kernels)
 
-    def _rotary(self, stream: Stream | Continued, dtype: torch.dtype) -> RotaryTable | None:
+    def _rotary(self, stream: Stream | Continued) -> RotaryTable | None:
         model = self.model
         if model.positions != "rotary":
             return None
-        return stream.once(rotations, model.resolved_head_dim, model.rotary_base, dtype)
+        return stream.once(rotations, model.resolved_head_dim, model.rotary_base)
 
-    def _project(self, hidden: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return normed, rotated q and k, and v: each [b, branches, heads, s, head_dim]."""
+    def _project(self, hidden: Tensor, rotary: RotaryTable | None) -> list[tuple[Tensor, ...]]:
+        """Return normed, rotated q and k, and v, of every branch: each [b, heads, s, head_dim]."""
         qkv = self.qkv(hidden).unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
-        query_key = self.kernels.norm(qkv[:, :, :, :2], self.gains, self.model.norm_epsilon)
-        if rotary is not None:
-            query_key = rotate(query_key, rotary)
-        query, key = query_key.permute(3, 0, 2, 4, 1, 5)  # of [b, s, branches, 2, heads, head_dim]
-        return query, key, qkv[:, :, :, 2].permute(0, 2, 3, 1, 4)
+        parts = split_heads(qkv, self.gains, rotary, self.model.norm_epsilon)
+        return [parts[first : first + 3] for first in range(0, len(parts), 3)]
 
-    def _merge(self, attended: Tensor) -> Tensor:
-        """[b, branches, heads, s, head_dim] -> [b, s, d]."""
-        return self.out(attended.permute(0, 3, 1, 2, 4).flatten(2))
+    def _merge(self, attended: list[Tensor]) -> Tensor:
+        """[b, heads, s, head_dim] of every branch -> [b, s, d]."""
+        return self.out(torch.stack([part.transpose(1, 2) for part in attended], dim=2).flatten(2))
 
 
 class DynamicActivation(nn.Module):
@@ -191,13 +185,14 @@ class CrossAttention(nn.Module):
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """[b, s_e, d] -> keys and values [b, heads, s_e, head_dim]; they stay the same while a text is generated."""
-        key, value = self.kv(memory).unflatten(-1, (2, -1, self.model.resolved_head_dim)).permute(2, 0, 3, 1, 4)
-        return self._norm(key, 1), value
+        key, value = self._split(self.kv(memory), 2, self.gains[1:])
+        return key, value
 
     def attend_memory(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        query = self.q(hidden).unflatten(-1, (-1, self.model.resolved_head_dim)).transpose(1, 2)
-        attended = scaled_dot_product_attention(self._norm(query, 0), *keys_values, mask)
+        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
+        attended = scaled_dot_product_attention(query, *keys_values, mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
-    def _norm(self, part: Tensor, which: int) -> Tensor:
-        return self.kernels.norm(part, self.gains[which].unsqueeze(1), self.model.norm_epsilon)
+    def _split(self, projected: Tensor, parts: int, gains: Tensor) -> tuple[Tensor, ...]:
+        heads = projected.unflatten(-1, (1, parts, -1, self.model.resolved_head_dim))
+        return split_heads(heads, gains.unsqueeze(0), None, self.model.norm_epsilon)

@@ -10,21 +10,13 @@ from megatron_omega.model.context import ModelContext
 from megatron_omega.parallel.parameters import declare_parameter
 
 RotaryTable = tuple[Tensor, Tensor]
-"""Cosines and sines of the positions, each [b, s, head_dim / 2]."""
+"""Of every token, each [b, s, head_dim] in fp32: (cosine, cosine) and (-sine, sine) of its position."""
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> RotaryTable:
-    """Return the table of `positions` [b, s] in the working format."""
+def rotary_table(positions: Tensor, head_dim: int, base: float) -> RotaryTable:
+    """Return the table of `positions` [b, s]."""
     cosine, sine = _waves(positions, head_dim // 2, base)
-    return cosine.to(dtype), sine.to(dtype)
-
-
-def rotate(query_key: Tensor, table: RotaryTable) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on the last axis of [b, s, ..., head_dim]."""
-    shape = (*table[0].shape[:2], *(1,) * (query_key.dim() - 3), -1)
-    cosine, sine = table[0].view(shape), table[1].view(shape)
-    first, second = query_key.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.model.context import ModelContext
-from megatron_omega.parallel.layers import ColumnParallelLinear, LeanSwiGLU, RowParallelLinear
+from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_omega.parallel.lean import gated_linear
 
 
 class FeedForward(nn.Module):
@@ -18,8 +20,16 @@ class FeedForward(nn.Module):
         shape = (2, model.ffn_hidden_size, model.hidden_size)
         self.gate_up = ColumnParallelLinear(f"{name}.gate_up", shape, axis=1, **build)
         self.down = RowParallelLinear(f"{name}.down", shape[:0:-1], axis=1, **build)
-        self.activation = LeanSwiGLU.apply if context.recompute == "swiglu" else context.kernels.gated_activation
+        self.activation = context.kernels.gated_activation
+        self.recompute = context.recompute
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
-        return self.down(self.activation(self.gate_up(hidden)))
+        gate_up = self.gate_up(hidden)
+        if self.recompute == "swiglu":
+            return gated_linear(gate_up, self.down.weight)
+        product = self.activation(gate_up)
+        if self.recompute in ("ffn", "full"):
+            # Torch keeps arguments before it multiplies: the recomputation, of which this is the end, stops here.
+            return F.linear(product, self.down.weight)
+        return self.down(product)

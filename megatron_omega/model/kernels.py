@@ -10,10 +10,12 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_omega.parallel.layers import Norm, rms_norm, swiglu
+from megatron_omega.parallel.layers import Norm
+from megatron_omega.parallel.lean import rms_norm, swiglu
 
 FlashAttention = Callable[..., Tensor]
 
@@ -67,14 +69,17 @@ def _import(module: str) -> object | None:
 def _norm() -> tuple[Norm, str]:
     fused = getattr(_import("apex.normalization"), "fused_rms_norm_affine", None)
     if fused is None:
-        return rms_norm, "norms: torch"
+        has_kernel = hasattr(torch.ops.aten, "_fused_rms_norm")  # since torch 2.9; before, it is spelled out
+        return (_torch_norm, "norms: torch, fused") if has_kernel else (rms_norm, "norms: torch")
 
     def apex_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if weight.dim() > 1:  # per-head gains broadcast: apex takes one weight for the last axis
-            return rms_norm(hidden, weight, epsilon)
         return fused(hidden, weight, weight.shape, eps=epsilon)
 
     return apex_norm, "norms: apex fused RMSNorm"
+
+
+def _torch_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
 
 def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:

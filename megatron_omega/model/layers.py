@@ -89,11 +89,14 @@ class EncoderLayer(nn.Module):
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)
-        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
-        feed_forward = parallel.enter(self.feed_forward_norm(hidden))
+        update = parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
+        hidden, normal = self.feed_forward_norm.after_adding(hidden, update, a)
+        feed_forward = parallel.enter(normal)
         if self.recompute == "ffn":
-            return hidden + a * parallel.leave(recomputed(self.feed_forward, feed_forward))
-        return hidden + a * parallel.leave(self.feed_forward(feed_forward))
+            update = recomputed(self.feed_forward, feed_forward)
+        else:
+            update = self.feed_forward(feed_forward)
+        return torch.add(hidden, parallel.leave(update), alpha=a)
 
 
 class DecoderLayer(nn.Module):
@@ -137,15 +140,18 @@ class DecoderLayer(nn.Module):
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)
-        hidden = hidden + a * parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
+        update = parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
         if self.cross is not None:
             assert memory is not None
-            query = parallel.enter(self.cross_norm(hidden))
-            hidden = hidden + a * parallel.leave(self.cross(query, memory, facts.cross_mask))
-        feed_forward = parallel.enter(self.feed_forward_norm(hidden))
+            hidden, normal = self.cross_norm.after_adding(hidden, update, a)
+            update = parallel.leave(self.cross(parallel.enter(normal), memory, facts.cross_mask))
+        hidden, normal = self.feed_forward_norm.after_adding(hidden, update, a)
+        feed_forward = parallel.enter(normal)
         if self.recompute == "ffn":
-            return hidden + a * parallel.leave(recomputed(self.feed_forward, feed_forward))
-        return hidden + a * parallel.leave(self.feed_forward(feed_forward))
+            update = recomputed(self.feed_forward, feed_forward)
+        else:
+            update = self.feed_forward(feed_forward)
+        return torch.add(hidden, parallel.leave(update), alpha=a)
 
     def extend(self, hidden: Tensor, cache: LayerCache, new: Continued, memory: Tensor | None) -> Tensor:
         """Run new tokens [b, t, d] of one unpacked document after those in `cache`; on one tensor-parallel rank."""

@@ -81,9 +81,9 @@ def positions(stream: Stream | Continued) -> Tensor:
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
-def rotations(stream: Stream | Continued, head_dim: int, base: float, dtype: torch.dtype) -> RotaryTable:
-    """Cosines and sines of every token's position, in the working format."""
-    return rotary_table(stream.once(positions), head_dim, base, dtype)
+def rotations(stream: Stream | Continued, head_dim: int, base: float) -> RotaryTable:
+    """Cosines and sines of every token's position."""
+    return rotary_table(stream.once(positions), head_dim, base)
 
 
 def document_bounds(stream: Stream) -> Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_omega.parallel.lean import add_and_norm, linear, rms_norm
 from megatron_omega.parallel.parameters import declare_parameter
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
@@ -38,7 +38,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, in] inside the region -> [b, s, out / tp]."""
-        return F.linear(hidden, self.weight.flatten(0, -2))
+        return linear(hidden, self.weight, self.weight.shape[:-1].numel())
 
 
 class RowParallelLinear(nn.Module):
@@ -55,7 +55,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, in / tp] -> this rank's partial sum [b, s, out]; the caller leaves the region."""
-        return F.linear(hidden, self.weight.flatten(1))
+        return linear(hidden, self.weight, self.weight.shape[0])
 
 
 class TokenTable(nn.Module):
@@ -82,14 +82,6 @@ class TokenTable(nn.Module):
         return self.parallel.leave(rows.masked_fill(foreign.unsqueeze(-1), 0.0)) * self.scale
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Normalise the last axis of `hidden`; `weight` broadcasts against it."""
-    if weight.dim() == 1 and hidden.dtype == weight.dtype:
-        return F.rms_norm(hidden, weight.shape, weight, epsilon)
-    normal = F.rms_norm(hidden.float(), hidden.shape[-1:], None, epsilon)
-    return (normal * weight.float()).to(hidden.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the features (arXiv 1910.07467), computed in fp32.
 
@@ -110,29 +102,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        weight = self.parallel.copy(self.weight) if self.parallel.sequence_parallel else self.weight
-        return self.norm(hidden, weight, self.epsilon)
+        return self.norm(hidden, self._weight(), self.epsilon)
 
+    def after_adding(self, hidden: Tensor, update: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Return hidden + scale * update, and its norm."""
+        if self.norm is rms_norm:
+            return add_and_norm(hidden, update, scale, self._weight(), self.epsilon)
+        total = torch.add(hidden, update, alpha=scale)
+        return total, self(total)
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202) of [..., 2f] -> [..., f]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class LeanSwiGLU(torch.autograd.Function):
-    """`swiglu` that keeps gate and up only and computes the activation again in the backward pass."""
-
-    @staticmethod
-    def forward(context: Any, gate_up: Tensor) -> Tensor:
-        context.save_for_backward(gate_up)
-        return swiglu(gate_up)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        (gate_up,) = context.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        activated = gate * sigmoid
-        d_gate = gradient * up * (sigmoid + activated * (1 - sigmoid))
-        return torch.cat((d_gate, gradient * activated), dim=-1)
+    def _weight(self) -> Tensor:
+        return self.parallel.copy(self.weight) if self.parallel.sequence_parallel else self.weight

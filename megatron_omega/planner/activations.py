@@ -1,8 +1,7 @@
 """Bytes that a layer keeps for its backward pass, tensor by tensor, for one micro-batch on one rank.
 
 Mirrors what autograd saves in `model/`: every entry below is one storage, named after what it holds. It is checked
-byte by byte by `megatron-omega dry-run`. On the CPU an RMSNorm keeps its input and its normalised input in fp32; on a
-GPU it keeps the input it was given. `heads` is the number of this rank's heads, so any even split is exact.
+byte by byte by `megatron-omega dry-run`. `heads` is the number of this rank's heads, so any even split is exact.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ class Shape:
     """Parts the residual stream is cut into: the tensor-parallel size under sequence parallelism, else 1."""
     tensor: int
     """Tensor-parallel size."""
-    fused_norms: bool
-    """Whether norms keep their input only (GPU) or two fp32 copies (CPU)."""
 
     @classmethod
-    def of(cls, config: RunConfig, *, fused_norms: bool = False) -> Shape:
+    def of(cls, config: RunConfig) -> Shape:
         model, parallel, tp = config.model, config.parallel, config.parallel.tensor_parallel_size
         return cls(
             micro_batch=config.batch.micro_batch_size,
@@ -55,7 +52,6 @@ class Shape:
             element=FP32 if config.precision.dtype == "fp32" else 2,
             shards=tp if parallel.sequence_parallel else 1,
             tensor=tp,
-            fused_norms=fused_norms,
         )
 
     @property
@@ -74,9 +70,7 @@ class Shape:
     def norm(self, length: int) -> int:
         """Bytes an RMSNorm over this rank's part of the stream keeps."""
         tokens = self.micro_batch * length // self.shards
-        if self.fused_norms:
-            return tokens * (self.hidden * self.element + FP32)
-        return tokens * (2 * self.hidden * FP32 + FP32)
+        return tokens * (self.hidden * self.element + FP32)
 
 
 def encoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
@@ -99,19 +93,13 @@ def decoder_layer(config: RunConfig, shape: Shape, branches: Branches) -> int:
 def self_attention(config: RunConfig, shape: Shape, branches: Branches, length: int, *, causal: bool) -> Iterator[int]:
     """Yield the bytes of each saved tensor of a self-attention mix with its norm."""
     count, tokens, e = len(branches), shape.micro_batch * length, shape.element
-    query_key = 2 * count * tokens * shape.inner
     yield shape.norm(length)
     yield shape.whole(length)  # input of the projection
-    if e != FP32:
-        yield query_key * FP32  # before QK-norm, in fp32
-        yield 2 * count * shape.inner * FP32  # gains in fp32
+    yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it
     yield 2 * count * tokens * shape.heads * FP32  # reciprocal roots
-    yield query_key * FP32  # normalised
     is_filled = {"axial": length % config.model.axial_width, "local": length % config.model.local_window}
     if any(not is_filled.get(branch) for branch in branches):  # what is filled to whole chunks or rows is copied
-        yield query_key * e  # rotated q and k, all branches
-    if e == FP32 or any(branch != "local" and not is_filled.get(branch) for branch in branches):
-        yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it, q and k before QK-norm too
+        yield 2 * count * tokens * shape.inner * e  # normalised, rotated q and k, all branches
     for branch in branches:
         yield from _branch(config, shape, branch, length, causal=causal)
     yield count * tokens * shape.inner * e  # input of the output projection
@@ -156,7 +144,7 @@ def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: in
     """Yield the bytes of each tensor that all layers of a stack share on a stage: rotary tables and masks."""
     b, e, width, window = shape.micro_batch, shape.element, config.model.axial_width, config.model.local_window
     if config.model.positions == "rotary":
-        yield 2 * b * length * (shape.head_dim // 2) * e
+        yield 2 * b * length * shape.head_dim * FP32
     if {"full", "causal", "dynamic"} & {*branches}:
         yield b * length * length * e
     if "local" in branches:
@@ -185,17 +173,12 @@ def cross_attention(shape: Shape) -> Iterator[int]:
     yield shape.norm(shape.decoder)
     yield shape.whole(shape.decoder)  # input of the q projection
     for length in (shape.decoder, shape.encoder):
-        elements = b * length * shape.inner
-        if e != FP32:
-            yield elements * FP32 + shape.inner * FP32  # before QK-norm and the gains, in fp32
-        yield b * length * shape.heads * FP32
-        yield elements * FP32  # normalised
-        yield elements * e  # q, k
-    if e == FP32:
-        yield b * shape.decoder * shape.inner * e  # q before QK-norm
+        yield b * length * shape.heads * FP32  # reciprocal roots
+        yield b * length * shape.inner * e  # normalised q, k
+    yield b * shape.decoder * shape.inner * e  # q before QK-norm
     yield 2 * b * shape.encoder * shape.inner * e  # the k, v projection
     yield b * shape.decoder * shape.heads * FP32
-    yield 2 * b * shape.decoder * shape.inner * e  # attended values; input of the output projection
+    yield b * shape.decoder * shape.inner * e  # attended values, as the output projection takes them
 
 
 def feed_forward(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
@@ -207,8 +190,7 @@ def feed_forward(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
         return
     yield 2 * tokens * shape.ffn * shape.element  # gate and up
     if recompute != "swiglu":
-        yield tokens * shape.ffn * shape.element  # silu(gate)
-    yield tokens * shape.ffn * shape.element  # their product
+        yield tokens * shape.ffn * shape.element  # silu(gate) * up
 
 
 def embedding(shape: Shape, length: int) -> int:
@@ -228,9 +210,7 @@ def head(config: RunConfig, shape: Shape) -> int:
     if config.model.has_mlm_head:
         tokens = shape.micro_batch * shape.encoder
         kept += tokens * shape.hidden * shape.element  # input of the GELU
-        kept += tokens * FP32 + (1 if shape.fused_norms else 2) * tokens * shape.hidden * (
-            shape.element if shape.fused_norms else FP32
-        )
+        kept += tokens * (FP32 + shape.hidden * shape.element)  # reciprocal roots and input of the norm
     return kept
 
 

@@ -143,8 +143,7 @@ class Planner:
     def _common(self, config: RunConfig, c: Candidate) -> tuple[dict[str, Work], dict[str, Seconds], Shape]:
         key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute)
         if key not in self._works:
-            fused = not self.hardware.facts.is_cpu
-            works, shape = layer_works(config, fused_norms=fused), Shape.of(config, fused_norms=fused)
+            works, shape = layer_works(config), Shape.of(config)
             dtype = config.precision.dtype
             times = {
                 kind: layer_seconds(work, self.hardware, dtype, shape.element, c.tensor) for kind, work in works.items()

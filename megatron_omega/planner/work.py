@@ -98,12 +98,12 @@ class Work:
         return 3 * self.forward_flops + recomputed
 
 
-def layer_works(config: RunConfig, *, fused_norms: bool = False, tensor_rank: int = 0) -> dict[str, Work]:
+def layer_works(config: RunConfig, *, tensor_rank: int = 0) -> dict[str, Work]:
     """Return the work of each kind of layer: embedding, encoder, bridge, decoder, head, output.
 
     A stack whose layers differ has several kinds (`accounting.stack_kinds`).
     """
-    shape = Shape.of(config, fused_norms=fused_norms)
+    shape = Shape.of(config)
     works = {"embedding": _embedding(config, shape), "head": _head(config, shape), "output": _output(config, shape)}
     for kind, branches in accounting.stack_kinds(config.model, "decoder").items():
         works[kind] = _layer(config, shape, branches, tensor_rank, encoder=False)

@@ -12,7 +12,7 @@ from megatron_omega.config.layout import Layout
 from megatron_omega.engine.engine import start_distributed
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.parallel.cross_entropy import VocabularyLoss
-from megatron_omega.parallel.layers import TokenTable, rms_norm, swiglu
+from megatron_omega.parallel.layers import TokenTable
 from megatron_omega.parallel.parameters import describe
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 from megatron_omega.parallel.topology import create_topology
@@ -139,11 +139,3 @@ def test_initial_values_do_not_depend_on_the_split() -> None:
     assert torch.equal(torch.cat([part.detach() for part in parts]), whole)
     assert [describe(part).local_shape for part in parts] == [tuple(part.shape) for part in parts]
     assert not torch.equal(TokenTable(130, 8, parallel=SERIAL, seed=4).weight, whole)
-
-
-def test_norm_and_gate_equal_their_definitions() -> None:
-    hidden, weight = torch.randn(3, 5, 8, dtype=torch.double), torch.randn(8, dtype=torch.double)
-    expected = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    assert torch.allclose(rms_norm(hidden, weight, 1e-6), expected)
-    gate, up = hidden.chunk(2, dim=-1)
-    assert torch.allclose(swiglu(hidden), gate * torch.sigmoid(gate) * up)
