@@ -16,6 +16,7 @@ from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, step_folder, sync_folder, write_durably
 from megatron_omega.config.schema import CheckpointConfig
 from megatron_omega.errors import CheckpointError
+from megatron_omega.host import run_folder
 from megatron_omega.log import get_logger
 
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
@@ -34,6 +35,38 @@ def list_checkpoints(directory: Path, *, up_to_step: int | None = None) -> list[
         return []
     steps = {int(match[1]): name for name in names if (match := _STEP_FOLDER.fullmatch(name))}
     return [directory / steps[step] for step in sorted(steps, reverse=True) if up_to_step is None or step <= up_to_step]
+
+
+def checkpoints_at(path: Path, *, up_to_step: int | None = None) -> list[Path]:
+    """Return the checkpoints that `path` may mean, newest first: itself, or those of a checkpoints or a run folder."""
+    if (path / FILE_NAME).exists():
+        return [path]
+    within = [list_checkpoints(path / inner, up_to_step=up_to_step) for inner in ("", run_folder.CHECKPOINTS)]
+    return next(filter(None, within), [])
+
+
+def newest_whole(path: Path) -> Path:
+    """Return the newest checkpoint at `path` whose structure is whole, and warn of those passed over.
+
+    Raises:
+        CheckpointError: there is none, or none is whole.
+    """
+    problems: list[str] = []
+    for folder in checkpoints_at(path):
+        if problems:
+            logger.warning("going back to %s: %s", folder.name, problems[-1])
+        try:
+            check_structure(folder)
+            return folder
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(*(problems or [no_checkpoint(path)]))
+
+
+def no_checkpoint(path: Path) -> str:
+    """Say that `path` is nothing to load from."""
+    problem = "holds no checkpoint" if path.exists() else "does not exist"
+    return f"{path} {problem}; give a run folder, its checkpoints folder, a step-... folder or an export"
 
 
 def check_structure(path: Path) -> Manifest:

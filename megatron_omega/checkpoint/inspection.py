@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_omega.checkpoint.catalogue import check_structure, list_checkpoints
+from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at
 from megatron_omega.checkpoint.manifest import ELEMENT_BYTES, Kind, Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_omega.errors import CheckpointError
@@ -82,16 +82,11 @@ def parameter_rows(manifest: Manifest) -> list[ParameterRow]:
 
 
 def checkpoint_rows(directory: Path, *, verify: bool = False) -> list[CheckpointRow]:
-    """Return one row for each checkpoint of a folder, newest first; damaged ones say what is wrong.
+    """Return one row for each checkpoint of a folder or a run, newest first; damaged ones say what is wrong.
 
     With `verify` every byte is read; else names, sizes and headers only.
     """
-    return [_checkpoint_row(path, verify=verify) for path in list_checkpoints(directory)]
-
-
-def newest_checkpoint(directory: Path) -> Path:
-    """Return the newest checkpoint of a folder of checkpoints, or the folder itself where it holds none."""
-    return next(iter(list_checkpoints(directory)), directory)
+    return [_checkpoint_row(path, verify=verify) for path in checkpoints_at(directory) if path != directory]
 
 
 def _checkpoint_row(path: Path, *, verify: bool) -> CheckpointRow:

@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.catalogue import Keeper, check_structure, list_checkpoints, require_identity
+from megatron_omega.checkpoint.catalogue import Keeper, check_structure, checkpoints_at, require_identity
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
 from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
@@ -195,7 +195,7 @@ class CheckpointStore:
 
     def _list(self, directory: Path, up_to_step: int | None = None) -> list[Path]:
         """Return the checkpoints of a folder, newest first, or the path itself: what the first rank sees."""
-        found = [str(path) for path in list_checkpoints(directory, up_to_step=up_to_step)]
+        found = [str(path) for path in checkpoints_at(directory, up_to_step=up_to_step)]
         if not found and directory != self.directory:
             found = [str(directory)]
         return [Path(path) for path in cast(list[str], self.peers.agree(cast(JSON, found)))]

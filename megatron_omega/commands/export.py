@@ -15,23 +15,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_omega.checkpoint.catalogue import check_structure
+from megatron_omega.checkpoint.catalogue import newest_whole
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.errors import CheckpointError, ConfigError
 from megatron_omega.export.comparison import Comparison, compare_export
-from megatron_omega.export.loading import find_weights, open_tokenizer
+from megatron_omega.export.loading import open_tokenizer
 from megatron_omega.export.native import DTYPES, is_export, write_export
 from megatron_omega.host.command_line import CommandLine
-from megatron_omega.log import configure_logging, get_logger
-
-logger = get_logger(__name__)
+from megatron_omega.log import configure_logging
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder"
-    )
+    parser.takes_checkpoint()
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
     parser.add_argument(
@@ -41,22 +37,6 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where logits are compared (default cpu)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args(argv)
-
-
-def choose_checkpoint(path: Path) -> Path:
-    """Return the newest checkpoint that is whole."""
-    if is_export(path):
-        raise CheckpointError(f"{path} is an export already; give a checkpoint")
-    problems: list[str] = []
-    for folder in find_weights(path):
-        if problems:
-            logger.warning("going back to %s: %s", folder.name, problems[-1])
-        try:
-            check_structure(folder)
-            return folder
-        except CheckpointError as error:
-            problems.append(str(error))
-    raise CheckpointError(*problems)
 
 
 def verdict(found: Comparison) -> str:
@@ -75,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
     configure_logging()
     if not arguments.shard_gigabytes > 0:
         raise ConfigError(f"--shard-gigabytes {arguments.shard_gigabytes:g} must be more than 0")
-    checkpoint = choose_checkpoint(arguments.checkpoint)
+    if is_export(arguments.checkpoint):
+        raise CheckpointError(f"{arguments.checkpoint} is an export already; give a checkpoint")
+    checkpoint = newest_whole(arguments.checkpoint)
     with open_checkpoint(checkpoint) as source:
         tokenizer = Path(open_tokenizer(source, arguments.tokenizer).path).read_bytes()
         count = source.element_count()

@@ -21,9 +21,7 @@ from megatron_omega.log import configure_logging
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
-    )
+    parser.takes_checkpoint()
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
     parser.add_argument("--text", nargs="+", required=True, help="texts with one or several <mask> or [MASK]")
     parser.add_argument("--top-k", type=int, default=5, help="candidates of each mask (default 5)")

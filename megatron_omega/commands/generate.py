@@ -26,9 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="step-... folder, checkpoints folder, run folder, or export"
-    )
+    parser.takes_checkpoint()
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
     parser.add_argument("--prompt", nargs="+", help="texts to continue, one after the other ('' starts from nothing)")
     parser.add_argument("--prompt-file", type=Path, nargs="+", help="files, each a text to continue; - is stdin")

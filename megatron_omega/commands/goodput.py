@@ -1,7 +1,7 @@
 """Say how much of a run's wall time went into steps that count, over all its restarts, and where the rest went.
 
-megatron-omega goodput runs/omega
-megatron-omega goodput runs/omega --json
+megatron-omega goodput --run runs/omega
+megatron-omega goodput --run runs/omega --json
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_omega.errors import DataError
 from megatron_omega.host.command_line import CommandLine
@@ -19,7 +18,7 @@ from megatron_omega.monitoring.goodput import describe, goodput_of
 
 def main(argv: Sequence[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.takes_run(positional=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object: every figure under its name")
     arguments = parser.parse_args(argv)
     if not (arguments.run / EVENTS).exists():

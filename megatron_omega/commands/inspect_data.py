@@ -1,6 +1,6 @@
 """Look at shards, and at what a run read.
 
-megatron-omega inspect-data data/omega_text_document                     statistics
+megatron-omega inspect-data data/omega_text_document                     statistics (also of a .bin, .idx or run folder)
 megatron-omega inspect-data data/omega_text_document --check             read everything: checksums, ids, pointers
 megatron-omega inspect-data data/omega_text_document --show 17 --tokenizer-model tokenizer.model
 megatron-omega inspect-data data/omega_text_document --histogram lengths.png
@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.indexed import IndexedShard
+from megatron_omega.data.indexed import IndexedShard, without_suffix
 from megatron_omega.data.inspection import SeenExample, check_shard, plot_lengths, render_sample, source_of, statistics
 from megatron_omega.data.loader import micro_batch_indices
 from megatron_omega.data.samples import Sources, open_sources
@@ -37,12 +37,14 @@ from megatron_omega.training.batch_size import Interval, consumed_after, samples
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="shards, without .bin and .idx")
+    parser.add_argument(
+        "prefixes", nargs="*", metavar="PREFIX", help="shards, with or without .bin or .idx, or folders of runs"
+    )
     parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
     parser.add_argument("--show", type=int, metavar="DOCUMENT", help="print one document")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="draw the lengths of documents")
     parser.add_argument("--tokenizer-model", help="SentencePiece model (default: the run's, or the one of the sidecar)")
-    parser.add_argument("--run", type=Path, help="folder of a run")
+    parser.takes_run(required=False)
     parser.add_argument("--step", type=int, help="with --run: print what each data-parallel rank read in this step")
     parser.add_argument("--find", type=int, metavar="DOCUMENT", help="with --run: print the steps that saw a document")
     parser.add_argument(
@@ -53,16 +55,14 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     arguments = parser.parse_args(argv)
     if not arguments.prefixes and not arguments.run:
-        raise ConfigError("nothing to look at; give the prefix of a shard, or --run with --step or --find")
-    if arguments.run and arguments.step is None and arguments.find is None:
-        raise ConfigError("--run needs --step N or --find DOCUMENT")
+        raise ConfigError("nothing to look at; give the prefix of a shard, or --run")
     if arguments.step is not None and arguments.step < 1:
         raise ConfigError(f"--step {arguments.step}: steps are numbered from 1")
     return arguments
 
 
 def look_at_shards(arguments: argparse.Namespace) -> None:
-    shards = [IndexedShard(prefix) for prefix in arguments.prefixes]
+    shards = [IndexedShard(prefix) for prefix in prefixes_of(arguments)]
     for shard in shards:
         if arguments.check:
             tokenizer = Tokenizer.open(arguments.tokenizer_model) if arguments.tokenizer_model else None
@@ -71,11 +71,40 @@ def look_at_shards(arguments: argparse.Namespace) -> None:
             show_document(shard, arguments)
             continue
         found = {**statistics(shard), **({"check": "passed"} if arguments.check else {})}
-        print(json.dumps(found) if arguments.json else "\n".join(f"{name:>17}  {found[name]}" for name in found))
+        print(json.dumps(found) if arguments.json else "\n".join(f"{k:>17}  {v}" for k, v in in_words(found).items()))
     if arguments.histogram:
         plot_lengths(shards, arguments.histogram)
         if not arguments.json:
             print(f"{'histogram':>17}  {arguments.histogram}")
+
+
+def in_words(found: dict[str, Any]) -> dict[str, str]:
+    """Return statistics for people: no braces, no nulls."""
+    shown: dict[str, str] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {number:,}" for part, number in value.items()) or "none"
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        shown[name.replace("_", " ")] = "not recorded" if value is None else str(value)
+    return shown
+
+
+def prefixes_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the shards that are meant: prefixes, files of a shard, or all corpora of a run."""
+    found: list[str] = []
+    for name in [*arguments.prefixes, *([arguments.run] if arguments.run else [])]:
+        if (Path(name) / run_folder.CONFIG).exists():
+            found += [corpus.prefix for corpus in load_config(Path(name) / run_folder.CONFIG).data.corpora]
+        elif Path(name).is_dir():
+            found += [str(path.with_suffix("")) for path in sorted(Path(name).glob("*.idx"))]
+        else:
+            found.append(without_suffix(str(name)))
+    if not found:
+        raise DataError(f"{' '.join(map(str, arguments.prefixes)) or arguments.run} names no shard; give a prefix")
+    return found
 
 
 def show_document(shard: IndexedShard, arguments: argparse.Namespace) -> None:
@@ -174,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
     if arguments.run and arguments.step is not None:
         show_step(arguments)
-    elif arguments.run:
+    elif arguments.run and arguments.find is not None:
         show_steps_of_document(arguments)
     else:
         look_at_shards(arguments)

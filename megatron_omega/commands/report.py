@@ -55,7 +55,7 @@ def unigram_entropy(config: RunConfig) -> float:
 def main(argv: Sequence[str]) -> int:
     """Print the figures; return 1 where the model learned less than the frequencies of words."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run with validations")
+    parser.takes_run()
     options = parser.parse_args(argv)
     config = load_config(options.run / run_folder.CONFIG)
     found = validations(options.run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -18,6 +18,9 @@ from pydantic.fields import FieldInfo
 from megatron_omega.config.schema import RunConfig, Section
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import CommandLine
+
+ConfigSource = Path | str | Mapping[str, Any] | None
+"""Where settings come from: a file, the name of a preset, or the settings themselves."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,9 @@ class Override:
 class Arguments:
     """What a command line says."""
 
-    config: Path | None = None
-    """YAML file of the run; the schema's defaults where there is none."""
-    deepspeed_config: Path | None = None
+    config: ConfigSource = None
+    """YAML file of the run, or what one would hold; the schema's defaults where there is none."""
+    deepspeed_config: Path | str | None = None
     """JSON file with what is DeepSpeed's; ZeRO-1 and DeepSpeed's defaults where there is none."""
     overrides: tuple[Override, ...] = ()
     """In the order given: the last one wins."""
@@ -149,8 +152,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print what would run, and end")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     parser.add_argument(
-        "--load", dest="checkpoint.load", action=_Collect, default=argparse.SUPPRESS, metavar="PATH",
-        help="short for --checkpoint.load",
+        "--load", "--checkpoint", dest="checkpoint.load", action=_Collect, default=argparse.SUPPRESS, metavar="PATH",
+        help="short for --checkpoint.load: run, checkpoints or step-... folder",
     )  # fmt: skip
     parser.add_argument(
         "--load-weights-only", "--load_weights_only", dest="checkpoint.load_weights_only", action=_Collect,

@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_omega.config import check, yaml_text
-from megatron_omega.config.arguments import Arguments, Override, parse_arguments, settings
+from megatron_omega.config.arguments import Arguments, ConfigSource, Override, parse_arguments, settings
 from megatron_omega.config.deepspeed import (
     DeepSpeedSettings,
     effective_zero_stage,
@@ -43,11 +42,12 @@ class ResolvedRun:
     """Sentences the user should read: settings that were mapped to others, or that are legal but unwise."""
 
 
-def resolve_run(arguments: Arguments, world_size: int | None = None) -> ResolvedRun:
+def resolve_run(arguments: Arguments, world_size: int | None = None, *, trains: bool = True) -> ResolvedRun:
     """Read and check all that a training command names, before any process group exists.
 
     Args:
         world_size: processes of the run; without it (a dry run), one replica of the layout is assumed.
+        trains: whether the run needs text to train on.
 
     Raises:
         ConfigError: with every finding of YAML, command line and JSON, and of their combination.
@@ -59,7 +59,7 @@ def resolve_run(arguments: Arguments, world_size: int | None = None) -> Resolved
     except ConfigError as error:
         findings += error.findings
     stage = effective_zero_stage(config, user_json)
-    crossed = check.findings(config, world_size, stage)
+    crossed = check.findings(config, world_size, stage, needs_training_text=trains)
     findings += _unrelated_to(faulty, crossed)
     replica = ranks_per_replica(config)
     data_parallel_size = max(1, (world_size or replica) // replica)
@@ -74,11 +74,11 @@ def resolve_run(arguments: Arguments, world_size: int | None = None) -> Resolved
     return ResolvedRun(config, settings_for_engine, notices)
 
 
-def load_config(path: Path | str | None, overrides: Sequence[Override] | Mapping[str, str] = ()) -> RunConfig:
+def load_config(path: ConfigSource, overrides: Sequence[Override] | Mapping[str, str] = ()) -> RunConfig:
     """Read a configuration file, apply overrides, and check what does not depend on processes, ZeRO or a corpus.
 
     Args:
-        path: YAML file; the schema's defaults where it is None.
+        path: YAML file, or what one would hold; the schema's defaults where it is None.
         overrides: dotted names with values as typed on a command line (YAML); later ones win.
 
     Raises:
@@ -98,7 +98,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
-def _read(path: Path | str | None, overrides: Iterable[Override]) -> tuple[RunConfig, list[str], set[str]]:
+def _read(path: ConfigSource, overrides: Iterable[Override]) -> tuple[RunConfig, list[str], set[str]]:
     """Return a valid configuration (defaults in the place of faulty values), the findings, and the faulty names."""
     findings: list[str] = []
     values: dict[str, Any] = {}
@@ -116,9 +116,9 @@ def _read(path: Path | str | None, overrides: Iterable[Override]) -> tuple[RunCo
     return config, findings + invalid, faulty
 
 
-def _read_file(path: Path | str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _read_file(path: ConfigSource) -> dict[str, Any]:
+    if path is None or isinstance(path, Mapping):
+        return dict(path or {})
     try:
         text = located(path, presets()).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -41,6 +41,16 @@ _UINT16_VOCABULARY: Final = 65500
 _CHUNK: Final = 1 << 20
 
 
+def without_suffix(name: str) -> str:
+    """Return the prefix of a shard that is named by its prefix or by one of its files.
+
+    >>> without_suffix("data/text.bin"), without_suffix("data/text")
+    ('data/text', 'data/text')
+    """
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix in ("bin", "idx", "sums", "json") else name
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type Megatron stores ids of such a vocabulary in: uint16 below 65,500, else int32."""
     return np.dtype("<u2") if vocab_size < _UINT16_VOCABULARY else np.dtype("<i4")

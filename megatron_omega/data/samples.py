@@ -121,7 +121,7 @@ def open_sources(config: RunConfig) -> Sources:
     """Open tokenizer and shards of `config.data`, in constant time.
 
     Raises DataError with every finding: missing or damaged files, a shard of another tokenizer, a vocabulary that does
-    not fit the model, too little text for one training sample.
+    not fit the model, too little text for one sample.
     """
     if not config.data.corpora:
         raise DataError("data.corpora is empty; list at least one {prefix, weight}")
@@ -134,7 +134,8 @@ def open_sources(config: RunConfig) -> Sources:
     shards = _open_shards(config, tokenizer)
     recipe = _recipe(config, tokenizer)
     train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
-    short = [_too_short(train.part, windows) for windows in train.corpora if not len(windows)]
+    needed = train if config.data.split[0] else validation  # without a train part the run only validates
+    short = [_too_short(needed.part, windows) for windows in needed.corpora if not len(windows)]
     if short:
         raise DataError(*short)
     return Sources(train, validation, test, tokenizer)

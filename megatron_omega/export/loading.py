@@ -15,14 +15,12 @@ import torch
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
-from megatron_omega.checkpoint.catalogue import list_checkpoints
-from megatron_omega.checkpoint.manifest import FILE_NAME
+from megatron_omega.checkpoint.catalogue import checkpoints_at, no_checkpoint
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
 from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export
-from megatron_omega.host import run_folder
 from megatron_omega.log import get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
@@ -150,12 +148,9 @@ def build_omega(weights: Weights, device: torch.device, dtype: torch.dtype) -> t
 
 def find_weights(path: Path) -> list[Path]:
     """Return the folders that `path` may mean, the best first. Raises CheckpointError where there is none."""
-    if (path / FILE_NAME).exists() or is_export(path):
-        return [path]
-    found = list_checkpoints(path) or list_checkpoints(path / run_folder.CHECKPOINTS)
+    found = [path] if is_export(path) else checkpoints_at(path)
     if not found:
-        problem = "holds no checkpoint" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {problem}; give a step-... folder, a checkpoints folder, a run or an export")
+        raise CheckpointError(no_checkpoint(path))
     return found
 
 

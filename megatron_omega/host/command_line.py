@@ -31,6 +31,37 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, prog: str | None = None, **settings: Any) -> None:
         super().__init__(prog or program_name(), **settings)
+        self._bare: dict[str, tuple[str, bool]] = {}
+
+    def takes_checkpoint(self, *, positional: bool = False, required: bool = True) -> None:
+        """Add --checkpoint, the one way to name a model; with `positional` also as a bare word."""
+        self._takes(
+            "checkpoint", "a run folder, its checkpoints, one step-... folder, or an export", positional, required
+        )
+
+    def takes_run(self, *, positional: bool = False, required: bool = True) -> None:
+        """Add --run, the one way to name a run; with `positional` also as a bare word."""
+        self._takes("run", "folder of a run", positional, required)
+
+    def _takes(self, name: str, meaning: str, positional: bool, required: bool) -> None:
+        option = self.add_argument(f"--{name}", type=Path, required=required and not positional, help=meaning)
+        if positional:
+            self.add_argument(
+                f"bare_{name}", type=Path, nargs="?", metavar=name.upper(), help=f"short for --{name} {name.upper()}"
+            )
+            self._bare[name] = (option.dest, required)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; what was given as a bare word counts as its option."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, (dest, required) in self._bare.items():
+            bare = vars(found).pop(f"bare_{name}")
+            if bare is not None and getattr(found, dest) is not None:
+                self.error(f"{bare} and --{name} {getattr(found, dest)} both name a {name}; give one")
+            setattr(found, dest, getattr(found, dest) or bare)
+            if required and getattr(found, dest) is None:
+                self.error(f"--{name} is missing")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; {self.prog} --help lists the options")

@@ -63,7 +63,9 @@ from megatron_omega.watchdog.hook import Watch
 log = get_logger(__name__)
 
 
-def train(resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = ()) -> TrainState:
+def train(
+    resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = (), *, log_level: int = logging.INFO
+) -> TrainState:
     """Train the run that was asked for, as process `place`; return where it stands at the end.
 
     What can be checked is checked before any process group exists, on all ranks together. `hooks` are called after
@@ -73,7 +75,7 @@ def train(resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = ()
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
     config = resolved.config
-    configure_logging(rank=place.rank)
+    configure_logging(rank=place.rank, level=log_level)
     logging.captureWarnings(capture=True)
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)

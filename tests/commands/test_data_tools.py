@@ -151,6 +151,23 @@ def test_inspecting_and_damage(folder: Path) -> None:
     assert damaged.stderr.count(b"\n") == 1
 
 
+def test_a_shard_may_be_named_by_its_files(folder: Path) -> None:
+    for name in ("out_text_document", "out_text_document.bin", "out_text_document.idx"):
+        shown = call("tools/inspect_data.py", folder / name)
+        assert shown.returncode == 0 and b"documents  200" in shown.stdout and b"{" not in shown.stdout
+
+
+def test_an_earlier_merge_is_not_merged_with_its_parts(folder: Path, tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        assert preprocess(folder, str(tmp_path / part)).returncode == 0
+    first = call("tools/merge_shards.py", "--input", tmp_path, "--output-prefix", tmp_path / "all", "--json")
+    again = call("tools/merge_shards.py", "--input", tmp_path, "--output-prefix", tmp_path / "again", "--json")
+    assert json.loads(again.stdout)["documents"] == json.loads(first.stdout)["documents"] == 400
+    assert b"left out: " in again.stderr and b"all is an earlier merge" in again.stderr
+    itself = call("tools/merge_shards.py", "--input", tmp_path / "a", "--output-prefix", tmp_path / "a")
+    assert itself.returncode == 3 and b"one of --input" in itself.stderr
+
+
 def test_what_a_run_read_and_when(folder: Path) -> None:
     config = {
         "model": {
@@ -183,6 +200,6 @@ def test_what_a_run_read_and_when(folder: Path) -> None:
 
 
 def test_tools_start_without_torch(folder: Path) -> None:
-    for tool in ("preprocess_data", "train_tokenizer", "merge_shards", "inspect_data"):
-        code = f"import sys, runpy; runpy.run_path('tools/{tool}.py', run_name='x'); sys.exit('torch' in sys.modules)"
+    for tool in ("preprocess", "train_tokenizer", "merge_shards", "inspect_data"):
+        code = f"import sys, megatron_omega.commands.{tool}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, tool

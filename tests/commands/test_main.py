@@ -13,7 +13,9 @@ from tiny import ROOT, run_python
 
 from megatron_omega import __version__
 from megatron_omega.commands.main import GROUPS, VERBS, help_lines, main
+from megatron_omega.errors import ConfigError
 from megatron_omega.host import shipped
+from megatron_omega.host.command_line import CommandLine
 
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), ROOT / "pretrain_omega.py"])
 
@@ -86,3 +88,23 @@ def test_a_preset_is_found_by_name_and_by_its_path_in_the_sources(
     (tmp_path / "omega-1b").write_text("")
     assert shipped.located("omega-1b", presets) == Path("omega-1b")
     assert shipped.located("nothing", presets) == Path("nothing")
+
+
+def test_a_model_and_a_run_are_named_in_one_way_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, verbs in {
+        "--checkpoint": ("generate", "fill-mask", "export-hf", "evaluate", "inspect-checkpoint", "train"),
+        "--run": ("goodput", "report", "inspect-data", "demo"),
+    }.items():
+        for verb in verbs:
+            with pytest.raises(SystemExit):
+                main([verb, "--help"])
+            assert f"{option} " in capsys.readouterr().out, verb
+
+
+def test_a_bare_word_and_its_option_do_not_contradict(tmp_path: Path) -> None:
+    parser = CommandLine("x")
+    parser.takes_run(positional=True)
+    assert parser.parse_args(["a"]).run == parser.parse_args(["--run", "a"]).run == Path("a")
+    for words in (["a", "--run", "b"], []):
+        with pytest.raises(ConfigError, match="--run"):
+            parser.parse_args(words)

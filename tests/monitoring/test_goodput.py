@@ -116,7 +116,7 @@ def test_what_the_hooks_write_is_what_is_read(tmp_path: Path) -> None:
     assert events[1]["startup_seconds"] > 0 and events[1]["uptime_seconds"] >= events[1]["startup_seconds"]
     found = goodput_of(tmp_path)
     assert (found.steps, found.lost_steps, found.lost_seconds, found.failures) == (10, 5, 10.0, 1)
-    done = run_python("tools/goodput.py", tmp_path, "--json")
+    done = run_python("tools/goodput.py", "--run", tmp_path, "--json")
     assert json.loads(done.stdout)["lost_steps"] == 5, done.stderr
     nothing = run_python("tools/goodput.py", tmp_path / "nowhere")
     assert nothing.returncode == 3 and "give the folder of a run" in nothing.stderr

@@ -18,7 +18,12 @@ __all__ = ["divisors", "findings", "notices", "one_of"]
 
 
 def findings(
-    config: RunConfig, world_size: int | None, zero_stage: int | None, *, needs_corpus: bool = True
+    config: RunConfig,
+    world_size: int | None,
+    zero_stage: int | None,
+    *,
+    needs_corpus: bool = True,
+    needs_training_text: bool = True,
 ) -> list[str]:
     """Return every contradiction in `config`.
 
@@ -26,6 +31,7 @@ def findings(
         world_size: processes of the run; None leaves out what depends on it.
         zero_stage: the ZeRO stage that will run; None leaves out what depends on it.
         needs_corpus: whether a run without any corpus is a contradiction (a training run is, a tool's is not).
+        needs_training_text: whether a corpus without a train part is one (an evaluation's is not).
     """
     found = [*architecture(config.model), *streams(config), *objective(config), *tensor_parallel(config)]
     found += [*stages(config), *schedule(config), *checkpoints(config)]
@@ -33,7 +39,7 @@ def findings(
         found += zero(config, zero_stage)
     found += batches(config, world_size)
     if needs_corpus:
-        found += corpus(config)
+        found += corpus(config, needs_training_text=needs_training_text)
     return found
 
 

@@ -42,7 +42,7 @@ def streams(config: RunConfig) -> Iterator[str]:
             )
 
 
-def corpus(config: RunConfig) -> Iterator[str]:
+def corpus(config: RunConfig, *, needs_training_text: bool) -> Iterator[str]:
     data = config.data
     if not data.corpora:
         yield "data.corpora is empty; name at least one: --data.corpora '[{prefix: PATH}]'"
@@ -50,7 +50,7 @@ def corpus(config: RunConfig) -> Iterator[str]:
         yield "data.tokenizer is not set; give the path of the SentencePiece model the corpus was encoded with"
     yield from _reweights(config)
     train, validation, _ = data.split
-    if train == 0:
+    if train == 0 and needs_training_text:
         yield f"data.split={list(data.split)} has no train part; its first number must be positive"
     if validation == 0 and config.evaluation.interval_steps:
         yield (
