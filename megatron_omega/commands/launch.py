@@ -24,6 +24,7 @@ from megatron_omega.host.shipped import located, presets
 from megatron_omega.launching import scripts
 from megatron_omega.launching.outcome import LOST, Verdict
 from megatron_omega.launching.turns import MAX_RESTARTS, Turn, next_step
+from megatron_omega.launching.words import require_hosts, require_port
 from megatron_omega.log import configure_logging, get_logger
 
 PACKAGE = "megatron_omega"
@@ -64,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--ranks-per-node", type=int, required=True, help="processes on each machine")
         verb.add_argument("--output", type=Path, help="script to write (default: in the folder of --config)")
         verb.add_argument("--dry-run", action="store_true", help="print only")
-    verbs.add_parser("begin", allow_abbrev=False, help="for scripts: record a start, print the folder of exit codes")
+    begin = verbs.add_parser("begin", allow_abbrev=False, help="for scripts: record a start, print where codes go")
+    begin.add_argument("--by-pdsh", action="store_true", help="check that other hosts will read the command as it is")
     end = verbs.add_parser("end", allow_abbrev=False, help="for scripts: judge an end, print whether to start again")
     end.add_argument("--code", type=int, required=True, help="exit code of the launcher")
     end.add_argument("--stop-is-final", action="store_true", help="a stop was the user's wish, not the scheduler's")
@@ -84,8 +86,11 @@ def run_local(arguments: argparse.Namespace, run: list[str]) -> int:
 
 def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write hostfile, environment file and script; print them."""
+    require_hosts(arguments.hosts)
+    require_port(arguments.port)
     launch = scripts.Launch(tuple(run), len(arguments.hosts), arguments.ranks_per_node, command=arguments.command)
     directory = launch.resolve().config.logging.run_directory
+    scripts.require_reachable(run, os.environ, Path(sys.executable), Path.cwd())
     files = scripts.HostFiles.beside(arguments.output or _beside_config(run, "hosts.sh"))
     texts = {
         files.hostfile: scripts.hostfile(arguments.hosts, arguments.ranks_per_node),
@@ -121,8 +126,10 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
     return 0
 
 
-def begin(run: list[str]) -> int:
+def begin(arguments: argparse.Namespace, run: list[str]) -> int:
     """Record the start of a turn and print the folder where failing ranks leave their exit codes."""
+    if arguments.by_pdsh:
+        scripts.require_reachable(run, os.environ, Path(sys.executable), Path.cwd())
     turn, hosts = _turn(run), os.environ.get("SLURM_JOB_NODELIST", "the hosts of the hostfile")
     final = turn.last_final_code() if "OMEGA_CHAIN" in os.environ else None
     if final is not None:
@@ -182,4 +189,4 @@ def main(argv: Sequence[str]) -> int:
         return write_hosts(arguments, run)
     if arguments.verb == "slurm":
         return write_slurm(arguments, run)
-    return begin(run) if arguments.verb == "begin" else end(arguments, run)
+    return begin(arguments, run) if arguments.verb == "begin" else end(arguments, run)

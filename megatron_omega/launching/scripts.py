@@ -14,7 +14,7 @@ from string import Template
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import ResolvedRun, load_config, resolve_run
 from megatron_omega.errors import ConfigError
-from megatron_omega.launching import templates
+from megatron_omega.launching import templates, words
 
 CHECKOUT_PROGRAM = "pretrain_omega.py"
 PYTHON_PROGRAM, DEEPSPEED_PROGRAM = "-m megatron_omega train", "--module megatron_omega train"
@@ -79,23 +79,26 @@ def run_directory(arguments: Sequence[str]) -> Path:
 
 
 def slurm_script(launch: Launch, path: Path, name: str) -> str:
-    """Return the batch script of a run, to be written to `path`; `name` is the job's."""
+    """Return the batch script of a run, to be written to `path`; `name` is the job's.
+
+    Raises ConfigError where a word would be more to Slurm or bash than what it is.
+    """
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
     resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
     return Template(templates.EVALUATE if launch.is_evaluation else templates.PRETRAIN).substitute(
         signal="" if launch.is_evaluation else "#SBATCH --signal=USR1@180\n",
-        name=name,
+        name=words.job_name(name),
         nodes=launch.nodes,
         ranks_per_node=launch.ranks_per_node,
-        resources="\n".join(f"#SBATCH {option}" for option in resources),
-        time=launch.time,
-        path=path,
-        command=launch.command,
+        resources="\n".join(f"#SBATCH {words.sbatch_option(option)}" for option in resources),
+        time=words.time_limit(launch.time),
+        path=words.quoted("--output", [str(path)]),
+        command=words.one_line("the command line", launch.command),
         threads=launch.cpus_per_rank,
         device=launch.device,
-        arguments=shlex.join(launch.arguments),
-        program=launch.program_of(PYTHON_PROGRAM),
-        activation=activation(),
+        arguments=words.quoted("the run's argument", launch.arguments),
+        program=words.one_line("the program", launch.program_of(PYTHON_PROGRAM)),
+        activation=words.one_line("the environment", activation()),
     )
 
 
@@ -110,8 +113,20 @@ def hostfile(hosts: Sequence[str], ranks_per_node: int) -> str:
 
 def deepspeed_environment(environ: Mapping[str, str], python: Path) -> str:
     """Return the text of DeepSpeed's environment file: what ranks on other hosts need and ssh does not carry."""
-    path = f"PATH={python.parent}:{environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}\n"
-    return path + "".join(f"{name}={environ[name]}\n" for name in PASSED_ON if environ.get(name))
+    values = _handed_on(environ, python)
+    words.require_words_for_pdsh((), {}, values)
+    return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+def _handed_on(environ: Mapping[str, str], python: Path) -> dict[str, str]:
+    path = f"{python.parent}:{environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}"
+    return {"PATH": path, **{name: environ[name] for name in PASSED_ON if environ.get(name)}}
+
+
+def require_reachable(arguments: Sequence[str], environ: Mapping[str, str], python: Path, checkout: Path) -> None:
+    """Raise ConfigError where pdsh would not hand the command of a run to the other hosts as it stands."""
+    places = {"the folder": str(checkout), "the Python": str(python)}
+    words.require_words_for_pdsh(arguments, places, _handed_on(environ, python))
 
 
 @dataclass(frozen=True)
@@ -132,10 +147,10 @@ def hosts_script(launch: Launch, files: HostFiles, port: int, directory: str) ->
     run folder.
     """
     return Template(templates.HOSTS).substitute(
-        path=files.script,
-        command=launch.command,
-        run_directory=directory,
-        arguments=shlex.join(launch.arguments),
+        path=words.quoted("--output", [str(files.script)]),
+        command=words.one_line("the command line", launch.command),
+        run_directory=words.quoted("logging.run_directory", [directory]),
+        arguments=words.quoted("the run's argument", launch.arguments),
         hostfile=shlex.quote(str(files.hostfile)),
         environment=shlex.quote(str(files.environment)),
         port=port,
@@ -161,11 +176,11 @@ def submit(path: Path | str, chain: int = 0) -> list[str]:
     jobs: list[str] = []
     name = f"chain-{time.time_ns()}"
     for _ in range(max(1, chain)):
-        words = ["sbatch", "--parsable"]
-        words += [f"--export=ALL,OMEGA_CHAIN={name}", "--no-requeue"] if chain else []
-        words += [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        command = ["sbatch", "--parsable"]
+        command += [f"--export=ALL,OMEGA_CHAIN={name}", "--no-requeue"] if chain else []
+        command += [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         try:
-            done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
+            done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise ConfigError("sbatch is not on this machine's path; submit the script where Slurm is") from None
         if done.returncode:

@@ -29,11 +29,11 @@ export codes
 # the step (this shell, data workers) ignores them. A stop is no bad exit: Slurm would end those not through saving.
 srun --kill-on-bad-exit=1 --wait=60 bash -c '
     trap "" USR1 TERM
-    python -u $program "$$@"
+    python -u "$$@"
     code=$$?
     [ $$code -eq 0 ] || echo $$code > "$$codes/$$SLURM_PROCID"
     [ $$code -eq 75 ] && exit 0
-    exit $$code' rank "$${run[@]}"
+    exit $$code' rank $program "$${run[@]}"
 again=$$(python -m megatron_omega launch end --code $$? "$${run[@]}")
 code=$$?
 if [ -n "$$again" ] && [ -z "$${OMEGA_CHAIN:-}" ]; then # in a chain the next job goes on
@@ -69,7 +69,7 @@ run=($arguments "$$@")
 export OMEGA_JOB=hosts-$$$$ DS_ENV_FILE=$environment
 
 while true; do
-    python -m megatron_omega launch begin "$${run[@]}" > /dev/null || exit $$?
+    python -m megatron_omega launch begin --by-pdsh "$${run[@]}" > /dev/null || exit $$?
     deepspeed --hostfile $hostfile --master_port $port --no_local_rank \\
         $program "$${run[@]}"
     again=$$(python -m megatron_omega launch end --code $$? --stop-is-final "$${run[@]}")
