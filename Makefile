@@ -15,7 +15,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed cluster reshape-matrix faults hangs chaos clean
+.PHONY: help setup demo test lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -55,6 +55,9 @@ cluster: setup ## Run the tests on a Slurm cluster in namespaces (root; apt-get 
 
 reshape-matrix: setup ## Save under every layout, resume under every other, and print the matrix
 	$(BIN)/python tests/checkpoint/reshape_matrix.py
+
+coordinates: setup ## Print how far activations move in the first steps, over widths and depths
+	$(BIN)/python benchmarks/coordinates.py
 
 faults: setup ## Do every fault to real training and print what became of each
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults

@@ -28,7 +28,7 @@ ALLOWED: dict[str, str] = {
     "export": "checkpoint config data model parallel",
     "run": "accounting checkpoint config data engine health model monitoring parallel planner training watchdog",
     "generation": "export model data config",
-    "studies": "run planner model parallel launching accounting config",
+    "studies": "run planner model parallel launching accounting config data export engine training",
     "commands": "*",
 }  # fmt: skip
 """Which rooms a room may import; `*` is all. Everybody may import those of `EVERYBODYS`."""

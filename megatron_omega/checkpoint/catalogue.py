@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from megatron_omega.checkpoint.manifest import FILE_NAME, KINDS, Manifest, encode_manifest, read_manifest
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, step_folder, sync_folder, write_durably
-from megatron_omega.config.schema import CheckpointConfig
+from megatron_omega.config.schema import CheckpointConfig, ModelConfig
 from megatron_omega.errors import CheckpointError
 from megatron_omega.host import run_folder
 from megatron_omega.log import get_logger
@@ -95,12 +95,24 @@ def identity_differences(
 
 def require_identity(path: Path, manifest: Manifest, wanted: Mapping[str, JsonValue]) -> None:
     """Raise CheckpointError, with every differing field, where the checkpoint belongs to another model."""
-    if lines := identity_differences(manifest.identity, wanted):
+    if lines := identity_differences(_with_later_settings(manifest.identity, wanted), wanted):
         raise CheckpointError(
             f"{path} belongs to another model: {lines[0]}; "
             "use the configuration it was saved with, or another run folder",
             *lines[1:],
         )
+
+
+def _with_later_settings(saved: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return a saved identity with those settings of `wanted` that its version had no name for, as it acted then."""
+    old, new = saved.get("model"), wanted.get("model")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return dict(saved)
+    try:
+        meant = ModelConfig.model_validate(old).model_dump(mode="json")
+    except ValidationError:  # of a later version: its differences are told as they are
+        return dict(saved)
+    return {**saved, "model": {name: meant[name] for name in new if name in meant} | old}
 
 
 @dataclass(frozen=True)

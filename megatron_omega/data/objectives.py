@@ -6,6 +6,7 @@ without an encoder, plain causal language modelling. Everything is vectorised; r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,9 +17,22 @@ from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
 IGNORED_LABEL: Final = -100
 Kind = Literal["prefix", "span", "extreme", "mask", "causal"]
+DecoderStart = Literal["prefix", "begin"]
 Ids = NDArray[np.int64]
 _COUNT: Final = np.arange(NUM_SENTINELS)
 _ALTERNATING: Final = np.arange(2 * NUM_SENTINELS + 1) % 2 == 1
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a prefix is masked for the MLM head."""
+
+    rate: float
+    """Share of the prefix's tokens."""
+    span_length: float
+    """Mean length of a masked run, tokens."""
+    mode: int
+    """Token that opens a masked prefix."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +55,63 @@ def causal_example(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Example
     return Example("causal", tokens[:0], _shifted(labels, special), labels)
 
 
-def prefix_example(tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool) -> Example:
+def prefix_example(
+    tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool, start: DecoderStart = "prefix"
+) -> Example:
     """Read the first `prefix` tokens, continue with the rest."""
     labels = _with_end(tokens[prefix:], special, is_end=is_end)
     encoder = _after(special.modes.prefix, tokens[:prefix])
-    return Example("prefix", encoder, _shifted(labels, special), labels)
+    return Example("prefix", encoder, _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1]), labels)
+
+
+def first_decoder_id(prefix: Sequence[int] | Ids, special: SpecialIds, start: DecoderStart) -> int:
+    """Return what the decoder reads first when it continues `prefix`: its last token, so that no token is out of sight.
+
+    The begin token where there is no prefix, or where `start` says so.
+    """
+    return int(prefix[-1]) if start == "prefix" and len(prefix) else special.bos
 
 
 def masked_example(
     tokens: Ids,
     prefix: int,
-    rate: float,
+    masking: Masking,
     special: SpecialIds,
     text_ids: Ids,
     random: np.random.Generator,
     *,
     is_end: bool,
+    start: DecoderStart = "prefix",
 ) -> Example:
-    """As `prefix_example`, with a share `rate` of the prefix to be restored by the MLM head.
+    """As `prefix_example`, with a share of the prefix to be restored by the MLM head.
 
-    Of the chosen tokens 80% become the mask, 10% a random text token, 10% stay (BERT, 1810.04805).
+    Of the chosen runs of tokens 80% become masks, 10% random text tokens, 10% stay (BERT, 1810.04805). The decoder
+    starts with the prefix's last token as it was.
     """
-    encoder = _after(special.modes.mask, tokens[:prefix])
-    chosen = 1 + random.permutation(prefix)[: max(1, round(rate * prefix))] if prefix else np.empty(0, np.int64)
+    encoder = _after(masking.mode, tokens[:prefix])
+    chosen, run = _chosen(prefix, masking, random)
     mlm_labels = np.full(len(encoder), IGNORED_LABEL, dtype=np.int64)
     mlm_labels[chosen] = encoder[chosen]
-    fate = random.random(len(chosen))
+    fate = random.random(len(chosen))[run]
     masked, replaced = chosen[fate < 0.8], chosen[fate >= 0.9]
     encoder[masked] = special.mask
     encoder[replaced] = text_ids[random.integers(len(text_ids), size=len(replaced))]
     labels = _with_end(tokens[prefix:], special, is_end=is_end)
-    return Example("mask", encoder, _shifted(labels, special), labels, mlm_labels)
+    decoder = _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1])
+    return Example("mask", encoder, decoder, labels, mlm_labels)
+
+
+def _chosen(prefix: int, masking: Masking, random: np.random.Generator) -> tuple[Ids, Ids]:
+    """Return the encoder's places to be masked, and for each the number of its run."""
+    if not prefix:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    count = max(1, round(masking.rate * prefix))
+    if masking.span_length == 1:
+        return 1 + random.permutation(prefix)[:count], np.arange(count)
+    spans = max(1, min(count, prefix - count, round(count / masking.span_length)))
+    kept, runs = noise_runs(prefix, count, spans, random)
+    is_chosen = np.repeat(np.arange(2 * spans + 1) % 2 == 1, _interleaved(kept, runs))
+    return 1 + np.flatnonzero(is_chosen), np.repeat(np.arange(spans), runs)
 
 
 def span_example(

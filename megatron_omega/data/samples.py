@@ -16,7 +16,15 @@ from megatron_omega.data.batch import Origin, Sample, pack_row
 from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.megatron_order import MegatronWindows
-from megatron_omega.data.objectives import Example, causal_example, masked_example, prefix_example, span_example
+from megatron_omega.data.objectives import (
+    DecoderStart,
+    Example,
+    Masking,
+    causal_example,
+    masked_example,
+    prefix_example,
+    span_example,
+)
 from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams, span_overhead
 from megatron_omega.data.permutation import derive_key
 from megatron_omega.data.sidecar import check_sidecar
@@ -37,8 +45,17 @@ class Recipe:
     special: SpecialIds
     text_ids: tuple[int, ...]
     vocab_size: int
+    decoder_start: DecoderStart = "prefix"
+    has_shared_mode: bool = False
+    """Whether masked prefixes open with the mode token of plain ones."""
     is_plain_stream: bool = False
     """Megatron's rows: tokens as they stand in the shard, documents neither parted nor opened by a begin token."""
+
+    @property
+    def masking(self) -> Masking:
+        modes = self.special.modes
+        mode = modes.prefix if self.has_shared_mode else modes.mask
+        return Masking(self.objective.mask_rate, self.objective.mask_span_length, mode)
 
 
 class SampleSource:
@@ -101,10 +118,13 @@ class SampleSource:
             return span_example(slot.kind, tokens, slot.noise, slot.spans, special, random)
         if slot.kind == "causal":
             return causal_example(tokens, special, is_end=slot.is_end)
+        start = self._recipe.decoder_start
         if slot.kind == "prefix":
-            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end)
-        rate = self._recipe.objective.mask_rate
-        return masked_example(tokens, slot.prefix, rate, special, self._text_ids, random, is_end=slot.is_end)
+            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end, start=start)
+        masking = self._recipe.masking
+        return masked_example(
+            tokens, slot.prefix, masking, special, self._text_ids, random, is_end=slot.is_end, start=start
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +183,11 @@ def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
     encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
     budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
     is_plain = config.data.order == "megatron" and encoder == 0
-    return Recipe(budget, config.objective, tokenizer.special, tokenizer.text_ids, config.model.vocab_size, is_plain)
+    model = config.model
+    return Recipe(
+        budget, config.objective, tokenizer.special, tokenizer.text_ids, model.vocab_size,
+        decoder_start=model.decoder_start, has_shared_mode=model.shared_mode_token, is_plain_stream=is_plain,
+    )  # fmt: skip
 
 
 def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recipe: Recipe) -> SampleSource:

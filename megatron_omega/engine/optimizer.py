@@ -12,19 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import OptimizerConfig
-from megatron_omega.parallel.parameters import describe
+from megatron_omega.parallel.parameters import Scales, describe
 from megatron_omega.parallel.topology import Topology
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Group parameters by (learning-rate scale, weight decay), in a fixed order. Scales are kept as `lr_scale`."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    """Group parameters by their scales, in a fixed order. The scale of the learning rate is kept as `lr_scale`."""
+    groups: dict[Scales, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        info = describe(parameter)
-        groups[info.learning_rate_scale, info.weight_decay].append(parameter)
+        groups[describe(parameter).scales].append(parameter)
     return [
-        {"params": members, "lr_scale": scale, "weight_decay": config.weight_decay if decays else 0.0}
-        for (scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
+        {
+            "params": members,
+            "lr_scale": scales.learning_rate,
+            "weight_decay": config.weight_decay * scales.weight_decay,
+            "eps": config.epsilon * scales.epsilon,
+        }
+        for scales, members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -42,10 +42,12 @@ this.
 
     encoder   x += a Attention(norm(x));  x += a FFN(norm(x));  memory = norm(x)
     decoder   y += a Attention(norm(y));  y += a Cross(norm(y), memory);  y += a FFN(norm(y))
-    logits    output_multiplier * norm(y) table^T;  MLM: output_multiplier * transform(memory) table^T + output_bias
+    logits    c norm(y) table^T;  MLM: c transform(memory) table^T + output_bias
 
-a = depth_base / (encoder layers + decoder layers). Scores are scaled by 1 / sqrt(head size). Rotary pairs are
-(k, k + head size / 2). The encoder reads a mode token, then the text; the decoder begins with <s>.
+a = depth_base / layers of the stack, c = output_multiplier sqrt(width_base / d); where model.parametrization is 1,
+a = depth_base / (encoder layers + decoder layers), c = output_multiplier. Scores are scaled by 1 / sqrt(head size).
+Rotary pairs are (k, k + head size / 2). The encoder reads a mode token, then the text. The decoder begins with the
+text's last token; with <s> where model.decoder_start is begin, and after no text.
 
 Branches, for token i attending j: full (all j), causal (j <= i), local (abs(i - j) < local_window), axial (heads with
 an even index: same i // axial_width; odd: same i % axial_width), dynamic (full, q times temperature, output times

@@ -1,7 +1,9 @@
 """A text that grows: the encoder reads the prompt once, the decoder keeps keys and values of what it has seen.
 
-encoder-decoder   encoder: mode token, prompt     decoder: begin, then what is generated
+encoder-decoder   encoder: mode token, prompt     decoder: the prompt's last token, then what is generated
 decoder-only                                      decoder: begin, prompt, then what is generated
+
+The decoder begins with the begin token after an empty prompt, and where the model was trained so (model.decoder_start).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.objectives import first_decoder_id
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.export.loading import TextModel
@@ -87,7 +90,8 @@ def generate(
     else:
         encoder_ids = [special.modes.prefix, *text]
         check_length(encoder_ids, config, "encoder")
-        memory, start = encode(model, encoder_ids), [special.bos]
+        start = [first_decoder_id(text, special, config.model.decoder_start)]
+        memory = encode(model, encoder_ids)
     check_length(start, config, "decoder")
     allowed = _allowed_ids(text_model)
     generator = torch.Generator().manual_seed(seed)

@@ -52,7 +52,8 @@ def fill_mask(text_model: TextModel, text: str, *, top_k: int = 5) -> Filled:
     if top_k < 1:
         raise ConfigError(f"top_k={top_k} must be 1 or more")
     special = tokenizer.special
-    ids = [special.modes.mask, *masked_ids(tokenizer, text)]
+    mode = special.modes.prefix if config.model.shared_mode_token else special.modes.mask
+    ids = [mode, *masked_ids(tokenizer, text)]
     check_length(ids, config, "encoder")
     head = cast(Head, model.module_named("head"))
     places = [place for place, number in enumerate(ids) if number == special.mask]

@@ -78,11 +78,11 @@ class SelfAttention(nn.Module):
         self.kernels = context.kernels
         self.pattern = Pattern(causal, model.local_window, model.axial_width, first_head)
         build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
-        scaled: dict[str, Any] = build | {"lr_scale": model.width_multiplier}
+        scaled: dict[str, Any] = build | {"scales": context.matrix_scales}
         self.qkv = ColumnParallelLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
         self.out = RowParallelLinear(f"{name}.out", (model.hidden_size, count, heads, head_dim), axis=2, **scaled)
         self.gains = declare_parameter(
-            f"{name}.qk_gains", (count, 2, heads, head_dim), axis=2, fill=1.0, weight_decay=False, **build
+            f"{name}.qk_gains", (count, 2, heads, head_dim), axis=2, fill=1.0, scales=context.vector_scales, **build
         )
         if "dynamic" in branches:
             self.dynamic = DynamicActivation(f"{name}.dynamic", context)
@@ -147,9 +147,9 @@ class DynamicActivation(nn.Module):
         shape = (2, model.num_attention_heads)
         build = {"axis": 1, "parallel": context.parallel, "seed": context.seed}
         self.weight = declare_parameter(
-            f"{name}.weight", (*shape, model.hidden_size), learning_rate_scale=model.width_multiplier, **build
+            f"{name}.weight", (*shape, model.hidden_size), scales=context.matrix_scales, **build
         )
-        self.bias = declare_parameter(f"{name}.bias", shape, weight_decay=False, **build)
+        self.bias = declare_parameter(f"{name}.bias", shape, scales=context.vector_scales, **build)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[b, s, d] -> temperature and gate, each [b, heads, s, 1]."""
@@ -166,14 +166,14 @@ class CrossAttention(nn.Module):
         model = context.model
         heads, head_dim, d = model.num_attention_heads, model.resolved_head_dim, model.hidden_size
         build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
-        scaled: dict[str, Any] = build | {"lr_scale": model.width_multiplier}
+        scaled: dict[str, Any] = build | {"scales": context.matrix_scales}
         self.model = model
         self.kernels = context.kernels
         self.q = ColumnParallelLinear(f"{name}.q", (heads, head_dim, d), axis=0, **scaled)
         self.kv = ColumnParallelLinear(f"{name}.kv", (2, heads, head_dim, d), axis=1, **scaled)
         self.out = RowParallelLinear(f"{name}.out", (d, heads, head_dim), axis=1, **scaled)
         self.gains = declare_parameter(
-            f"{name}.qk_gains", (2, heads, head_dim), axis=1, fill=1.0, weight_decay=False, **build
+            f"{name}.qk_gains", (2, heads, head_dim), axis=1, fill=1.0, scales=context.vector_scales, **build
         )
 
     def forward(self, hidden: Tensor, memory: Tensor, same_document: Tensor | None) -> Tensor:

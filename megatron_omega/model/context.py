@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_omega.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+from megatron_omega.model import parametrization
 from megatron_omega.model.kernels import PORTABLE, Kernels
+from megatron_omega.parallel.parameters import Scales
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 
 Recompute = Literal["none", "swiglu", "ffn", "full"]
@@ -26,6 +28,8 @@ class ModelContext:
     """Longest decoder stream; sizes the learned positions."""
     recompute: Recompute = "none"
     kernels: Kernels = PORTABLE
+    residual: float = 1.0
+    """Factor on what a layer adds to the residual stream; 1 outside of the stacks."""
 
     @classmethod
     def of(cls, config: RunConfig, parallel: TensorParallel = SERIAL, kernels: Kernels = PORTABLE) -> ModelContext:
@@ -45,3 +49,17 @@ class ModelContext:
     def local_heads(self) -> tuple[int, int]:
         """Half-open range of the global attention heads this rank computes."""
         return self.parallel.shard(self.model.num_attention_heads)
+
+    def in_stack(self, layers: int) -> ModelContext:
+        """Return the context for layers of a stack of so many."""
+        return replace(self, residual=self.model.residual_multiplier(layers))
+
+    @property
+    def matrix_scales(self) -> Scales:
+        """How a matrix that reads features of the model's width is optimised."""
+        return parametrization.matrix_scales(self.model, self.residual)
+
+    @property
+    def vector_scales(self) -> Scales:
+        """How gains, norms and biases are optimised."""
+        return parametrization.vector_scales(self.model, self.residual)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.model.context import ModelContext
+from megatron_omega.model.parametrization import position_scales
 from megatron_omega.parallel.parameters import declare_parameter
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -41,8 +42,9 @@ class InputPositions(nn.Module):
         self.table = None
         if context.model.positions == "learned":
             self.table = declare_parameter(
-                f"{name}.weight", (max_positions, self.size), std=1.0, parallel=context.parallel, seed=context.seed
-            )
+                f"{name}.weight", (max_positions, self.size), std=1.0, parallel=context.parallel, seed=context.seed,
+                scales=position_scales(context.model),
+            )  # fmt: skip
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to [b, s, d] ([b, s/tp, d] under sequence parallelism); positions [b, s] are those of all tokens."""

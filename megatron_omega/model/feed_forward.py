@@ -16,7 +16,7 @@ class FeedForward(nn.Module):
     def __init__(self, name: str, context: ModelContext) -> None:
         super().__init__()
         model = context.model
-        build = {"parallel": context.parallel, "seed": context.seed, "lr_scale": model.width_multiplier}
+        build = {"parallel": context.parallel, "seed": context.seed, "scales": context.matrix_scales}
         shape = (2, model.ffn_hidden_size, model.hidden_size)
         self.gate_up = ColumnParallelLinear(f"{name}.gate_up", shape, axis=1, **build)
         self.down = RowParallelLinear(f"{name}.down", shape[:0:-1], axis=1, **build)

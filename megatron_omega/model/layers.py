@@ -3,9 +3,9 @@
     encoder   x += a SelfMix(norm(x));  x += a FFN(norm(x))
     decoder   y += a SelfMix(norm(y));  y += a Cross(norm(y), memory);  y += a FFN(norm(y))
 
-a = depth_base / depth (CompleteP, arXiv 2505.01618). `enter` and `leave` are the borders of the tensor-parallel
-region. The memory enters it once, at the bridge: what decoder layers add to its gradient stays a partial sum on every
-rank until then, which saves an all-reduce in each decoder layer.
+a = depth_base / layers of the stack (CompleteP, arXiv 2505.01618). `enter` and `leave` are the borders of the
+tensor-parallel region. The memory enters it once, at the bridge: what decoder layers add to its gradient stays a
+partial sum on every rank until then, which saves an all-reduce in each decoder layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_omega.parallel.parameters import declare_parameter
 def build_norm(name: str, context: ModelContext) -> RMSNorm:
     return RMSNorm(
         name, context.model.hidden_size, epsilon=context.model.norm_epsilon, parallel=context.parallel,
-        seed=context.seed, norm=context.kernels.norm,
+        seed=context.seed, scales=context.vector_scales, norm=context.kernels.norm,
     )  # fmt: skip
 
 
@@ -63,10 +63,11 @@ class EncoderLayer(nn.Module):
         self, name: str, context: ModelContext, branches: Branches, *, max_positions: int | None = None
     ) -> None:
         super().__init__()
+        context = context.in_stack(context.model.encoder_layers)
         self.parallel = context.parallel
         self.kernels = context.kernels
         self.recompute = context.recompute
-        self.residual = context.model.residual_multiplier
+        self.residual = context.residual
         self.positions = InputPositions(f"{name}.positions", max_positions, context) if max_positions else None
         self.attention_norm = build_norm(f"{name}.attention_norm", context)
         self.attention = SelfAttention(f"{name}.attention", branches, context, causal=False)
@@ -106,10 +107,11 @@ class DecoderLayer(nn.Module):
         self, name: str, context: ModelContext, branches: Branches, *, max_positions: int | None = None
     ) -> None:
         super().__init__()
+        context = context.in_stack(context.model.decoder_layers)
         self.parallel = context.parallel
         self.kernels = context.kernels
         self.recompute = context.recompute
-        self.residual = context.model.residual_multiplier
+        self.residual = context.residual
         self.positions = InputPositions(f"{name}.positions", max_positions, context) if max_positions else None
         self.attention_norm = build_norm(f"{name}.attention_norm", context)
         self.attention = SelfAttention(f"{name}.attention", branches, context, causal=True)
@@ -201,13 +203,13 @@ class Head(nn.Module):
             f"{name}.mlm.dense.weight",
             (size, size),
             std=size**-0.5,
-            learning_rate_scale=model.width_multiplier,
+            scales=context.matrix_scales,
             **build,
         )
-        self.dense_bias = declare_parameter(f"{name}.mlm.dense.bias", (size,), weight_decay=False, **build)
+        self.dense_bias = declare_parameter(f"{name}.mlm.dense.bias", (size,), scales=context.vector_scales, **build)
         self.mlm_norm = build_norm(f"{name}.mlm.norm", whole)
         self.output_bias = declare_parameter(
-            f"{name}.mlm.output_bias", (model.padded_vocab_size,), axis=0, weight_decay=False, **build
+            f"{name}.mlm.output_bias", (model.padded_vocab_size,), axis=0, scales=context.vector_scales, **build
         )
 
     def forward(self, hidden: Tensor, memory: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -1,7 +1,9 @@
 """The pretraining loss: language modelling on the decoder, masked-language modelling on the encoder, z-loss on both.
 
-loss = lm + mlm_weight * mlm + z, each divided by its own token count over the whole global batch. Those counts are
-known before the forward pass; they come with the labels as two factors, so micro-batching and layout do not matter.
+loss = (lm + mlm_weight * mlm + z) / n: sums over all labels of the global batch, n the number of LM labels, so that an
+MLM label weighs as much as mlm_weight LM labels, however many there are. (`mlm_weighing: means` divides the MLM sum by
+its own number of labels.) The counts are known before the forward pass; they come with the labels as two factors,
+1 / count of each kind, so micro-batching and layout do not matter.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ class PretrainingLoss:
 
     def __init__(self, context: ModelContext) -> None:
         self.mlm_weight = context.objective.mlm_weight
+        self._mlm_factor = ("labels", "means").index(context.objective.mlm_weighing)
         self.parts: dict[str, Tensor] = {}
         self._vocabulary = VocabularyLoss(
             parallel=context.parallel,
             vocab_size=context.model.vocab_size,
             padded_vocab_size=context.model.padded_vocab_size,
-            output_multiplier=context.model.output_multiplier,
+            output_multiplier=context.model.logit_multiplier,
             z_loss_weight=context.objective.z_loss_weight,
             chunk_tokens=context.objective.loss_chunk_tokens,
         )
@@ -39,7 +42,7 @@ class PretrainingLoss:
         if len(outputs) == 3:
             hidden, wanted = _labelled_rows(outputs[1].flatten(0, 1), mlm_labels.flatten())
             mlm, mlm_loss = self._vocabulary(hidden, table, wanted, outputs[2])
-            loss = loss + self.mlm_weight * mlm * factors[1]
+            loss = loss + self.mlm_weight * mlm * factors[self._mlm_factor]
         self.parts = {"lm_loss": lm_loss * factors[0], "mlm_loss": mlm_loss * factors[1]}
         return loss
 

@@ -27,6 +27,7 @@ from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import Kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer, EncoderNorm, Head
 from megatron_omega.model.loss import PretrainingLoss, VocabularyHeads
+from megatron_omega.model.parametrization import table_scales
 from megatron_omega.model.stream import Stream
 from megatron_omega.parallel.layers import TokenTable
 
@@ -83,7 +84,10 @@ def leave_flow(state: Flow) -> State:
 def build_token_table(context: ModelContext) -> TokenTable:
     """Build the table that the input, the bridge and both heads share."""
     model = context.model
-    return TokenTable(model.padded_vocab_size, model.hidden_size, parallel=context.parallel, seed=context.seed)
+    return TokenTable(
+        model.padded_vocab_size, model.hidden_size, parallel=context.parallel, seed=context.seed,
+        scales=table_scales(model),
+    )  # fmt: skip
 
 
 def omega_layers(context: ModelContext) -> list[LayerRecipe]:
@@ -214,5 +218,5 @@ class Omega(nn.Module):
 def vocabulary_logits(model: Omega, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the fp32 logits of hidden states that a head has finished: [..., d] -> [..., vocab_size]."""
     size = model.context.model.vocab_size
-    logits = (hidden @ model.table.weight[:size].t()).float() * model.context.model.output_multiplier
+    logits = (hidden @ model.table.weight[:size].t()).float() * model.context.model.logit_multiplier
     return logits if bias is None else logits + bias[:size].float()

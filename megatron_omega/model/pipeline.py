@@ -23,6 +23,7 @@ from megatron_omega.config.layout import Layout
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.loss import LOSS_PARTS, PretrainingLoss
 from megatron_omega.model.omega import ModuleRecipe, State, Step, flow, leave_flow, omega_layers
+from megatron_omega.model.parametrization import table_scales
 from megatron_omega.parallel.layers import TokenTable
 
 _TABLE = "token_table"
@@ -56,7 +57,7 @@ def _spec(recipe: ModuleRecipe, context: ModelContext) -> LayerSpec:
         model = context.model
         return TiedLayerSpec(
             _TABLE, TokenTable, model.padded_vocab_size, model.hidden_size, forward_fn=recipe.apply,
-            parallel=context.parallel, seed=context.seed,
+            parallel=context.parallel, seed=context.seed, scales=table_scales(model),
         )  # fmt: skip
     return LayerSpec(_Layer, recipe)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.parallel.lean import add_and_norm, linear, rms_norm
-from megatron_omega.parallel.parameters import declare_parameter
+from megatron_omega.parallel.parameters import UNSCALED, Scales, declare_parameter
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -28,12 +28,12 @@ class ColumnParallelLinear(nn.Module):
     """Y_r = X W_r^T, without bias. `shape` is the global weight shape; its last axis is the input."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, lr_scale: float
+        self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
     ) -> None:
         super().__init__()
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=shape[-1] ** -0.5, parallel=parallel, seed=seed,
-            learning_rate_scale=lr_scale,
+            scales=scales,
         )  # fmt: skip
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ class RowParallelLinear(nn.Module):
     """sum_r X_r W_r^T, without bias. `shape` is the global weight shape; its first axis is the output."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, lr_scale: float
+        self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
     ) -> None:
         super().__init__()
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=math.prod(shape[1:]) ** -0.5, parallel=parallel, seed=seed,
-            learning_rate_scale=lr_scale,
+            scales=scales,
         )  # fmt: skip
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -64,14 +64,17 @@ class TokenTable(nn.Module):
     Holds the tied weight and nothing else: the pipeline engine synchronises exactly that.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, parallel: TensorParallel, seed: int) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, parallel: TensorParallel, seed: int, scales: Scales = UNSCALED
+    ) -> None:
         super().__init__()
         self.parallel = parallel
         self.start, self.stop = parallel.shard(vocab_size)
         self.scale = math.sqrt(hidden_size)  # rows are drawn at 1/sqrt(d); the stream starts at unit variance
         self.weight = declare_parameter(
-            "token_table.weight", (vocab_size, hidden_size), axis=0, std=hidden_size**-0.5, parallel=parallel, seed=seed
-        )
+            "token_table.weight", (vocab_size, hidden_size), axis=0, std=hidden_size**-0.5, parallel=parallel,
+            seed=seed, scales=scales,
+        )  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids [b, s] -> [b, s, d] ([b, s/tp, d] under sequence parallelism): each rank looks up its own rows."""
@@ -90,14 +93,15 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(
-        self, name: str, size: int, *, epsilon: float, parallel: TensorParallel, seed: int, norm: Norm = rms_norm
-    ) -> None:
+        self, name: str, size: int, *, epsilon: float, parallel: TensorParallel, seed: int, scales: Scales,
+        norm: Norm = rms_norm,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.epsilon = epsilon
         self.norm = norm
         self.parallel = parallel
         self.weight = declare_parameter(
-            f"{name}.weight", (size,), fill=1.0, parallel=parallel, seed=seed, weight_decay=False
+            f"{name}.weight", (size,), fill=1.0, parallel=parallel, seed=seed, scales=scales
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

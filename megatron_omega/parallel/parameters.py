@@ -18,6 +18,19 @@ from megatron_omega.parallel.tensor_parallel import TensorParallel
 _ATTRIBUTE = "omega"
 
 
+@dataclass(frozen=True, order=True)
+class Scales:
+    """Factors on the settings of the optimizer, for one parameter."""
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    """0: the parameter does not decay."""
+    epsilon: float = 1.0
+
+
+UNSCALED = Scales()
+
+
 @dataclass(frozen=True)
 class ParameterInfo:
     """The declaration of one parameter."""
@@ -32,10 +45,8 @@ class ParameterInfo:
     """First index of this rank's slice along `axis`."""
     stop: int = 0
     """End (exclusive) of this rank's slice along `axis`."""
-    learning_rate_scale: float = 1.0
-    """Factor on the learning rate."""
-    weight_decay: bool = True
-    """Whether weight decay applies."""
+    scales: Scales = UNSCALED
+    """How it is optimised."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -70,15 +81,14 @@ def declare_parameter(
     axis: int | None = None,
     std: float | None = None,
     fill: float = 0.0,
-    learning_rate_scale: float = 1.0,
-    weight_decay: bool = True,
+    scales: Scales = UNSCALED,
 ) -> nn.Parameter:
     """Create this rank's slice of the parameter `name` of global `shape`.
 
     `std` draws from N(0, std^2); without it every element is `fill`.
     """
     start, stop = (0, 0) if axis is None else parallel.shard(shape[axis])
-    info = ParameterInfo(name, shape, axis, start, stop, learning_rate_scale, weight_decay)
+    info = ParameterInfo(name, shape, axis, start, stop, scales)
     parameter = nn.Parameter(_initial_value(info, std, fill, seed))
     setattr(parameter, _ATTRIBUTE, info)
     # DeepSpeed counts an unmarked parameter once per model-parallel group in the gradient norm.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_omega.config.schema import RunConfig
+from megatron_omega.config.schema import ObjectiveConfig, RunConfig
 from megatron_omega.engine.engine import Engine, EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.errors import CheckpointError, OmegaError, Preempted
 from megatron_omega.log import get_logger
@@ -310,8 +310,7 @@ class Trainer:
         result = self._validate(state.step)
         if result is None:
             return state
-        mlm = 0.0 if math.isnan(result.mlm_loss) else self.config.objective.mlm_weight * result.mlm_loss
-        loss = result.lm_loss + mlm
+        loss = _objective(result, self.config.objective)
         seconds = time.monotonic() - begin
         self.hook.on_evaluate(
             EvaluationReport(state.step, loss, result.lm_loss, result.mlm_loss, result.num_tokens, seconds)
@@ -369,3 +368,12 @@ class Trainer:
             self._saved_step = -1
         self._saving = None
         return error
+
+
+def _objective(result: EvaluationResult, objective: ObjectiveConfig) -> float:
+    """Return what training minimises, of a validation: the LM loss and the weighted MLM loss."""
+    if math.isnan(result.mlm_loss):
+        return result.lm_loss
+    is_by_labels = objective.mlm_weighing == "labels"
+    share = result.num_masked_tokens / result.num_tokens if is_by_labels else 1.0
+    return result.lm_loss + objective.mlm_weight * share * result.mlm_loss

@@ -65,7 +65,7 @@ class StepReport:
     step: int
     """Number of this step; the first is 1."""
     loss: float
-    """Objective: lm_loss + mlm_weight x mlm_loss + z-losses."""
+    """Objective: the LM and the MLM loss, weighted as objective.mlm_weighing says, and z-losses."""
     lm_loss: float
     """Cross-entropy of the decoder per target token, nats."""
     mlm_loss: float
@@ -139,7 +139,7 @@ class EvaluationReport:
     step: int
     """Steps done when it ran; 0 is before the first."""
     loss: float
-    """lm_loss + mlm_weight x mlm_loss."""
+    """The LM and the MLM loss, weighted as objective.mlm_weighing says."""
     lm_loss: float
     """Cross-entropy of the decoder per target token, nats."""
     mlm_loss: float

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_omega.data.objectives import (
     IGNORED_LABEL,
+    DecoderStart,
+    Masking,
     causal_example,
     masked_example,
     noise_runs,
@@ -15,6 +17,8 @@ from megatron_omega.data.objectives import (
     span_example,
 )
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
+
+STARTS: tuple[DecoderStart, ...] = ("prefix", "begin")
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +82,13 @@ def test_prefix_and_continuation_are_the_text(
 ) -> None:
     prefix = data.draw(st.integers(0, length - (not is_end)))
     tokens = tokens_of(length)
-    example = prefix_example(tokens, prefix, special, is_end=is_end)
+    start = data.draw(st.sampled_from(STARTS))
+    example = prefix_example(tokens, prefix, special, is_end=is_end, start=start)
     labels = example.labels.tolist()
+    first = tokens[prefix - 1] if prefix and start == "prefix" else special.bos
     assert example.encoder_ids.tolist() == [special.modes.prefix, *tokens[:prefix]]
     assert labels == [*tokens[prefix:], *([special.eos] if is_end else [])]
-    assert example.decoder_ids.tolist() == [special.bos, *labels[:-1]]
+    assert example.decoder_ids.tolist() == [first, *labels[:-1]]
 
 
 def test_causal_has_no_encoder(special: SpecialIds) -> None:
@@ -94,7 +100,9 @@ def test_causal_has_no_encoder(special: SpecialIds) -> None:
 
 def test_masks_are_80_10_10_and_only_where_asked(special: SpecialIds) -> None:
     tokens, text_ids = tokens_of(20000), np.arange(30000, 60000)
-    example = masked_example(tokens, 20000, 0.15, special, text_ids, random_of(3), is_end=True)
+    example = masked_example(
+        tokens, 20000, Masking(0.15, 1, special.modes.mask), special, text_ids, random_of(3), is_end=True
+    )
     labels = example.mlm_labels
     assert labels is not None
     asked = np.flatnonzero(labels != IGNORED_LABEL)
@@ -112,6 +120,24 @@ def test_masks_are_80_10_10_and_only_where_asked(special: SpecialIds) -> None:
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
 
 
+@given(length=st.integers(2, 80), rate=st.floats(0.05, 0.6), span=st.sampled_from([1.0, 3.0, 9.0]), seed=st.integers(0))
+def test_masked_runs_have_a_share_of_the_prefix_and_the_decoder_sees_its_last_token(
+    length: int, rate: float, span: float, seed: int, special: SpecialIds
+) -> None:
+    tokens, masking = tokens_of(length), Masking(rate, span, special.modes.prefix)
+    prefix = length - 1
+    example = masked_example(tokens, prefix, masking, special, np.arange(300, 310), random_of(seed), is_end=False)
+    assert example.mlm_labels is not None and example.encoder_ids[0] == special.modes.prefix
+    asked = np.flatnonzero(example.mlm_labels != IGNORED_LABEL)
+    count = max(1, round(rate * prefix))
+    assert len(asked) == count and asked[0] >= 1
+    if span > 1:
+        runs = np.count_nonzero(np.diff(asked, prepend=-1) > 1)
+        assert runs <= max(1, round(count / span))
+    assert example.decoder_ids.tolist() == [tokens[prefix - 1], *example.labels[:-1].tolist()]
+
+
 def test_a_masked_example_without_prefix_has_no_masks(special: SpecialIds) -> None:
-    example = masked_example(tokens_of(2), 0, 0.15, special, np.arange(300, 310), random_of(0), is_end=False)
+    masking = Masking(0.15, 3, special.modes.mask)
+    example = masked_example(tokens_of(2), 0, masking, special, np.arange(300, 310), random_of(0), is_end=False)
     assert example.mlm_labels is not None and (example.mlm_labels == IGNORED_LABEL).all()

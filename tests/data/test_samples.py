@@ -39,7 +39,10 @@ def test_rows_keep_the_contract(make_config: MakeConfig, tokenizer: Tokenizer) -
             assert encoder[0] % 16 == 0 and decoder[0] % 16 == 0
             assert (np.diff(encoder) == 1).all() and (np.diff(decoder) == 1).all()
             assert row.encoder_ids[0, encoder[0]] in special.modes
-            assert row.decoder_ids[0, decoder[0]] == special.bos
+            first, last = row.decoder_ids[0, decoder[0]], encoder[-1]
+            is_open = row.encoder_ids[0, encoder[0]] in (special.modes.prefix, special.modes.mask) and len(encoder) > 1
+            was = row.mlm_labels[0, last] if row.mlm_labels[0, last] >= 0 else row.encoder_ids[0, last]
+            assert first == (was if is_open else special.bos)
             assert (row.decoder_ids[0, decoder[1:]] == row.lm_labels[0, decoder[:-1]]).all()
         assert (row.lm_labels[row.decoder_segments == 0] == IGNORED_LABEL).all()
         assert (row.lm_labels[row.decoder_segments > 0] != IGNORED_LABEL).all()

@@ -155,7 +155,15 @@ def test_a_text_ends_at_its_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = tiny_tokenizer().text_ids[-2:]
     read = scripted([one, two, special.eos, one], monkeypatch)
     assert list(generate(text_model(), "x", Sampling(0), max_new_tokens=9, seed=0)) == [one, two, special.eos]
-    assert read == [[special.bos], [one], [two]]
+    assert read == [tiny_tokenizer().encode("x")[-1:], [one], [two]]
+
+
+@pytest.mark.parametrize(("prompt", "start"), [("The dog", "begin"), ("", "prefix")])
+def test_the_decoder_starts_as_it_was_trained(prompt: str, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = scripted([tiny_tokenizer().special.eos], monkeypatch)
+    model = text_model(tiny_config(model={"decoder_start": start}))
+    list(generate(model, prompt, Sampling(0), max_new_tokens=1, seed=0))
+    assert read == [[tiny_tokenizer().special.bos]]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1, 0, 1)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_omega import accounting
-from megatron_omega.config.schema import ModelConfig
+from megatron_omega.config.schema import ModelConfig, ObjectiveConfig
 from megatron_omega.model.attention_mix import SelfAttention
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE
@@ -28,10 +28,12 @@ PATTERN: dict[str, Any] = {
     "decoder_branches": [["causal"], ["local", "axial"]],
 }
 LENGTH = 64
+OBJECTIVE = ObjectiveConfig()
 
 
-def context(**fields: Any) -> ModelContext:
-    return ModelContext(ModelConfig(**SMALL | fields), encoder_seq_length=LENGTH, decoder_seq_length=LENGTH, seed=1)
+def context(objective: ObjectiveConfig = OBJECTIVE, **fields: Any) -> ModelContext:
+    model = ModelConfig(**SMALL | fields)
+    return ModelContext(model, objective, encoder_seq_length=LENGTH, decoder_seq_length=LENGTH, seed=1)
 
 
 def attend_all(attention: SelfAttention, hidden: Tensor, segments: Tensor) -> Tensor:
@@ -149,16 +151,21 @@ def test_every_parameter_learns_and_padding_does_not_matter() -> None:
     assert omega((noise[0], segments, noise[1], segments), labels).item() == loss.item()
 
 
-def test_loss_is_lm_plus_weighted_mlm_plus_z() -> None:
-    omega = Omega(context())
+@pytest.mark.parametrize("weighing", ["labels", "means"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_loss_is_lm_plus_weighted_mlm_plus_z(weighing: Any, version: int) -> None:
+    objective = ObjectiveConfig(mlm_weight=0.5, mlm_weighing=weighing)
+    omega = Omega(context(objective=objective, parametrization=version))
+    logit_multiplier = 0.5 if version == 1 else 0.5 * (128 / 48) ** 0.5
     inputs, labels = made_up(omega.context.model)
     loss = omega(inputs, labels)
     hidden, encoded, bias = omega.hidden(inputs)
     total = 0.0
+    mlm_factor = labels[2][0 if weighing == "labels" else 1]
     for states, wanted, offset, weight, factor in (
-        (hidden, labels[0], 0.0, 1.0, labels[2][0]), (encoded, labels[1], bias, 0.5, labels[2][1]),
+        (hidden, labels[0], 0.0, 1.0, labels[2][0]), (encoded, labels[1], bias, 0.5, mlm_factor),
     ):  # fmt: skip
-        logits = (states @ omega.table.weight.t() * 0.5 + offset)[..., :250][wanted >= 0].double()
+        logits = (states @ omega.table.weight.t() * logit_multiplier + offset)[..., :250][wanted >= 0].double()
         log_partition = logits.logsumexp(-1)
         cross_entropy = (log_partition - logits.gather(1, wanted[wanted >= 0].unsqueeze(1)).squeeze(1)).sum()
         total += weight * factor.item() * (cross_entropy + 1e-4 * log_partition.square().sum()).item()

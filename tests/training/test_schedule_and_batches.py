@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import BatchConfig, OptimizerConfig, RampUp, ScheduleConfig
 from megatron_omega.engine.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from megatron_omega.parallel.parameters import declare_parameter
+from megatron_omega.parallel.parameters import UNSCALED, Scales, declare_parameter
 from megatron_omega.parallel.tensor_parallel import SERIAL
 from megatron_omega.parallel.topology import create_topology
 from megatron_omega.training.batch_size import batch_size_at, consumed_after, samples_of_step, with_interval
@@ -55,15 +55,22 @@ def test_ramp_up_grows_in_equal_parts_and_counts_add_up(start: int, increment: i
     assert batch_size_at(batch, samples) == batch.global_batch_size
 
 
-def make(name: str, shape: tuple[int, ...], **declaration: float | bool) -> torch.nn.Parameter:
-    return declare_parameter(name, shape, parallel=SERIAL, seed=0, std=1.0, **declaration)  # pyright: ignore[reportArgumentType]
+def make(name: str, shape: tuple[int, ...], scales: Scales = UNSCALED) -> torch.nn.Parameter:
+    return declare_parameter(name, shape, parallel=SERIAL, seed=0, std=1.0, scales=scales)
 
 
 def test_parameters_are_grouped_by_what_they_declare() -> None:
-    parameters = [make("a", (2, 2)), make("b", (2,), weight_decay=False), make("c", (2, 2), learning_rate_scale=0.5)]
+    parameters = [
+        make("a", (2, 2)),
+        make("b", (2,), scales=Scales(weight_decay=0.0)),
+        make("c", (2, 2), scales=Scales(0.5, 2.0, 0.1)),
+    ]
     groups = parameter_groups(parameters, OptimizerConfig(weight_decay=0.1))
-    found = {(group["lr_scale"], group["weight_decay"]): [id(p) for p in group["params"]] for group in groups}
-    assert found == {(1.0, 0.1): [id(parameters[0])], (1.0, 0.0): [id(parameters[1])], (0.5, 0.1): [id(parameters[2])]}
+    found = {
+        (group["lr_scale"], group["weight_decay"], group["eps"]): [id(p) for p in group["params"]] for group in groups
+    }
+    first, second, third = ([id(parameter)] for parameter in parameters)
+    assert found == {(1.0, 0.1, 1e-8): first, (1.0, 0.0, 1e-8): second, (0.5, 0.2, 1e-9): third}
     optimizer, choice = build_optimizer(parameters, OptimizerConfig(), device_type="cpu")
     set_learning_rate(optimizer, 1e-2)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [5e-3, 1e-2, 1e-2] and "AdamW" in choice

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, model_validator
+
+from megatron_omega.config.history import with_earlier_meaning
 from megatron_omega.config.schema.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
@@ -67,9 +70,18 @@ class ObjectiveConfig(Section):
     """Share of span-corruption examples that are extreme: rate 0.5, or mean length 32."""
     mask_rate: Fraction = 0.15
     """Share of encoder tokens predicted by the MLM head: 80% masked, 10% replaced, 10% kept."""
+    mask_span_length: Annotated[float, Field(ge=1)] = 1.0
+    """Mean length of a run of encoder tokens that is masked as one, tokens."""
     mlm_weight: NonNegativeFloat = 0.5
-    """Weight of the MLM loss beside the LM loss."""
+    """Weight of the MLM loss: how many LM labels one MLM label counts as."""
+    mlm_weighing: Literal["labels", "means"] = "labels"
+    """labels: the MLM loss is divided by the number of LM labels; means: by its own, so that few labels weigh much."""
     z_loss_weight: NonNegativeFloat = 1e-4
     """Weight of the z-loss (squared log-partition) of both heads."""
     loss_chunk_tokens: Positive = 1024
     """Tokens whose logits are held at a time; full logits never are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_stored(cls, values: Any) -> Any:
+        return with_earlier_meaning("objective", values)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Tag, model_validator
 
+from megatron_omega.config.history import with_earlier_meaning
 from megatron_omega.config.schema.base import NonNegative, Positive, PositiveFloat, Section
 
 Branch = Literal["full", "causal", "local", "axial", "dynamic"]
@@ -60,14 +61,22 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-6
     """Epsilon of every RMSNorm."""
-    depth_base: Positive = 2
-    """Depth (encoder + decoder layers) at which the residual multiplier is 1; it is depth_base / depth (CompleteP)."""
+    depth_base: Positive = 1
+    """Layers of a stack at which its residual multiplier is 1; it is depth_base / layers (CompleteP)."""
     width_base: Positive = 128
     """Width at which hidden matrices get the full learning rate: theirs is scaled by width_base / hidden_size."""
     output_multiplier: PositiveFloat = 0.5
-    """Factor on the logits of the tied table."""
+    """Factor on the logits of the tied table at width_base; see docs/parametrization.md for other widths."""
+    table_multiplier: PositiveFloat = 3.0
+    """Factor on the learning rate of the token table."""
+    parametrization: Literal[1, 2] = 2
+    """How rates, epsilon, decay and multipliers follow width and depth: docs/parametrization.md says both versions."""
     mlm_head: bool = True
     """Whether the encoder output has a masked-language-modelling head (encoder-decoders only)."""
+    decoder_start: Literal["prefix", "begin"] = "prefix"
+    """First decoder input after a prefix: its last token, or the begin token. Without a prefix: the begin token."""
+    shared_mode_token: bool = False
+    """Whether masked prefixes start with the mode token of plain ones."""
 
     @property
     def resolved_head_dim(self) -> int:
@@ -97,10 +106,21 @@ class ModelConfig(Section):
         return self.mlm_head and not self.is_decoder_only
 
     @property
-    def residual_multiplier(self) -> float:
-        return self.depth_base / (self.encoder_layers + self.decoder_layers)
-
-    @property
     def width_multiplier(self) -> float:
         """Factor on the learning rate of hidden matrices."""
         return self.width_base / self.hidden_size
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor on the logits of the tied table."""
+        return self.output_multiplier * (1.0 if self.parametrization == 1 else self.width_multiplier**0.5)
+
+    def residual_multiplier(self, layers: int) -> float:
+        """Return the factor on what a layer adds to the residual stream, in a stack of so many layers."""
+        depth = self.encoder_layers + self.decoder_layers if self.parametrization == 1 else layers
+        return self.depth_base / depth
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_stored(cls, values: Any) -> Any:
+        return with_earlier_meaning("model", values)
