@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
@@ -43,15 +44,17 @@ _SAMPLED = 10
 def factors(busy: Sequence[float], layout: Layout) -> list[tuple[int, float]]:
     """Return (slowest rank, its busy time over the median of its peers') for every pipeline stage with peers.
 
-    `busy` holds every rank's busy seconds of one step.
+    `busy` holds every rank's busy seconds of one step. A stage's ranks stand side by side.
     """
-    found = []
-    for ranks in layout.groups("data", "tensor"):
-        if len(ranks) > 1:
-            slowest = max(ranks, key=lambda rank: busy[rank])
-            others = statistics.median(busy[rank] for rank in ranks if rank != slowest)
-            found.append((slowest, busy[slowest] / max(others, 1e-9)))
-    return found
+    stages = np.asarray(busy, dtype=np.float64).reshape(layout.pipeline, -1)
+    peers = stages.shape[1]
+    if peers == 1:
+        return []
+    slowest = stages.argmax(axis=1)
+    others = np.median(np.sort(stages, axis=1)[:, :-1], axis=1)
+    shares = stages.max(axis=1) / np.maximum(others, 1e-9)
+    firsts = range(0, len(busy), peers)
+    return [(first + int(who), float(share)) for first, who, share in zip(firsts, slowest, shares, strict=True)]
 
 
 def times_needed(window: int, peers: int) -> int:
@@ -79,8 +82,9 @@ class Stragglers:
     def __init__(self, layout: Layout, window: int) -> None:
         """`window`: steps over which a rank must be slow to be named."""
         self._layout, self._window = layout, window
-        stages = sum(len(ranks) > 1 for ranks in layout.groups("data", "tensor"))
-        self._needed = times_needed(window, layout.data * layout.tensor)
+        self._peers = layout.data * layout.tensor
+        stages = layout.pipeline if self._peers > 1 else 0
+        self._needed = times_needed(window, self._peers)
         self._steps: list[deque[tuple[int, float]]] = [deque(maxlen=window) for _ in range(stages)]
         self._named: set[int] = set()
 
@@ -90,7 +94,8 @@ class Stragglers:
         A rank is named once, and again only when it was no straggler for a while in between.
         """
         fresh = []
-        for steps, found in zip(self._steps, factors(busy, self._layout), strict=True):
+        for stage, found in enumerate(factors(busy, self._layout)):
+            steps = self._steps[stage]
             steps.append(found)
             times_slowest = {rank: [factor for who, factor in steps if who == rank] for rank, _ in steps}
             for rank, seen in times_slowest.items():
@@ -98,14 +103,9 @@ class Stragglers:
                 if is_slow and rank not in self._named:
                     fresh.append((rank, statistics.median(seen)))
                     self._named.add(rank)
-            recovered = {rank for rank in self._named if len(times_slowest.get(rank, ())) < SHARE / 2 * self._window}
-            self._named -= recovered & self._ranks_of(steps)
+            of_stage = {rank for rank in self._named if rank // self._peers == stage}
+            self._named -= {rank for rank in of_stage if len(times_slowest.get(rank, ())) < SHARE / 2 * self._window}
         return fresh
-
-    def _ranks_of(self, steps: deque[tuple[int, float]]) -> set[int]:
-        """Return the ranks of the stage whose steps these are."""
-        one = steps[0][0]
-        return next(set(ranks) for ranks in self._layout.groups("data", "tensor") if one in ranks)
 
 
 class QueueClock:
@@ -232,9 +232,9 @@ class StragglerWatch(Hook):
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
         mine = torch.tensor([self._clock.stop()], dtype=torch.float64, device=device)
-        everyone = [torch.empty_like(mine) for _ in range(self._layout.world_size)]
-        dist.all_gather(everyone, mine)
-        busy = torch.cat(everyone).tolist()
+        everyone = mine.new_empty(self._layout.world_size)
+        dist.all_gather(list(everyone.split(1)), mine)
+        busy = everyone.tolist()
         for rank, factor in self._stragglers.observe(busy):
             message = (
                 f"{self._places.name(rank)} is a straggler: busy {factor:.2f} times as long as its peers in most "

@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omega.config.layout import Layout
+from megatron_omega.config.layout import Coordinate, Layout
 from megatron_omega.engine.internals import replicated_weights, weight_copies
 from megatron_omega.parallel.places import Places
+from megatron_omega.parallel.topology import Group, Topology
 from megatron_omega.training.state import Fault
 
 _WORD_BYTES = 8
@@ -61,26 +62,65 @@ def odd_ones(copies: Mapping[Copy, int]) -> list[Copy]:
     return [copy for copy, value in copies.items() if value != counts[0][0]]
 
 
-def differing(sums: Sequence[Sequence[int]], layout: Layout, *, has_masters: bool, is_sharded: bool) -> list[Copy]:
+def differing(sums: Tensor, layout: Layout, *, has_masters: bool, is_sharded: bool) -> list[Copy]:
     """Return the copies that are wrong, or among which a wrong one cannot be told; empty where all agree.
 
-    `sums[rank]` holds the sum of the working weights of every data-parallel owner's part (only the own one counts with
-    `is_sharded`, ZeRO-3), of the own master, and of the parameters that tensor-parallel ranks hold alike.
+    `sums` is int64 [world size, owners + 2]: a row holds a rank's sums of the working weights of every data-parallel
+    owner's part (only the own one counts with `is_sharded`, ZeRO-3), of the own master, and of the parameters that
+    tensor-parallel ranks hold alike. Copies are looked at one by one only where some differ.
     """
+    grid = sums.view(layout.pipeline, layout.data, layout.tensor, -1)
+    owners = grid.shape[-1] - 2
+    own = grid[..., :owners].diagonal(dim1=1, dim2=3)  # [pipeline, tensor, owners]: what each owner says of its part
+    masters = grid[:, :owners, :, -2].transpose(1, 2) if has_masters else own
+    suspicious = own != masters
+    if not is_sharded:
+        suspicious |= (grid[..., :owners] != own.unsqueeze(1)).any(dim=1)
     found: list[Copy] = []
-    owners = len(sums[0]) - 2
-    for ranks in layout.groups("data"):
-        for owner, owning_rank in enumerate(ranks[:owners]):
-            holders = [owning_rank] if is_sharded else ranks
-            copies = {Copy(rank): sums[rank][owner] for rank in holders}
-            if has_masters:
-                copies[Copy(owning_rank, is_master=True)] = sums[owning_rank][-2]
-            found += odd_ones(copies)
+    for pipeline, tensor, owner in suspicious.nonzero().tolist():
+        holders = [owner] if is_sharded else range(layout.data)
+        ranks = [layout.rank(Coordinate(pipeline, holder, tensor)) for holder in holders]
+        copies = {Copy(rank): int(sums[rank, owner]) for rank in ranks}
+        if has_masters:
+            owning_rank = layout.rank(Coordinate(pipeline, owner, tensor))
+            copies[Copy(owning_rank, is_master=True)] = int(sums[owning_rank, -2])
+        found += odd_ones(copies)
     if found or layout.tensor == 1:
         return list(dict.fromkeys(found))
-    for ranks in layout.groups("tensor") if is_sharded else layout.groups("data", "tensor"):
-        found += odd_ones({Copy(rank): sums[rank][-1] for rank in ranks})
+    alike = sums[:, -1].view(-1, layout.tensor if is_sharded else layout.tensor * layout.data)
+    for group in (alike != alike[:, :1]).any(dim=1).nonzero().flatten().tolist():
+        first = group * alike.shape[1]
+        found += odd_ones({Copy(first + index): int(value) for index, value in enumerate(alike[group])})
     return found
+
+
+def all_agree(mine: Tensor, topology: Topology, *, has_masters: bool, is_sharded: bool) -> bool:
+    """Return whether `differing` would find nothing, by messages as long as one row: collective, the same everywhere.
+
+    `mine` is this rank's row. A replica's working sums must be equal all over the data-parallel group, and each
+    owner's equal to its master's; what tensor-parallel ranks hold alike must be equal over both axes.
+    """
+    owners, owner = len(mine) - 2, topology.data.rank
+    agrees = mine.new_ones(1)
+    if has_masters and owner < owners:
+        agrees *= mine[owner] == mine[-2]
+    if not is_sharded:
+        agrees *= _is_equal_over(mine[:owners], topology.data)
+    agrees *= _is_equal_over(mine[-1:], topology.tensor)
+    if not is_sharded:
+        agrees *= _is_equal_over(mine[-1:], topology.data)
+    if topology.layout.world_size > 1:
+        dist.all_reduce(agrees, dist.ReduceOp.MIN)
+    return bool(agrees)
+
+
+def _is_equal_over(values: Tensor, group: Group) -> Tensor:
+    """Return whether every rank of the group has the same values: 0-dim bool. Collective in the group."""
+    if group.size == 1:
+        return values.new_ones((), dtype=torch.bool)
+    extremes = torch.stack([values, ~values])  # the complement of a maximum of complements is a minimum
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.handle)
+    return (extremes[0] == ~extremes[1]).all()
 
 
 def describe_difference(wrong: Sequence[Copy], places: Places) -> str:
@@ -97,10 +137,10 @@ def describe_difference(wrong: Sequence[Copy], places: Places) -> str:
 class Integrity:
     """Watches the weights of an engine. Every rank has one, and calls it at the same places."""
 
-    def __init__(self, engine: Any, layout: Layout, places: Places, *, interval_steps: int) -> None:
+    def __init__(self, engine: Any, topology: Topology, places: Places, *, interval_steps: int) -> None:
         """`engine` is DeepSpeed's, whose optimizer's steps are watched from now on."""
         self.interval_steps = interval_steps
-        self._engine, self._layout, self._places = engine, layout, places
+        self._engine, self._topology, self._places = engine, topology, places
         self._sums: Tensor | None = None
         self._steps = 0
         step = engine.optimizer.step
@@ -116,14 +156,17 @@ class Integrity:
         mine = self._sums
         if mine is None:
             return None
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [torch.empty_like(mine) for _ in range(self._layout.world_size)]
-            dist.all_gather(everyone, mine)
         steps, copies = self._steps, weight_copies(self._engine)
         self.forget()
-        sums = [row.tolist() for row in everyone]
-        wrong = differing(sums, self._layout, has_masters=bool(copies.masters), is_sharded=copies.is_sharded)
+        kinds = {"has_masters": bool(copies.masters), "is_sharded": copies.is_sharded}
+        if all_agree(mine, self._topology, **kinds):
+            return None
+        everyone = mine.new_empty(self._topology.layout.world_size, len(mine))
+        if dist.is_initialized():
+            dist.all_gather(list(everyone.unbind()), mine)
+        else:
+            everyone[0] = mine
+        wrong = differing(everyone.cpu(), self._topology.layout, **kinds)
         if not wrong:
             return None
         ranks = tuple(sorted({copy.rank for copy in wrong}))
@@ -140,7 +183,9 @@ class Integrity:
         copies = weight_copies(self._engine)
         parts = [self._total(checksum(tensor) for tensor in part) for part in copies.parts]
         masters = (checksum(master.to(tensor.dtype)) for master, tensor in copies.masters)
-        alike = (checksum(tensor) for tensor in replicated_weights(self._engine)) if self._layout.tensor > 1 else ()
+        alike = (
+            (checksum(tensor) for tensor in replicated_weights(self._engine)) if self._topology.tensor.size > 1 else ()
+        )
         row = torch.stack([*parts, self._total(masters), self._total(alike)]) * _weight(self._steps)
         self._sums = row if self._sums is None else self._sums + row
         self._steps += 1

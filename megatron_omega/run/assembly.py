@@ -223,7 +223,7 @@ def _integrity(config: RunConfig, engine: Engine, places: Places) -> Integrity |
     interval = config.resilience.integrity_interval_steps
     if interval == 0 or not has_copies(engine.deepspeed, places.layout):
         return None
-    return Integrity(engine.deepspeed, places.layout, places, interval_steps=interval)
+    return Integrity(engine.deepspeed, engine.topology, places, interval_steps=interval)
 
 
 def _straggler_hooks(config: RunConfig, places: Places, tell: Callable[[Fault], None]) -> list[Hook]:

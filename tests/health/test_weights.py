@@ -51,22 +51,61 @@ def test_the_minority_is_wrong() -> None:
 def test_who_is_named() -> None:
     layout = Layout(pipeline=2, data=2, tensor=2)
     rows = [[1, 2, 1 + (rank // 2) % 2, 7] for rank in range(8)]  # owners' parts 1 and 2, own master, alike
-    assert differing(rows, layout, has_masters=True, is_sharded=False) == []
+    assert differing(torch.tensor(rows), layout, has_masters=True, is_sharded=False) == []
     rows[6][0] = 9  # pp 1, dp 1, tp 0: its copy of the other's part
-    assert differing(rows, layout, has_masters=True, is_sharded=False) == [Copy(6)]
+    assert differing(torch.tensor(rows), layout, has_masters=True, is_sharded=False) == [Copy(6)]
     rows[6] = [1, 2, 2, 8]  # no replica says otherwise, but the other three of its stage hold 7
-    assert differing(rows, layout, has_masters=True, is_sharded=False) == [Copy(6)]
+    assert differing(torch.tensor(rows), layout, has_masters=True, is_sharded=False) == [Copy(6)]
     places = Places(layout, [f"n{rank // 4}" for rank in range(8)])
     assert "the working weights of rank 6 (pp 1, dp 1, tp 0) on n1 differ" in describe_difference([Copy(6)], places)
 
 
 def test_the_minority_of_replicas_without_masters_is_named() -> None:
     rows = [[5, 0, 0] for _ in range(4)]  # ZeRO-0: one sum of all weights, no master
-    assert differing(rows, Layout(data=4), has_masters=False, is_sharded=False) == []
+    assert differing(torch.tensor(rows), Layout(data=4), has_masters=False, is_sharded=False) == []
     rows[2][0] = 6
-    assert differing(rows, Layout(data=4), has_masters=False, is_sharded=False) == [Copy(2)]
+    assert differing(torch.tensor(rows), Layout(data=4), has_masters=False, is_sharded=False) == [Copy(2)]
     tensor = [[rank, 0, 7 + (rank == 3)] for rank in range(4)]
-    assert differing(tensor, Layout(tensor=4), has_masters=False, is_sharded=False) == [Copy(3)]
+    assert differing(torch.tensor(tensor), Layout(tensor=4), has_masters=False, is_sharded=False) == [Copy(3)]
+
+
+def by_looking_at_every_copy(
+    rows: list[list[int]], layout: Layout, *, has_masters: bool, is_sharded: bool
+) -> list[Copy]:
+    """The definition of `differing`."""
+    found: list[Copy] = []
+    owners = len(rows[0]) - 2
+    for ranks in layout.groups("data"):
+        for owner, owning_rank in enumerate(ranks[:owners]):
+            copies = {Copy(rank): rows[rank][owner] for rank in ([owning_rank] if is_sharded else ranks)}
+            if has_masters:
+                copies[Copy(owning_rank, is_master=True)] = rows[owning_rank][-2]
+            found += odd_ones(copies)
+    if found or layout.tensor == 1:
+        return list(dict.fromkeys(found))
+    for ranks in layout.groups("tensor") if is_sharded else layout.groups("data", "tensor"):
+        found += odd_ones({Copy(rank): rows[rank][-1] for rank in ranks})
+    return found
+
+
+@given(st.data())
+def test_looking_at_suspicious_copies_alone_finds_the_same(data: st.DataObject) -> None:
+    layout = Layout(*(data.draw(st.integers(1, 3)) for _ in range(3)))
+    has_masters, is_sharded = data.draw(st.sampled_from([(True, False), (True, True), (False, False)]))
+    owners = layout.data if has_masters else 1
+    rows = [
+        [
+            *(100 * layout.coordinate(rank).pipeline + 10 * layout.coordinate(rank).tensor + n for n in range(owners)),
+            100 * layout.coordinate(rank).pipeline + 10 * layout.coordinate(rank).tensor + layout.coordinate(rank).data,
+            7,
+        ]
+        for rank in range(layout.world_size)
+    ]
+    for _ in range(data.draw(st.integers(0, 3))):
+        rows[data.draw(st.integers(0, layout.world_size - 1))][data.draw(st.integers(0, owners + 1))] += 1000
+    kinds = {"has_masters": has_masters, "is_sharded": is_sharded}
+    found = differing(torch.tensor(rows), layout, **kinds)
+    assert set(found) == set(by_looking_at_every_copy(rows, layout, **kinds))
 
 
 CASES = [
@@ -93,7 +132,10 @@ def find_flips(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         engine = start_engine(config, case["zero"])
         layout = engine.topology.layout
         guard = Integrity(
-            engine.deepspeed, layout, gather_places(layout, Peers(timeout=timedelta(minutes=1))), interval_steps=1
+            engine.deepspeed,
+            engine.topology,
+            gather_places(layout, Peers(timeout=timedelta(minutes=1))),
+            interval_steps=1,
         )
         batches = replica_batches(config, engine)
         for _ in range(2):
