@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from megatron_omega.config.peers import counterpart
 from megatron_omega.config.schema import RunConfig, Section
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import CommandLine
@@ -37,16 +38,17 @@ class Setting:
 
     @property
     def help(self) -> str:
-        return f"{self.field.description} (default: {_shown(self.field.get_default(call_default_factory=True))})"
+        return f"{self.field.description} (default: {shown_value(self.field.get_default(call_default_factory=True))})"
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Return a value as a user would write it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown_value, value))}]"
     return f"{value:g}" if isinstance(value, float) else (str(value) or '""')
 
 
@@ -136,7 +138,7 @@ def build_parser(program: str | None = None) -> argparse.ArgumentParser:
             action=_Collect,
             dest=setting.name,
             default=argparse.SUPPRESS,
-            metavar=_metavar(setting.field),
+            metavar=kind_of(setting.field),
             help=setting.help.replace("%", "%%"),
             **switch,
         )
@@ -169,7 +171,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
-def _metavar(field: FieldInfo) -> str:
+def kind_of(field: FieldInfo) -> str:
+    """Return the kind of a value in a word: N, X, TEXT, BOOL, YAML, [...], or its choices."""
     if _is_collection(field):
         return "[...]"
     kinds = [_plain(kind) for kind in get_args(field.annotation) or (field.annotation,)]
@@ -234,7 +237,16 @@ def _unknown_options(rest: Sequence[str], parser: argparse.ArgumentParser) -> tu
         if "." in name:
             overrides.append(Override(name.removeprefix("--"), value))
         else:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f"did you mean {near[0]}" if near else "--help lists every option"
-            findings.append(f"command line: there is no option {name}; {hint}")
+            findings.append(f"command line: there is no option {name}; {_hint(name, options)}")
     return overrides, findings
+
+
+def _hint(name: str, options: Sequence[str]) -> str:
+    """Say what an unknown option may stand for: a setting, another system's, or a misspelling."""
+    leaf = name.lstrip("-").replace("-", "_")
+    if same := [setting.name for setting in settings() if setting.name.rpartition(".")[2] == leaf]:
+        return f"did you mean {' or '.join(f'--{found}' for found in same)}?"
+    if (peer := counterpart(name)) is not None:
+        return peer.answer
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.88)
+    return f"did you mean {near[0]}?" if near else "--help lists every option"

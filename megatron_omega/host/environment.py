@@ -12,10 +12,12 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_omega.errors import ConfigError
 
 DEFAULT_PORT = 29500
+_DEVICES, _GPU_FILES = Path("/dev"), ("nvidia[0-9]*", "kfd")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ def _why_port_unusable(port: int) -> str | None:
                 return error.strerror
             # A host without IPv6 (or without IPv4) is none that the port is taken on.
     return None
+
+
+def has_gpu(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this host has an accelerator that a run would use, without asking a library."""
+    wanted = environ.get("DS_ACCELERATOR")
+    return wanted not in (None, "", "cpu") or (not wanted and any(any(_DEVICES.glob(name)) for name in _GPU_FILES))
 
 
 def free_port() -> int:

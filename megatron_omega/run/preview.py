@@ -122,6 +122,10 @@ def _runs(names: Sequence[str]) -> Iterator[str]:
 def _text(preview: Preview) -> Iterator[str]:
     yield "# configuration"
     yield redact(dump_config(preview.config))
+    if preview.resolved.derived:
+        yield "# derived (not given; each follows from what is)"
+        yield from (f"- {one}" for one in preview.resolved.derived)
+        yield ""
     yield "# DeepSpeed"
     yield json.dumps(redacted(preview.resolved.deepspeed.values), indent=2)
     yield ""
@@ -190,4 +194,5 @@ def _data(preview: Preview) -> dict[str, Any]:
         "estimate": report.as_data(preview.estimate, preview.assumptions),
         "preflight": preview.findings,
         "notices": list(preview.resolved.notices),
+        "derived": {one.name: one.reason for one in preview.resolved.derived},
     }

@@ -78,7 +78,10 @@ def test_a_wrong_branch_is_named_with_its_place() -> None:
 
 
 def test_every_error_is_reported_at_once(tmp_path: Path) -> None:
-    path = write(tmp_path, "model:\n  hiden_size: 480\n  num_attention_heads: 0\nmodle: {}\nlearning_rate: 1\n")
+    path = write(
+        tmp_path,
+        "model:\n  hiden_size: 480\n  ffn_hidden_size: 16384\n  num_attention_heads: 0\nmodle: {}\nlearning_rate: 1\n",
+    )
     found = findings_of(path, parallel__tensor_parallel_size="5", optimizer__beta1="1.5")
     assert "model.hiden_size=480: there is no such setting; did you mean model.hidden_size?" in found
     assert any(line.startswith("model.num_attention_heads=0: must be greater than 0") for line in found)
