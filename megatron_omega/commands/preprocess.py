@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from megatron_omega.corpus.finding import expand_inputs
 from megatron_omega.corpus.hugging_face import hub_blocks, line_blocks, local_files
-from megatron_omega.corpus.inputs import InputFile, expand_inputs
+from megatron_omega.corpus.input_file import InputFile
 from megatron_omega.corpus.options import Options, Result, Stream, Tally
 from megatron_omega.corpus.preprocess import preprocess
 from megatron_omega.errors import ConfigError, Preempted

@@ -9,16 +9,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_omega.corpus.inputs import Document, InputFile, expand_inputs, plan_units, read_unit
+from megatron_omega.corpus.finding import expand_inputs
+from megatron_omega.corpus.input_file import InputFile
+from megatron_omega.corpus.sampling import RecordCount, TextSampler
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_omega.errors import DataError
+from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.host.command_line import CommandLine
+from megatron_omega.log import configure_logging, get_logger
 
 MAX_RECORD_BYTES = 64 << 20
 
@@ -31,47 +33,49 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys whose text is read (default text)")
     parser.add_argument(
-        "--megabytes", type=float, default=100.0, help="text to learn from, taken evenly from the input (default 100)"
+        "--megabytes", type=float, default=100.0, help="text to learn from, each file's share of it (default 100)"
     )
     parser.add_argument(
         "--character-coverage", type=float, default=0.9995, help="share of characters with pieces of their own"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, help="share of bad records that stops (default 0.01)"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args(argv)
 
 
-def texts(files: list[InputFile], keys: list[str], budget: int) -> Iterator[str]:
-    """Yield up to `budget` bytes of text: the beginning of evenly spaced parts of the input."""
-    tasks = plan_units(files, 1 << 20)
-    total = sum(file.size for file in files)
-    step = max(1, int(total / max(1, budget)))
-    left = budget
-    with tqdm(
-        total=min(budget, total), unit="B", unit_scale=True, desc="reading", disable=not sys.stderr.isatty()
-    ) as bar:
-        for unit in (unit for task in tasks[::step] for unit in task):
-            for record in read_unit(files[unit.file], unit, keys, MAX_RECORD_BYTES):
-                if not isinstance(record, Document):
-                    continue
-                for text in record.texts:
-                    yield text
-                    size = len(text.encode())
-                    left -= size
-                    bar.update(size)
-                if left <= 0:
-                    return
+def sample(files: list[InputFile], arguments: argparse.Namespace) -> list[str]:
+    """Return the texts to learn from; they are all read before learning starts, which would hide what is wrong."""
+    logger = get_logger(__name__)
+    count = RecordCount(arguments.max_bad_fraction)
+    sampler = TextSampler(files, arguments.json_keys, MAX_RECORD_BYTES, count, logger.warning)
+    budget = int(arguments.megabytes * 1e6)
+    found: list[str] = []
+    with tqdm(total=budget, unit="B", unit_scale=True, desc="reading", disable=not sys.stderr.isatty()) as bar:
+        for _, text in sampler.texts(budget):
+            found.append(text)
+            bar.update(len(text))
+    if not found:
+        keys = " ".join(arguments.json_keys)
+        raise DataError(f"the input holds no text (key {keys}); give files that have some, or set --json-keys")
+    if count.reasons:
+        listed = ", ".join(f"{number} {reason}" for reason, number in sorted(count.reasons.items()))
+        logger.warning("skipped %d bad records of %d (%s)", count.reasons.total(), count.records, listed)
+    return found
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
-    found = texts(expand_inputs(arguments.input), arguments.json_keys, int(arguments.megabytes * 1e6))
-    first = next(found, None)
-    if first is None:
-        keys = " ".join(arguments.json_keys)
-        raise DataError(f"the input holds no text (key {keys}); give files that have some, or set --json-keys")
+    configure_logging()
+    if not 0 <= arguments.max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction {arguments.max_bad_fraction} is not between 0 and 1")
+    if not 1e-6 <= arguments.megabytes <= 1e7:
+        raise ConfigError(f"--megabytes {arguments.megabytes} is not between 0.000001 and 10000000")
+    found = sample(expand_inputs(arguments.input), arguments)
     model = train_tokenizer(
-        chain([first], found),
+        found,
         vocab_size=arguments.vocab_size,
         model_type=arguments.model_type,
         num_threads=arguments.workers,

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omega.corpus.inputs import InputFile, import_arrow
+from megatron_omega.corpus.input_file import InputFile
 from megatron_omega.corpus.join import Parts, first_occurrences, publish, write_joined
 from megatron_omega.corpus.options import Options, Result, Stream, Tally
 from megatron_omega.corpus.parts import PartReport, UnitReport, part_path
+from megatron_omega.corpus.tables import import_arrow
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.origins import Origins, Runs, join_runs, reordered, unit_runs
 from megatron_omega.data.permutation import Permutation, derive_key
@@ -83,7 +84,7 @@ def first_records(reports: list[PartReport], inputs: list[InputFile] | Stream) -
             before[unit.file] = count_records(inputs[unit.file], unit.start)
         is_first = False
         yield unit, before[unit.file]
-        before[unit.file] += unit.records
+        before[unit.file] += unit.lines
 
 
 def count_records(file: InputFile, stop: int) -> int:
@@ -145,6 +146,6 @@ def _runs(reports: list[PartReport], inputs: list[InputFile] | Stream) -> Runs:
     pieces: list[Runs] = []
     document = 0
     for unit, first in first_records(reports, inputs):
-        pieces.append(unit_runs(document, unit.file, first, unit.records, [position for position, _ in unit.bad]))
-        document += unit.records - len(unit.bad)
+        pieces.append(unit_runs(document, unit.file, first, unit.lines, unit.without_document))
+        document += unit.documents
     return join_runs(pieces)

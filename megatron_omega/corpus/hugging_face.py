@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import orjson
 
-from megatron_omega.corpus.inputs import InputFile, expand_inputs
+from megatron_omega.corpus.finding import expand_inputs, saved_splits
+from megatron_omega.corpus.input_file import InputFile
 from megatron_omega.errors import DataError
 
 
@@ -19,7 +19,7 @@ def local_files(name: str, split: str) -> list[InputFile] | None:
     if not folder.exists():
         return None
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = saved_splits(folder)
         if split not in splits:
             raise DataError(f"data set {name} has no split {split!r}; it has {', '.join(splits)}: set --dataset-split")
         folder = folder / split

@@ -19,11 +19,18 @@ from typing import IO
 import xxhash
 
 from megatron_omega.corpus.encoding import TextEncoder
-from megatron_omega.corpus.inputs import BadRecord, InputFile, Unit, read_unit
+from megatron_omega.corpus.input_file import InputFile, Unit
+from megatron_omega.corpus.inputs import read_unit
+from megatron_omega.corpus.records import BadRecord, BlankLine
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.tokenizer import Tokenizer
+from megatron_omega.log import get_logger
 
 HASH_BYTES = 16
+
+
+def _note(text: str) -> None:
+    get_logger(__name__).warning(text)
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,24 @@ class UnitReport:
 
     file: int
     start: int
-    records: int
+    lines: int
+    """Records and blank lines."""
     bad: list[tuple[int, str]]
     """(position in the unit, reason) of every record without a document."""
+    blank: list[int]
+    """Positions of the lines that hold no record."""
+
+    @property
+    def records(self) -> int:
+        return self.lines - len(self.blank)
+
+    @property
+    def documents(self) -> int:
+        return self.records - len(self.bad)
+
+    @property
+    def without_document(self) -> list[int]:
+        return sorted([*self.blank, *(position for position, _ in self.bad)])
 
 
 @dataclass(frozen=True)
@@ -116,9 +138,12 @@ class PartMaker:
         text_bytes = 0
         units: list[UnitReport] = []
         for input_file, unit in task.units:
-            records, bad = 0, []
-            for record in read_unit(input_file, unit, self.keys, self.max_record_bytes):
-                records += 1
+            lines, bad, blank = 0, [], []
+            for record in read_unit(input_file, unit, self.keys, self.max_record_bytes, _note):
+                lines += 1
+                if isinstance(record, BlankLine):
+                    blank.append(record.position)
+                    continue
                 if isinstance(record, BadRecord):
                     bad.append((record.position, record.reason))
                     continue
@@ -129,7 +154,7 @@ class PartMaker:
                     text_bytes += len(text)
                 if self.has_hashes:
                     hashes += xxhash.xxh3_128_digest("\0".join(record.texts).encode())
-            units.append(UnitReport(unit.file, unit.start, records, bad))
+            units.append(UnitReport(unit.file, unit.start, lines, bad, blank))
         return text_bytes, units
 
     def _end(self) -> bytes:
@@ -163,7 +188,13 @@ def read_report(folder: Path, task: Task) -> PartReport | None:
     try:
         content = json.loads(part_path(folder, task.name, "json").read_bytes())
         units = [
-            UnitReport(file, unit["start"], unit["records"], [(position, reason) for position, reason in unit["bad"]])
+            UnitReport(
+                file,
+                unit["start"],
+                unit["lines"],
+                [(position, reason) for position, reason in unit["bad"]],
+                unit["blank"],
+            )
             for unit, file in zip(content["units"], (unit.file for _, unit in task.units), strict=True)
         ]
         return PartReport(**{**content, "number": task.number, "units": units})
