@@ -50,6 +50,11 @@ class Binding:
         self.duties: list[Duty] = share_writing(held, replicas)[peers.rank]
         self._buffers: dict[Kind, Tensor] = {}
 
+    def elements_of(self, kind: Kind) -> int:
+        """Return how many elements of a kind this rank holds."""
+        state = base_optimizer(self.engine).state
+        return sum(mine.count for mine in self.holdings if kind == "weight" or kind in state[mine.flat])
+
     def _encode(self) -> JsonValue:
         rows = []
         for mine in self.holdings:
@@ -123,7 +128,7 @@ def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -
     with ThreadPoolExecutor(_READING_THREADS) as pool:
 
         def wait(kind: Kind) -> None:
-            copied, wanted = sum(run.result() for run in running[kind]), sum(mine.count for mine in binding.holdings)
+            copied, wanted = sum(run.result() for run in running[kind]), binding.elements_of(kind)
             assert copied == wanted, f"{copied} of {wanted} elements of {kind} found"
 
         try:
@@ -139,8 +144,9 @@ def filling(binding: Binding, reader: CheckpointReader, kinds: Sequence[Kind]) -
 def _reads(binding: Binding, reader: CheckpointReader, kind: Kind, plans: Sequence[ReadPlan]) -> Iterator[_Read]:
     optimizer = base_optimizer(binding.engine)
     for mine, plan in zip(binding.holdings, plans, strict=True):
-        flat = mine.flat if kind == "weight" else optimizer.state[mine.flat][kind]
-        yield from reader.reads(mine.part(flat), kind, plan)
+        flat = mine.flat if kind == "weight" else optimizer.state[mine.flat].get(kind)
+        if flat is not None:  # Muon's matrices have one moment
+            yield from reader.reads(mine.part(flat), kind, plan)
 
 
 def _take_turns(reads: deque[_Read]) -> int:

@@ -18,16 +18,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import OptimizerConfig
-from megatron_omega.engine.optimizer import ClippedAdamW, build_optimizer, set_learning_rate
+from megatron_omega.engine.internals import engine_parts
+from megatron_omega.engine.muon import Muon
+from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
+from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken
 from megatron_omega.errors import ConfigError
 from megatron_omega.parallel.cross_entropy import IGNORED
 from megatron_omega.parallel.mpu import ModelParallelUnit
@@ -148,22 +148,24 @@ class Engine:
         device_type = _accelerator().device_name()
         stage = values["zero_optimization"]["stage"]
         clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
-        adam, self.optimizer_choice = build_optimizer(
-            model.parameters(), optimizer, device_type=device_type, clip=topology if clips else None
+        self._own_clipping = Clipper(topology, optimizer.gradient_clipping) if clips else None
+        inner, self.optimizer_choice = build_optimizer(
+            model.parameters(), optimizer, topology, device_type=device_type, clipper=self._own_clipping
         )
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)
         self.deepspeed: Any = deepspeed.initialize(
             model=model,
-            optimizer=adam,
+            optimizer=inner,
             config=dict(values),
             mpu=None if is_pipeline else ModelParallelUnit(topology),
             dist_init_required=False,
         )[0]
-        self._own_clipping = adam if isinstance(adam, ClippedAdamW) else None
+        if isinstance(inner, Muon):
+            inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)
         if is_pipeline:
-            _agree_on_norm_groups(self.deepspeed.optimizer, topology)
-            _clear_gradients_once_taken(self.deepspeed.optimizer)
+            agree_on_norm_groups(self.deepspeed.optimizer, topology)
+            clear_gradients_once_taken(self.deepspeed.optimizer)
 
     @property
     def is_pipeline(self) -> bool:
@@ -355,44 +357,3 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         return torch.full_like(gradient, math.nan)
-
-
-def _agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
-    """Let stages with fewer parameter groups take part in the norm of every group.
-
-    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would let the others wait.
-    """
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return
-    count = torch.tensor(len(optimizer.bit16_groups), device=_accelerator().current_device_name())
-    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=topology.model.handle)
-    missing = int(count) - len(optimizer.bit16_groups)
-    if missing == 0:
-        return
-
-    def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        norms = [
-            optimizer.complete_grad_norm_calculation_for_cpu_offload(optimizer.params_in_partition[index])
-            if optimizer.cpu_offload
-            else optimizer.get_grad_norm_direct(
-                optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
-            )
-            for index in range(len(optimizer.bit16_groups))
-        ]
-        norms += [optimizer.get_grad_norm_direct([], []) for _ in range(missing)]
-        return combine_grad_norm_groups(norms, norm_type=norm_type)
-
-    optimizer.scaled_global_norm = scaled_global_norm
-
-
-def _clear_gradients_once_taken(optimizer: Any) -> None:
-    """Let bf16 gradients be cleared after the optimizer added them to its own, and not before the next backward pass.
-
-    "Before" is when that pass reaches what the module returned. The loss is outside of it: what it gives straight to a
-    parameter (the token table, where the last stage needs it for the loss only) comes earlier, and would be lost.
-    """
-    if not isinstance(optimizer, BF16_Optimizer):
-        return
-    take = optimizer.update_hp_grads
-    optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)
-    optimizer.backward_prologue = lambda: None

@@ -38,7 +38,7 @@ class EngineHolding:
     first: int
     """Position of its first element in the flattened local parameter."""
     count: int
-    """Number of elements; at least 1."""
+    """Number of elements."""
     copy: int
     """How many parameters of the same name came before it on this rank."""
 
@@ -62,6 +62,12 @@ class EngineHolding:
 
 def engine_holdings(engine: Engine) -> list[EngineHolding]:
     """Return what this rank's optimizer owns, in the order of the optimizer's groups."""
+    return [part for part in engine_parts(engine) if part.count > 0]
+
+
+def engine_parts(engine: Engine) -> list[EngineHolding]:
+    """Return what this rank's optimizer owns of every parameter it optimises, also nothing, in an order that the ranks
+    of a stage share."""
     found: list[EngineHolding] = []
     seen: dict[str, int] = {}
     for parameter, flat, offset, first, count in _optimizer_parts(engine.optimizer):
@@ -69,8 +75,7 @@ def engine_holdings(engine: Engine) -> list[EngineHolding]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         assert shape == info.local_shape, f"{info.name}: holds {shape}, declared {info.local_shape}"
         copy = seen[info.name] = seen.get(info.name, -1) + 1
-        if count > 0:
-            found.append(EngineHolding(info, parameter, flat, offset, first, count, copy))
+        found.append(EngineHolding(info, parameter, flat, offset, first, count, copy))
     declared = {info.name for info, _ in declared_parameters(engine.module)}
     assert declared == seen.keys(), f"not optimised: {declared - seen.keys()}; unknown: {seen.keys() - declared}"
     return found

@@ -204,6 +204,8 @@ class Head(nn.Module):
             (size, size),
             std=size**-0.5,
             scales=context.matrix_scales,
+            rows=(0,),
+            columns=(1,),
             **build,
         )
         self.dense_bias = declare_parameter(f"{name}.mlm.dense.bias", (size,), scales=context.vector_scales, **build)

@@ -25,7 +25,10 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y_r = X W_r^T, without bias. `shape` is the global weight shape; its last axis is the input."""
+    """Y_r = X W_r^T, without bias. `shape` is the global weight shape; its last axis is the input.
+
+    Axes in front of `axis`, which is split, tell matrices apart that are computed together (branches; q, k, v).
+    """
 
     def __init__(
         self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
@@ -33,7 +36,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=shape[-1] ** -0.5, parallel=parallel, seed=seed,
-            scales=scales,
+            scales=scales, rows=(*range(axis, len(shape) - 1),), columns=(len(shape) - 1,),
         )  # fmt: skip
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -42,7 +45,10 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """sum_r X_r W_r^T, without bias. `shape` is the global weight shape; its first axis is the output."""
+    """sum_r X_r W_r^T, without bias. `shape` is the global weight shape; its first axis is the output.
+
+    Axes between it and `axis`, which is split, tell matrices apart that are computed together (branches).
+    """
 
     def __init__(
         self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
@@ -50,7 +56,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=math.prod(shape[1:]) ** -0.5, parallel=parallel, seed=seed,
-            scales=scales,
+            scales=scales, rows=(0,), columns=(*range(axis, len(shape)),),
         )  # fmt: skip
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class ParameterInfo:
     """End (exclusive) of this rank's slice along `axis`."""
     scales: Scales = UNSCALED
     """How it is optimised."""
+    rows: tuple[int, ...] = ()
+    """Axes that are the outputs of the matrices it consists of. Axes in neither this nor `columns` tell those apart."""
+    columns: tuple[int, ...] = ()
+    """Axes that are their inputs; empty for what is no matrix of a hidden layer: norms, gains, gates, tables."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -82,13 +86,15 @@ def declare_parameter(
     std: float | None = None,
     fill: float = 0.0,
     scales: Scales = UNSCALED,
+    rows: tuple[int, ...] = (),
+    columns: tuple[int, ...] = (),
 ) -> nn.Parameter:
     """Create this rank's slice of the parameter `name` of global `shape`.
 
     `std` draws from N(0, std^2); without it every element is `fill`.
     """
     start, stop = (0, 0) if axis is None else parallel.shard(shape[axis])
-    info = ParameterInfo(name, shape, axis, start, stop, scales)
+    info = ParameterInfo(name, shape, axis, start, stop, scales, rows, columns)
     parameter = nn.Parameter(_initial_value(info, std, fill, seed))
     setattr(parameter, _ATTRIBUTE, info)
     # DeepSpeed counts an unmarked parameter once per model-parallel group in the gradient norm.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import ModelConfig, OptimizerConfig
 from megatron_omega.engine.optimizer import build_optimizer
 from megatron_omega.model import kernels
@@ -17,6 +18,7 @@ from megatron_omega.model.layers import build_norm
 from megatron_omega.parallel.lean import rms_norm, swiglu
 from megatron_omega.parallel.parameters import declare_parameter
 from megatron_omega.parallel.tensor_parallel import SERIAL
+from megatron_omega.parallel.topology import create_topology
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
@@ -74,8 +76,8 @@ def test_apex_adam_is_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None
 
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     parameter = declare_parameter("a", (2,), parallel=SERIAL, seed=0, std=1.0)
-    on_gpu, choice = build_optimizer([parameter], OptimizerConfig(), device_type="cuda")
-    on_cpu, _ = build_optimizer([parameter], OptimizerConfig(), device_type="cpu")
+    on_gpu, choice = build_optimizer([parameter], OptimizerConfig(), create_topology(Layout()), device_type="cuda")
+    on_cpu, _ = build_optimizer([parameter], OptimizerConfig(), create_topology(Layout()), device_type="cpu")
     assert isinstance(on_gpu, FusedAdam) and "apex" in choice and not isinstance(on_cpu, FusedAdam)
 
 

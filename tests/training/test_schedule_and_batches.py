@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_omega.config.layout import Layout
 from megatron_omega.config.schema import BatchConfig, OptimizerConfig, RampUp, ScheduleConfig
-from megatron_omega.engine.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from megatron_omega.engine.optimizer import Clipper, build_optimizer, parameter_groups, set_learning_rate
 from megatron_omega.parallel.parameters import UNSCALED, Scales, declare_parameter
 from megatron_omega.parallel.tensor_parallel import SERIAL
 from megatron_omega.parallel.topology import create_topology
@@ -71,7 +71,7 @@ def test_parameters_are_grouped_by_what_they_declare() -> None:
     }
     first, second, third = ([id(parameter)] for parameter in parameters)
     assert found == {(1.0, 0.1, 1e-8): first, (1.0, 0.0, 1e-8): second, (0.5, 0.2, 1e-9): third}
-    optimizer, choice = build_optimizer(parameters, OptimizerConfig(), device_type="cpu")
+    optimizer, choice = build_optimizer(parameters, OptimizerConfig(), create_topology(Layout()), device_type="cpu")
     set_learning_rate(optimizer, 1e-2)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [5e-3, 1e-2, 1e-2] and "AdamW" in choice
 
@@ -79,20 +79,22 @@ def test_parameters_are_grouped_by_what_they_declare() -> None:
 def test_own_clipping_equals_torchs_and_skips_what_is_not_finite() -> None:
     settings = OptimizerConfig(gradient_clipping=0.5, learning_rate=0.1)
     ours, theirs = make("a", (3, 2)), make("a", (3, 2))
-    clipped, _ = build_optimizer([ours], settings, device_type="cpu", clip=create_topology(Layout()))
-    plain, _ = build_optimizer([theirs], settings, device_type="cpu")
+    topology = create_topology(Layout())
+    clipper = Clipper(topology, settings.gradient_clipping)
+    clipped, _ = build_optimizer([ours], settings, topology, device_type="cpu", clipper=clipper)
+    plain, _ = build_optimizer([theirs], settings, topology, device_type="cpu")
     for scale in (1.0, 0.01):
         gradient = scale * torch.arange(6.0).view(3, 2)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         norm = torch.nn.utils.clip_grad_norm_([theirs], 0.5)
         clipped.step()
         plain.step()
-        assert clipped.global_norm == pytest.approx(norm.item())  # pyright: ignore[reportAttributeAccessIssue]
+        assert clipper.global_norm == pytest.approx(norm.item())
         assert torch.allclose(ours, theirs, atol=1e-6)
     before = ours.detach().clone()
     ours.grad = torch.full((3, 2), math.inf)
     clipped.step()
-    assert clipped.skipped and torch.equal(ours, before)  # pyright: ignore[reportAttributeAccessIssue]
+    assert clipper.skipped and torch.equal(ours, before)
 
 
 @given(

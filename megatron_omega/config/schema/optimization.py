@@ -45,8 +45,14 @@ class PrecisionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and clipping."""
+    """The optimizer and clipping."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: the momentum of hidden matrices, made orthogonal, is their update; all else takes AdamW."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """muon: peak learning rate of the matrices, the same at every width; it follows the schedule."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """muon: decay of the momentum (Nesterov)."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate at width_base; hidden matrices get it times width_base / hidden_size."""
     beta1: Fraction = 0.9

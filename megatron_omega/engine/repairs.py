@@ -1,0 +1,57 @@
+"""Changes to DeepSpeed 0.19 objects at run time, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from megatron_omega.parallel.topology import Topology
+
+
+def agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
+    """Let stages with fewer parameter groups take part in the norm of every group.
+
+    ZeRO reduces the gradient norm over all stages once per group; a stage that lacks one would let the others wait.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    accelerator: Any = get_accelerator()
+    count = torch.tensor(len(optimizer.bit16_groups), device=accelerator.current_device_name())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=topology.model.handle)
+    missing = int(count) - len(optimizer.bit16_groups)
+    if missing == 0:
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        norms = [
+            optimizer.complete_grad_norm_calculation_for_cpu_offload(optimizer.params_in_partition[index])
+            if optimizer.cpu_offload
+            else optimizer.get_grad_norm_direct(
+                optimizer.averaged_gradients[index], optimizer.params_in_partition[index]
+            )
+            for index in range(len(optimizer.bit16_groups))
+        ]
+        norms += [optimizer.get_grad_norm_direct([], []) for _ in range(missing)]
+        return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def clear_gradients_once_taken(optimizer: Any) -> None:
+    """Let bf16 gradients be cleared after the optimizer added them to its own, and not before the next backward pass.
+
+    "Before" is when that pass reaches what the module returned. The loss is outside of it: what it gives straight to a
+    parameter (the token table, where the last stage needs it for the loss only) comes earlier, and would be lost.
+    """
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    take = optimizer.update_hp_grads
+    optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)
+    optimizer.backward_prologue = lambda: None
