@@ -6,7 +6,7 @@ sample" is one sequence of each stream; parameters are global, not the slice of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_omega.config.schema import Branch, Branches, ModelConfig, RunConfig, Stack
@@ -38,13 +38,13 @@ def inner_size(model: ModelConfig) -> int:
     return model.num_attention_heads * model.resolved_head_dim
 
 
-def attention_parameters(model: ModelConfig, branches: Sequence[Branch]) -> int:
+def attention_parameters(model: ModelConfig, branches: Branches) -> int:
     """Self-attention mix: one qkv, one output matrix, QK gains of every branch, tau and gate of a dynamic one."""
     inner, d = inner_size(model), model.hidden_size
     matrices = len(branches) * 4 * inner * d
     gains = len(branches) * 2 * inner
     dynamic = 2 * model.num_attention_heads * (d + 1) if "dynamic" in branches else 0
-    return matrices + gains + dynamic
+    return matrices + gains + dynamic + len(model.sinks(branches)) * inner
 
 
 def cross_attention_parameters(model: ModelConfig) -> int:
@@ -120,30 +120,41 @@ def attention_kernel_flops(
     """The two products of one branch over a stream of `length` tokens: scores, and scores times values; forward.
 
     Dense patterns compute every pair, whatever the mask. Local ones fill the stream to whole chunks, each of which
-    meets itself and its neighbours. Axial heads meet a row if their global index is even, else a column. `heads` are
-    the global indices to count; all where it is not given.
+    meets itself and its neighbours; selected blocks are as many as there may be. Axial heads meet a row if their global
+    index is even, else a column. `heads` are the global indices to count; all where it is not given.
     """
     heads = heads if heads is not None else range(model.num_attention_heads)
-    head_dim = model.resolved_head_dim
+    head_dim, sink = model.resolved_head_dim, len(model.sinks((branch,)))
+    if branch == "select":
+        blocks = -(-length // model.axial_width)
+        keys = (min(model.select_blocks, blocks) + 1) * model.axial_width
+        return 4 * blocks * model.axial_width * keys * head_dim * len(heads)
     if branch == "local":
         window = model.local_window
         queries = -(-length // window) * window
-        return 4 * queries * (2 if causal else 3) * window * head_dim * len(heads)
+        return 4 * queries * ((2 if causal else 3) * window + sink) * head_dim * len(heads)
     if branch == "axial":
         width = model.axial_width
         rows = -(-length // width)
         row_heads = sum(1 for head in heads if head % 2 == 0)
-        return 4 * rows * width * head_dim * (row_heads * width + (len(heads) - row_heads) * rows)
+        keys = row_heads * (width + sink) + (len(heads) - row_heads) * (rows + sink)
+        return 4 * rows * width * head_dim * keys
     return 4 * length * length * head_dim * len(heads)
 
 
-def self_attention_flops(model: ModelConfig, branches: Sequence[Branch], length: int, *, causal: bool) -> int:
+def self_attention_flops(model: ModelConfig, branches: Branches, length: int, *, causal: bool) -> int:
     """Projections and kernels of one self-attention mix, forward, one sample."""
     d, inner, heads = model.hidden_size, inner_size(model), model.num_attention_heads
     projections = 2 * length * d * inner * 4 * len(branches)
     dynamic = 2 * length * d * 2 * heads if "dynamic" in branches else 0
     kernels = sum(attention_kernel_flops(model, branch, length, causal=causal) for branch in branches)
-    return projections + dynamic + kernels
+    return projections + dynamic + kernels + routing_flops(model, branches, length, heads)
+
+
+def routing_flops(model: ModelConfig, branches: Branches, length: int, heads: int) -> int:
+    """Scores of blocks for blocks in a select branch, over a stream of `length` tokens; they have no backward pass."""
+    blocks = -(-length // model.axial_width)
+    return 2 * blocks * blocks * model.resolved_head_dim * heads if "select" in branches else 0
 
 
 def cross_attention_flops(model: ModelConfig, length: int, memory_length: int) -> int:

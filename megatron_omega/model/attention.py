@@ -11,6 +11,10 @@ attention never build an n x n mask: they attend inside chunks, rows and columns
     axial    same row (even heads) or column (odd heads) of width w;       rows and columns as batches
              decoder also j <= i
     dynamic  full, with a temperature on q and a gate on the output        one dense attention
+    select   the best earlier blocks of w tokens, and j <= i of one's own  `model.select`: blocks gathered, then dense
+
+With sinks, local and axial heads see one more key: learned, one for each head, without position and with a value of
+zero (2309.17453 keeps the first tokens instead; but chunks and columns of packed documents share no first token).
 
 Axial: arXiv 1912.12180, 1904.10509. Local: 2004.05150. Packed documents start at multiples of w, so a document's own
 grid and that of the stream are the same. Padding (segment 0) sees everything in its pattern: no row is ever empty.
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from megatron_omega.config.schema import Branch
 from megatron_omega.model.kernels import Kernels, scaled_dot_product_attention
+from megatron_omega.model.select import earlier_blocks, select, select_mask
 from megatron_omega.model.stream import Pattern, Stream, dense_mask, document_bounds, line_mask, local_mask
 
 BranchFacts = tuple[Tensor, ...]
@@ -37,6 +42,8 @@ def branch_facts(branch: Branch, pattern: Pattern, stream: Stream, dtype: torch.
     """Return the facts of `stream` that `attend` takes for `branch`; equal layers of a stage share them."""
     if branch == "local":
         return (stream.once(local_mask, pattern, dtype),)
+    if branch == "select":
+        return stream.once(earlier_blocks, pattern), stream.once(select_mask, pattern, dtype)
     if branch == "axial":
         return tuple(stream.once(line_mask, pattern, across, dtype) for across in (_ROWS, _COLUMNS))
     if _takes_bounds(stream.kernels, stream.segments, dtype):
@@ -45,10 +52,30 @@ def branch_facts(branch: Branch, pattern: Pattern, stream: Stream, dtype: torch.
 
 
 def attend(
-    branch: Branch, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels
+    branch: Branch,
+    pattern: Pattern,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    facts: BranchFacts,
+    kernels: Kernels,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """Attend [b, h, s, head_dim] by `branch`; `facts` are what `branch_facts` returns."""
-    return _KERNELS[branch](pattern, query, key, value, facts, kernels)
+    """Attend [b, h, s, head_dim] by `branch`; `facts` come from `branch_facts`; `sink` [h, head_dim] is learned."""
+    if branch == "local":
+        return _local(pattern, query, key, value, facts, sink)
+    if branch == "axial":
+        return _axial(pattern, query, key, value, facts, sink)
+    if branch == "select":
+        return select(pattern, query, key, value, (facts[0], facts[1]))
+    return _dense(pattern, query, key, value, facts, kernels)
+
+
+def with_sink(keys: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Put `sink` [h, head_dim] behind the keys [b, h, s, head_dim], and zeros behind the values."""
+    if sink is None:
+        return keys, values
+    return torch.cat((keys, sink.unsqueeze(1).expand(len(keys), -1, -1, -1)), dim=2), F.pad(values, (0, 0, 0, 1))
 
 
 def _takes_bounds(kernels: Kernels, segments: Tensor, dtype: torch.dtype) -> bool:
@@ -71,7 +98,9 @@ def _flash(
     return attended.view(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _local(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels) -> Tensor:
+def _local(
+    pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, sink: Tensor | None
+) -> Tensor:
     """Chunks of `window` queries attend their own chunk, the one before and, in the encoder, the one after."""
     batch, _, length, _ = query.shape
     size = pattern.window
@@ -87,18 +116,21 @@ def _local(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: B
         .flatten(0, 1)
         for part in (key, value)
     )
-    attended = scaled_dot_product_attention(chunked, keys, values, facts[0])
+    attended = scaled_dot_product_attention(chunked, *with_sink(keys, values, sink), facts[0])
     attended = attended.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)
     return attended[:, :, :length]
 
 
-def _axial(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels) -> Tensor:
+def _axial(
+    pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, sink: Tensor | None
+) -> Tensor:
     """Even global heads attend along rows of `width` tokens, odd ones along columns."""
     length, width = query.shape[2], pattern.width
     parts = [_fill_tokens(part, -length % width).unflatten(2, (-1, width)) for part in (query, key, value)]
     masks = facts if pattern.first_head % 2 == 0 else facts[::-1]
     axes = (_ROWS, _COLUMNS) if pattern.first_head % 2 == 0 else (_COLUMNS, _ROWS)
-    lines = [_attend_lines(*arguments) for arguments in zip(_by_parity(parts), axes, masks, strict=False)]
+    sinks = (None, None) if sink is None else (sink[0::2], sink[1::2])
+    lines = [_attend_lines(*arguments) for arguments in zip(_by_parity(parts), axes, masks, sinks, strict=False)]
     return _interleave(lines).flatten(2, 3)[:, :, :length]
 
 
@@ -120,21 +152,12 @@ def _interleave(halves: list[Tensor]) -> Tensor:
     return torch.cat((_interleave([even[:, :-1], odd]), even[:, -1:]), dim=1)
 
 
-def _attend_lines(parts: list[Tensor], across: int, mask: Tensor) -> Tensor:
+def _attend_lines(parts: list[Tensor], across: int, mask: Tensor, sink: Tensor | None) -> Tensor:
     """Attend [b, h, rows, width, head_dim] along one axis of the grid; the axis `across` is batch."""
     query, key, value = (part.movedim(across, 1).flatten(0, 1) for part in parts)  # [b * lines, h, s, head_dim]
-    attended = scaled_dot_product_attention(query, key, value, mask)
+    attended = scaled_dot_product_attention(query, *with_sink(key, value, sink), mask)
     return attended.unflatten(0, (parts[0].shape[0], -1)).movedim(1, across)
 
 
 def _fill_tokens(part: Tensor, count: int) -> Tensor:
     return F.pad(part, (0, 0, 0, count)) if count else part
-
-
-_KERNELS: dict[Branch, Callable[[Pattern, Tensor, Tensor, Tensor, BranchFacts, Kernels], Tensor]] = {
-    "full": _dense,
-    "causal": _dense,
-    "dynamic": _dense,
-    "local": _local,
-    "axial": _axial,
-}

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import BranchFacts, attend, branch_facts
+from megatron_omega.model.attention import BranchFacts, attend, branch_facts, with_sink
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import RotaryTable
 from megatron_omega.model.heads import split_heads
 from megatron_omega.model.kernels import scaled_dot_product_attention
+from megatron_omega.model.select import select_visible
 from megatron_omega.model.stream import Continued, Pattern, Stream, continued_mask, rotations
 from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_omega.parallel.parameters import declare_parameter
@@ -33,6 +34,8 @@ class SelfCache:
 
     length: int = 0
     """Tokens seen."""
+    routes: dict[int, Tensor] = field(default_factory=dict)
+    """Of each select branch, the blocks that the last block of tokens attends: bool [b, heads, blocks]."""
     _room: Tensor | None = None
     """Keys and values: [2, b, branches, heads, room, head_dim]."""
 
@@ -76,7 +79,9 @@ class SelfAttention(nn.Module):
         self.branches = branches
         self.model = model
         self.kernels = context.kernels
-        self.pattern = Pattern(causal, model.local_window, model.axial_width, first_head)
+        self.pattern = Pattern(
+            causal, model.local_window, model.axial_width, first_head, model.select_blocks, model.attention_sinks
+        )
         build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
         scaled: dict[str, Any] = build | {"scales": context.matrix_scales}
         self.qkv = ColumnParallelLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
@@ -84,6 +89,11 @@ class SelfAttention(nn.Module):
         self.gains = declare_parameter(
             f"{name}.qk_gains", (count, 2, heads, head_dim), axis=2, fill=1.0, scales=context.vector_scales, **build
         )
+        self.sinks = None
+        if sinks := model.sinks(branches):
+            self.sinks = declare_parameter(
+                f"{name}.sinks", (len(sinks), heads, head_dim), axis=1, scales=context.vector_scales, **build
+            )
         if "dynamic" in branches:
             self.dynamic = DynamicActivation(f"{name}.dynamic", context)
 
@@ -110,13 +120,24 @@ class SelfAttention(nn.Module):
         attended = []
         for index, branch in enumerate(self.branches):
             query = projected[index][0]
-            first, mask = new.once(continued_mask, branch, self.pattern, query.shape[1])
-            seen = keys[:, index, :, first:], values[:, index, :, first:]
+            if branch == "select":
+                first = 0
+                mask, cache.routes[index] = select_visible(self.pattern, cache.routes.get(index), query, keys[:, index])
+            else:
+                first, mask = new.once(continued_mask, branch, self.pattern, query.shape[1])
+            seen = with_sink(keys[:, index, :, first:], values[:, index, :, first:], self._sink(branch))
+            mask = mask if seen[0].shape[2] == mask.shape[3] else F.pad(mask, (0, 1), value=True)
             attended.append(scaled_dot_product_attention(query, *seen, mask))
         return self._merge(attended)
 
     def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, facts: MixFacts) -> Tensor:
-        return attend(self.branches[index], self.pattern, query, key, value, facts.branches[index], self.kernels)
+        branch = self.branches[index]
+        return attend(branch, self.pattern, query, key, value, facts.branches[index], self.kernels, self._sink(branch))
+
+    def _sink(self, branch: Branch) -> Tensor | None:
+        """Return the learned keys [heads, head_dim] of a branch that has them."""
+        with_sinks = self.model.sinks(self.branches)
+        return self.sinks[with_sinks.index(branch)] if self.sinks is not None and branch in with_sinks else None
 
     def _rotary(self, stream: Stream | Continued) -> RotaryTable | None:
         model = self.model

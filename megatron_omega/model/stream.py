@@ -34,6 +34,10 @@ class Pattern:
     width: int
     first_head: int = 0
     """Global index of this rank's first head: axial heads are told apart by their global parity."""
+    blocks: int = 0
+    """Earlier blocks of `width` tokens that a block selects."""
+    has_sinks: bool = False
+    """Whether local and axial heads see a learned key behind all others."""
 
 
 class Once:
@@ -114,7 +118,7 @@ def local_mask(stream: Stream, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     keys_at = torch.arange(reach, device=segments.device)
     band = visible("local", pattern, queries_at, keys_at, 1)
     mask = share_document(filled[..., size : 2 * size], filled) & band  # [b, chunks, window, reach]
-    return additive(mask.flatten(0, 1).unsqueeze(1), dtype)
+    return _with_sink(additive(mask.flatten(0, 1).unsqueeze(1), dtype), pattern)
 
 
 def line_mask(stream: Stream, pattern: Pattern, across: int, dtype: torch.dtype) -> Tensor:
@@ -123,7 +127,12 @@ def line_mask(stream: Stream, pattern: Pattern, across: int, dtype: torch.dtype)
     segments = F.pad(stream.segments, (0, missing), value=OUTSIDE) if missing else stream.segments
     lines = segments.unflatten(1, (-1, pattern.width)).movedim(across - 1, 1).flatten(0, 1)
     mask = share_document(lines, lines).unsqueeze(1)
-    return additive(mask.tril() if pattern.causal else mask, dtype)
+    return _with_sink(additive(mask.tril() if pattern.causal else mask, dtype), pattern)
+
+
+def _with_sink(mask: Tensor, pattern: Pattern) -> Tensor:
+    """Let all queries see one key more."""
+    return F.pad(mask, (0, 1)) if pattern.has_sinks else mask
 
 
 def continued_mask(stream: Continued, branch: Branch, pattern: Pattern, num_heads: int) -> tuple[int, Tensor]:

@@ -98,6 +98,7 @@ def self_attention(config: RunConfig, shape: Shape, branches: Branches, length: 
     yield 3 * count * tokens * shape.inner * e  # the projection: v is a view of it
     yield 2 * count * tokens * shape.heads * FP32  # reciprocal roots
     is_filled = {"axial": length % config.model.axial_width, "local": length % config.model.local_window}
+    is_filled["select"] = is_filled["axial"]
     if any(not is_filled.get(branch) for branch in branches):  # what is filled to whole chunks or rows is copied
         yield 2 * count * tokens * shape.inner * e  # normalised, rotated q and k, all branches
     for branch in branches:
@@ -112,6 +113,8 @@ def _branch(config: RunConfig, shape: Shape, branch: Branch, length: int, *, cau
         yield from _local(config, shape, length, causal=causal)
     elif branch == "axial":
         yield from _axial(config, shape, length)
+    elif branch == "select":
+        yield from _select(config, shape, length)
     else:
         yield b * length * heads * FP32
         yield part
@@ -125,7 +128,14 @@ def _axial(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
     filled = ceil(length / config.model.axial_width) * config.model.axial_width
     part = b * filled * shape.inner * e
     yield 3 * part if filled > length else 0  # q, k and v on the grid are copied to fill it
-    yield 3 * part * (heads // 2) // heads if b > 1 else 0  # columns of several samples are copied
+    columns = part * (heads // 2) // heads
+    if config.model.attention_sinks:  # keys and values are copied to put one behind those of every line
+        width = config.model.axial_width
+        yield 2 * (part - columns) * (width + 1) // width
+        yield 2 * columns * (filled // width + 1) // (filled // width)
+        yield columns if b > 1 else 0
+    else:
+        yield 3 * columns if b > 1 else 0  # columns of several samples are copied
     yield b * filled * heads * FP32  # log-sum-exp
     yield part
 
@@ -134,26 +144,47 @@ def _local(config: RunConfig, shape: Shape, length: int, *, causal: bool) -> Ite
     b, window, e = shape.micro_batch, config.model.local_window, shape.element
     chunks = ceil(length / window)
     padded = (chunks + 1 + (not causal)) * window
-    keys = chunks * (2 if causal else 3) * window if b > 1 else padded  # overlapping views of one sample
+    keys = chunks * (2 if causal else 3) * window
+    if config.model.attention_sinks:
+        keys += chunks
+    elif b == 1:
+        keys = padded  # overlapping views of one sample
     yield 2 * b * keys * shape.inner * e
     yield b * chunks * window * shape.inner * e * (1 + (chunks * window > length))  # attended values; q if filled
     yield b * chunks * window * shape.heads * FP32
 
 
+def _select(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
+    b, heads, e, width = shape.micro_batch, shape.heads, shape.element, config.model.axial_width
+    blocks = ceil(length / width)
+    keys = min(config.model.select_blocks, blocks) + 1
+    part = b * blocks * width * shape.inner * e
+    yield 2 * keys * part  # the chosen blocks of k and v
+    yield b * blocks * heads * keys * INT64  # which they are
+    yield b * blocks * width * heads * FP32  # log-sum-exp
+    yield part * (1 + (blocks * width > length))  # attended values; q if filled
+
+
 def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: int, *, causal: bool) -> Iterator[int]:
     """Yield the bytes of each tensor that all layers of a stack share on a stage: rotary tables and masks."""
     b, e, width, window = shape.micro_batch, shape.element, config.model.axial_width, config.model.local_window
+    sink = int(config.model.attention_sinks)
     if config.model.positions == "rotary":
         yield 2 * b * length * shape.head_dim * FP32
     if {"full", "causal", "dynamic"} & {*branches}:
         yield b * length * length * e
     if "local" in branches:
-        yield b * ceil(length / window) * window * (2 if causal else 3) * window * e
+        yield b * ceil(length / window) * window * ((2 if causal else 3) * window + sink) * e
     if "axial" in branches:
         rows = ceil(length / width)
-        yield b * rows * width * width * e
+        yield b * rows * width * (width + sink) * e
         if shape.heads > 1 or config.parallel.recompute == "full":  # one head of the first rank attends rows only
-            yield b * width * rows * rows * e
+            yield b * width * rows * (rows + sink) * e
+    if "select" in branches:
+        blocks = ceil(length / width)
+        yield b * blocks * width * (min(config.model.select_blocks, blocks) + 1) * width * e
+        if config.parallel.recompute == "full":  # a recomputed layer keeps its arguments
+            yield b * blocks * blocks
 
 
 def facts(config: RunConfig, shape: Shape, encoder: Branches, decoder: Branches) -> int:

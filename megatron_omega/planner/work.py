@@ -20,7 +20,8 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FORWARD_TRAFFIC = 2.5
 """Bytes that element-wise kernels move in a forward pass, per byte that a layer without recomputation keeps."""
 BACKWARD_TRAFFIC = 5.0
-BRANCH_LAUNCHES: dict[Branch, int] = {"full": 10, "causal": 10, "local": 20, "axial": 30, "dynamic": 4}
+BRANCH_LAUNCHES: dict[Branch, int] = {"full": 10, "causal": 10, "local": 20, "axial": 30, "dynamic": 4,
+    "select": 40}  # fmt: skip
 """Kernels of a branch's forward pass, counted on the real code."""
 BACKWARD_LAUNCHES = 1.15
 """Kernels of a backward pass per kernel of the forward."""
@@ -65,6 +66,8 @@ class Work:
     """Of the attention kernels, forward."""
     attention_bytes: int = 0
     """Masks, which an attention kernel reads once per head."""
+    routing_flops: int = 0
+    """Of the attention kernels' scores of blocks: forward only."""
     recomputed: tuple[Product, ...] = ()
     """Dense products run again in the backward pass."""
     recomputed_attention_flops: int = 0
@@ -89,13 +92,13 @@ class Work:
 
     @property
     def forward_flops(self) -> int:
-        return sum(product.flops for product in self.products) + self.attention_flops
+        return sum(product.flops for product in self.products) + self.attention_flops + self.routing_flops
 
     @property
     def total_flops(self) -> int:
         """Forward, recomputed and backward: what `FlopCounterMode` counts."""
         recomputed = sum(product.flops for product in self.recomputed) + self.recomputed_attention_flops
-        return 3 * self.forward_flops + recomputed
+        return 3 * self.forward_flops - 2 * self.routing_flops + recomputed
 
 
 def layer_works(config: RunConfig, *, tensor_rank: int = 0) -> dict[str, Work]:
@@ -163,6 +166,7 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
         )
         for branch in branches
     )
+    routing = shape.micro_batch * accounting.routing_flops(model, branches, length, shape.heads)
     if has_cross:
         attention += 4 * shape.micro_batch * shape.decoder * shape.encoder * shape.inner
     tokens = shape.micro_batch * length
@@ -187,7 +191,8 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
         * length
         * (dense * length + has_cross * shape.encoder),
         recomputed=tuple(redone),
-        recomputed_attention_flops=attention if is_full else 0,
+        routing_flops=routing,
+        recomputed_attention_flops=attention + routing if is_full else 0,
         traffic=int(FORWARD_TRAFFIC * whole),
         recomputed_traffic=int(FORWARD_TRAFFIC * (whole - kept)),
         launches=launches,

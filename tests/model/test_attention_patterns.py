@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.config.schema import Branch
+from megatron_omega.config.schema.model import HAS_SINK
 from megatron_omega.model.attention import attend, branch_facts
 from megatron_omega.model.kernels import PORTABLE
 from megatron_omega.model.stream import Pattern, Stream, positions, share_document, visible
@@ -31,16 +32,20 @@ def packed_segments(lengths: list[int], width: int, total: int) -> Tensor:
 
 
 def attended(branch: Branch, pattern: Pattern, parts: list[Tensor], segments: Tensor) -> Tensor:
-    query, key, value = parts
+    query, key, value, *sink = parts
     facts = branch_facts(branch, pattern, Stream(segments, PORTABLE), query.dtype)
-    return attend(branch, pattern, query, key, value, facts, PORTABLE)
+    return attend(branch, pattern, query, key, value, facts, PORTABLE, *sink)
 
 
 def dense_reference(branch: Branch, pattern: Pattern, parts: list[Tensor], segments: Tensor) -> Tensor:
     places = torch.arange(segments.shape[1])
     mask = visible(branch, pattern, places, places, parts[0].shape[1]).unsqueeze(0)
     mask = mask & share_document(segments, segments).unsqueeze(1)
-    query, key, value = parts
+    query, key, value, *sinks = parts
+    for sink in sinks:  # a key without a value that everybody sees
+        key = torch.cat((key, sink.unsqueeze(1).unsqueeze(0)), dim=2)
+        value = torch.cat((value, torch.zeros_like(value[:, :, :1])), dim=2)
+        mask = torch.cat((mask, torch.ones_like(mask[..., :1])), dim=-1)
     scores = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ value
 
@@ -51,19 +56,23 @@ def dense_reference(branch: Branch, pattern: Pattern, parts: list[Tensor], segme
     spare=st.integers(0, 20),
     first_head=st.integers(0, 3),
     heads=st.integers(1, 3),
+    sinks=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_branches_equal_their_dense_definition(
-    case: tuple[Branch, bool], lengths: list[int], spare: int, first_head: int, heads: int
+    case: tuple[Branch, bool], lengths: list[int], spare: int, first_head: int, heads: int, sinks: bool
 ) -> None:
     branch, causal = case
-    pattern = Pattern(causal, window=16, width=8, first_head=first_head)
+    sinks = sinks and branch in HAS_SINK
+    pattern = Pattern(causal, window=16, width=8, first_head=first_head, has_sinks=sinks)
     total = sum(-(-length // 8) * 8 for length in lengths) + spare
     segments = packed_segments(lengths, 8, total)
     generator = torch.Generator().manual_seed(total)
     parts = [
         torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)
     ]
+    if sinks:
+        parts.append(torch.randn(heads, 20, dtype=torch.double, generator=generator).requires_grad_())
     gradient = torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator)
     found = attended(branch, pattern, parts, segments)
     expected = dense_reference(branch, pattern, parts, segments)

@@ -39,6 +39,12 @@ PATTERN = ModelConfig(
     local_window=32, positions="learned",
 )  # fmt: skip
 
+SPARSE = ModelConfig(
+    hidden_size=96, ffn_hidden_size=256, num_attention_heads=8, encoder_layers=2, decoder_layers=4, vocab_size=500,
+    encoder_branches=("full", "local", "axial"), decoder_branches=(("select",), ("select", "local"), ("causal", "axial")),
+    local_window=32, attention_sinks=True, select_blocks=3,
+)  # fmt: skip
+
 
 def _config(model: ModelConfig, dtype: str, encoder: int, decoder: int) -> RunConfig:
     return RunConfig(
@@ -57,6 +63,9 @@ def _config(model: ModelConfig, dtype: str, encoder: int, decoder: int) -> RunCo
         (T5, "bf16", (96, 160), "tp1-pp1-dp1-mb1-full-zero1"),
         (PATTERN, "bf16", (96, 160), "tp2sp-pp4-dp1-mb1-none-zero1"),
         (PATTERN, "fp32", (96, 160), "tp1-pp2v-dp1-mb1-full-zero1"),
+        (SPARSE, "bf16", (96, 160), "tp2sp-pp4-dp1-mb1-none-zero1"),
+        (SPARSE, "fp32", (96, 160), "tp4-pp2-dp1-mb2-none-zero1"),
+        (SPARSE, "fp32", (96, 160), "tp1-pp2v-dp1-mb1-full-zero1"),
         (LLAMA, "bf16", (0, 200), "tp2-pp3-dp4-mb2-none-zero1"),
         (LLAMA, "fp32", (0, 200), "tp8sp-pp2-dp4-mb1-full-zero1"),
     ],

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megatron_omega.config.check.words import one_of
-from megatron_omega.config.schema import (
-    DECODER_BRANCHES,
-    ENCODER_BRANCHES,
-    Branch,
-    ModelConfig,
-    RunConfig,
-    Stack,
-)
+from megatron_omega.config.schema import LEGAL_BRANCHES, Branch, ModelConfig, RunConfig, Stack
 
 
 def architecture(model: ModelConfig) -> Iterator[str]:
@@ -28,11 +21,12 @@ def architecture(model: ModelConfig) -> Iterator[str]:
     if model.positions == "sinusoidal" and model.hidden_size % 2:
         yield f"model.hidden_size={model.hidden_size} is odd; model.positions=sinusoidal needs sine and cosine pairs"
     if not model.is_decoder_only:
-        yield from _branches(model, "encoder", ENCODER_BRANCHES)
-    yield from _branches(model, "decoder", DECODER_BRANCHES)
+        yield from _branches(model, "encoder")
+    yield from _branches(model, "decoder")
 
 
-def _branches(model: ModelConfig, stack: Stack, legal: Sequence[Branch]) -> Iterator[str]:
+def _branches(model: ModelConfig, stack: Stack) -> Iterator[str]:
+    legal = LEGAL_BRANCHES[stack]
     name, pattern = f"model.{stack}_branches", model.branch_pattern(stack)
     for index, branches in enumerate(pattern):
         place = name if len(pattern) == 1 else f"{name}[{index}]"

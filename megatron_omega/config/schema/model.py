@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Tag, model_validator
@@ -9,11 +10,17 @@ from pydantic import Discriminator, Tag, model_validator
 from megatron_omega.config.history import with_earlier_meaning
 from megatron_omega.config.schema.base import NonNegative, Positive, PositiveFloat, Section
 
-Branch = Literal["full", "causal", "local", "axial", "dynamic"]
+Branch = Literal["full", "causal", "local", "axial", "dynamic", "select"]
 Branches = tuple[Branch, ...]
 Stack = Literal["encoder", "decoder"]
 ENCODER_BRANCHES: Branches = ("full", "local", "axial", "dynamic")
 DECODER_BRANCHES: Branches = ("causal", "local", "axial")
+LEGAL_BRANCHES: Mapping[Stack, Branches] = {
+    "encoder": ENCODER_BRANCHES,
+    "decoder": (*DECODER_BRANCHES, "select"),
+}
+HAS_SINK: frozenset[Branch] = frozenset({"local", "axial"})
+"""Branches that see part of a text only."""
 VOCABULARY_MULTIPLE = 128
 
 
@@ -48,13 +55,18 @@ class ModelConfig(Section):
     """Parallel attention branches of the encoder layers, out of: full, local, axial, dynamic. A list of lists is a
     pattern: layer i has list i modulo their number."""
     decoder_branches: LayerBranches = DECODER_BRANCHES
-    """Parallel self-attention branches of the decoder layers, out of: causal, local, axial; or a pattern, as above."""
+    """Parallel self-attention branches of the decoder layers, out of: causal, local, axial, select; or a pattern."""
     vocab_size: Positive = 32768
     """Pieces of the tokenizer. The table is padded to a multiple of 128 in every layout; padded logits are masked."""
     local_window: Positive = 128
     """Reach W of the local branch: |i - j| < W in the encoder, 0 <= i - j < W in the decoder."""
     axial_width: Positive = 32
     """Row width w of the axial branch; constant, never derived from the length. Needs local_window >= axial_width."""
+    select_blocks: Positive = 4
+    """Earlier blocks of axial_width tokens that a block attends in the select branch, beside itself."""
+    attention_sinks: bool = False
+    """Whether local and axial heads have a learned key without a value, which every token sees: a place for attention
+    that finds nothing in its window, row or column."""
     positions: Literal["rotary", "sinusoidal", "learned"] = "rotary"
     """Positional encoding; a position is the index inside the document."""
     rotary_base: PositiveFloat = 10000.0
@@ -96,6 +108,10 @@ class ModelConfig(Section):
         """Return the self-attention branches of one layer, counted from 0 in its stack."""
         pattern = self.branch_pattern(stack)
         return pattern[layer % len(pattern)]
+
+    def sinks(self, branches: Branches) -> Branches:
+        """Return those of a layer's branches that have a learned key."""
+        return tuple(branch for branch in branches if self.attention_sinks and branch in HAS_SINK)
 
     @property
     def is_decoder_only(self) -> bool:
