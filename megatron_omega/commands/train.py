@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import resolve_run
 from megatron_omega.host.environment import announced_world_size, complete_environment
+from megatron_omega.run.claims import notice_of_completion
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,6 +25,10 @@ def main(argv: Sequence[str]) -> None:
         return
     place = complete_environment()
     resolved = resolve_run(arguments, place.world_size)
+    if (notice := notice_of_completion(resolved.config)) is not None:
+        if place.rank == 0:
+            print(notice)
+        return
     from megatron_omega.run.assembly import train  # torch starts only now: what is wrong above is told at once
 
     train(resolved, place)

@@ -1,4 +1,4 @@
-"""Folders and files that are this user's alone: what others on the host could have put there is not taken."""
+"""Folders and files of this process: what it made, and what is this user's alone, where others could write too."""
 
 from __future__ import annotations
 
@@ -35,3 +35,10 @@ def write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     unfinished.replace(path)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder; return the folders that had to be made, the outermost first. Raises OSError."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]

@@ -8,6 +8,7 @@ launches.jsonl   launching   each start with its end
 exit-codes/      launching   what the ranks of a launch returned
 stacks/          watchdog    where the ranks stood when they hung
 .monitor/        watchdog    where the monitors of a running run meet; closed to other users
+.lease           run         who writes here; lapses by itself
 stop             the user    asks for a stop; removed when it is obeyed
 checkpoints/     checkpoint  step-00000100/ and so on
 SUCCESS          monitoring  written last of all: the run is complete
@@ -21,6 +22,7 @@ LAUNCHES = "launches.jsonl"
 EXIT_CODES = "exit-codes"
 STACKS = "stacks"
 MONITOR = ".monitor"
+LEASE = ".lease"
 STOP = "stop"
 CHECKPOINTS = "checkpoints"
 SUCCESS = "SUCCESS"

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,11 +93,11 @@ class MetricsFile(Hook):
 
 
 def keep_steps(path: Path, last_step: int) -> None:
-    """Cut a metrics file behind `last_step`. A run that starts at 0 sets an older file aside as `*.previous.jsonl`."""
+    """Cut a metrics file behind `last_step`. A run that starts at 0 sets an older file aside: `*.previous.jsonl`."""
     if not path.exists():
         return
     if last_step == 0 and path.stat().st_size:
-        path.replace(path.with_suffix(".previous.jsonl"))
+        path.replace(_free_name(path))
         return
     end = 0
     for line_end, value in _lines(path):
@@ -105,6 +106,12 @@ def keep_steps(path: Path, last_step: int) -> None:
         end = line_end
     with path.open("r+b") as file:
         file.truncate(end)
+
+
+def _free_name(path: Path) -> Path:
+    """Return a name beside `path` for what it holds: nothing that was set aside before is overwritten."""
+    names = chain([".previous.jsonl"], (f".previous-{number}.jsonl" for number in count(2)))
+    return next(name for name in map(path.with_suffix, names) if not name.exists())
 
 
 def _passed_over(state: TrainState) -> dict[str, Any]:

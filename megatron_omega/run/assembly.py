@@ -37,6 +37,7 @@ from megatron_omega.health.stragglers import StragglerWatch
 from megatron_omega.health.weights import Integrity, has_copies
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import ProcessPlace, network_findings, require_repeatable_libraries
+from megatron_omega.host.lease import Lease
 from megatron_omega.host.redaction import redact, redacted
 from megatron_omega.host.run_folder import SUCCESS
 from megatron_omega.log import configure_logging, get_logger
@@ -52,6 +53,7 @@ from megatron_omega.monitoring.peak_flops import peak_flops
 from megatron_omega.parallel.places import Places, gather_places
 from megatron_omega.parallel.topology import Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.run.claims import HoldsFolder, claim
 from megatron_omega.run.stopping import StopRequests
 from megatron_omega.training.batch_size import Interval, samples_of_step
 from megatron_omega.training.hooks import Hook, Hooks
@@ -80,7 +82,8 @@ def train(
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
     with Sentinel(config, place) as sentinel:
-        sources = _preflight(resolved, place, sentinel)
+        sources, lease = _preflight(resolved, place, sentinel)
+        hooks = (*([HoldsFolder(lease)] if lease is not None else []), *hooks)
         _seed_everything(config)
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size))
@@ -96,10 +99,19 @@ def train(
     return state
 
 
-def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -> Sources:
-    """Check what must hold on this rank, hear of the others' findings, and return the corpus."""
+def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -> tuple[Sources, Lease | None]:
+    """Check what must hold on this rank, and hear of the others' findings.
+
+    Return the corpus and, on rank 0, the lease of the run folder, in which nothing is changed if anybody has a finding.
+    """
     config, is_main = resolved.config, place.rank == 0
     opened: list[Sources] = []
+    leases: list[Lease] = []
+
+    def hold_folder() -> None:
+        leases.append(claim(config))
+        sentinel.at_end(leases[0].release)
+
     device_type, device_count = visible_devices()
     findings, code = gather_findings(
         {
@@ -107,14 +119,14 @@ def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -
             "precision": lambda: check_precision(config.precision.dtype),
             "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
             "corpus": lambda: opened.append(open_sources(config)),
-            "run folder": lambda: _prepare_run_directory(config) if is_main else None,
+            "run folder": lambda: hold_folder() if is_main else None,
             "disk": lambda: disk_findings(config) if is_main else None,
         }
     )
     sentinel.arrive(findings, code, fingerprint(resolved))
     if is_main:
-        (_run_directory(config) / SUCCESS).unlink(missing_ok=True)
-    return opened[0]
+        _prepare_run_directory(config)
+    return opened[0], next(iter(leases), None)
 
 
 def stage_boundaries(config: RunConfig) -> tuple[int, ...]:
@@ -257,6 +269,7 @@ def _context(config: RunConfig, topology: Topology) -> RunContext:
 def _prepare_run_directory(config: RunConfig) -> None:
     directory = _run_directory(config)
     try:
+        (directory / SUCCESS).unlink(missing_ok=True)
         (directory / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (directory / run_folder.CONFIG).write_text(redact(dump_config(config)))
     except OSError as error:

@@ -78,7 +78,7 @@ def as_evaluation(
     last = {
         "checkpoint.load": str(weights.path),
         "checkpoint.load_weights_only": "true",
-        "checkpoint.resume": "false",
+        "checkpoint.resume": "true",  # there is nothing to resume from: an evaluation saves nothing
         "evaluation.interval_steps": "1",
         "logging.run_directory": str(_folder_of(weights.path)),
         "logging.tensorboard": "false",

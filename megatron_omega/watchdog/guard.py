@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +61,7 @@ class Sentinel:
         self._is_over = False
         self._signal = 0
         self._restore: list[Any] = []
+        self._at_end: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._listen, name="sentinel", daemon=True)
 
     # ---- what training asks
@@ -68,6 +69,10 @@ class Sentinel:
     def arm(self) -> None:
         """From now on a signal is a wish to save and stop, no longer the end at once."""
         self._is_armed = True
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Let `action`, which must be short, be done once when this rank ends, by itself or because it is told to."""
+        self._at_end.append(action)
 
     @property
     def stop_signal(self) -> int:
@@ -121,6 +126,12 @@ class Sentinel:
         if self._line is not None:
             faulthandler.unregister(STACK_SIGNAL)
             self._line.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        while self._at_end:
+            with contextlib.suppress(Exception):  # the process ends, one way or another
+                self._at_end.pop()()
 
     def _start_monitor(self) -> None:
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
@@ -193,12 +204,14 @@ class Sentinel:
             if self._line is not None:
                 self._line.send("done")
             os.write(2, f"stopped by {signal.Signals(number).name} before the first step\n".encode())
+            self._finish()
             os._exit(Preempted.exit_code)
 
     def _obey(self, message: Message) -> None:
         if message["kind"] == "go":
             self._go.set()
         elif message["kind"] == "end":
+            self._finish()
             os._exit(message["code"])  # no clean-up that could wait for ranks that are gone
 
 

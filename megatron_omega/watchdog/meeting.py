@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import run_secret
-from megatron_omega.host.private import refuse_others, write_private
+from megatron_omega.host.private import make_folders, refuse_others, write_private
 from megatron_omega.watchdog.sealing import fresh_number
 
 _ADDRESS = "address.json"
@@ -73,26 +73,37 @@ def _interfaces(master: str) -> list[str]:
     return [*dict.fromkeys(outwards), "127.0.0.1"]
 
 
-def publish(address: Address, run_directory: Path) -> Path:
-    """Write the address where the monitors of all ranks look for it; return the file. Raises OSError."""
+@dataclass(frozen=True)
+class Published:
+    """An address that has been written."""
+
+    path: Path
+    made: tuple[Path, ...]
+    """Folders that had to be made for it, the outermost first."""
+
+    def withdraw(self) -> None:
+        """Remove the address, and the folders that were made for it and are empty."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        for folder in (self.path.parent, *reversed(self.made)):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def publish(address: Address, run_directory: Path) -> Published:
+    """Write the address where the monitors of all ranks look for it. Raises OSError."""
     is_handed_out = run_secret() is not None
     written = replace(address, secret="") if is_handed_out else address
     for folder in _folders(run_directory):
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            made = make_folders(folder.parent)
+            folder.mkdir(exist_ok=True, mode=0o700)
             write_private(folder / _ADDRESS, "")  # who owns it is seen before the secret stands in it
             if not is_handed_out:
                 _refuse_others(folder)
             write_private(folder / _ADDRESS, json.dumps(asdict(written)))
-            return folder / _ADDRESS
+            return Published(folder / _ADDRESS, tuple(made))
     raise OSError("neither the run folder nor the temporary folder keeps a file to this user alone")
-
-
-def withdraw(published: Path) -> None:
-    """Remove the address, and its folder."""
-    with contextlib.suppress(OSError):
-        published.unlink()
-        published.parent.rmdir()
 
 
 def find_address(run_directory: Path) -> Address | None:

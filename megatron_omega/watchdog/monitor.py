@@ -22,7 +22,7 @@ from megatron_omega.watchdog import meeting, sealing
 from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.diagnosis import LOST_EXIT_CODE
 from megatron_omega.watchdog.heartbeat import Beacon
-from megatron_omega.watchdog.meeting import Address
+from megatron_omega.watchdog.meeting import Address, Published
 from megatron_omega.watchdog.messages import FROM_HUB, Line, Message, is_well_formed
 from megatron_omega.watchdog.stacks import main_thread
 
@@ -52,6 +52,7 @@ class Monitor:
         self._hello: Message | None = None
         self._is_done = False
         self._server: threading.Thread | None = None
+        self._published: Published | None = None
         self._said: list[Message] = []
 
     def run(self) -> None:
@@ -73,6 +74,8 @@ class Monitor:
             self._listen_to_hub(selector, now)
         if self._server is not None:
             self._server.join()
+        if self._published is not None:
+            self._published.withdraw()
 
     # ---- the rank
 
@@ -138,14 +141,13 @@ class Monitor:
         _allow_many_files()
         try:
             listener, self._address = meeting.open_hub(self._facts["master"])
-            published = meeting.publish(self._address, directory)
+            self._published = meeting.publish(self._address, directory)
         except OSError as error:
             sys.stderr.write(f"\nwarning: ranks on other hosts cannot meet rank 0's monitor: {error}\n")
-            published = None
             if self._address is None:
                 return
         hub = Hub(listener, self._facts["world_size"], self._address.secret, directory, self._limits)
-        self._server = threading.Thread(target=_serve, args=(hub, published), name="hub")
+        self._server = threading.Thread(target=hub.serve, name="hub")
         self._server.start()
 
     def _try_to_connect(self, selector: selectors.BaseSelector, waited: float) -> None:
@@ -262,14 +264,6 @@ def _allow_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _serve(hub: Hub, published: Path | None) -> None:
-    try:
-        hub.serve()
-    finally:
-        if published is not None:
-            meeting.withdraw(published)
 
 
 def _process_state(pid: int) -> str:

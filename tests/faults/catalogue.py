@@ -7,11 +7,14 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 
 from watchdog.attacks import WITH_SECRET, WITHOUT_SECRET
 
 from faults.laboratory import STEPS, Laboratory, Outcome, after_step, demand, last_words
+from megatron_omega.host.run_folder import METRICS
+from megatron_omega.monitoring.files import read_objects
 from megatron_omega.watchdog import meeting
 
 Fault = Callable[[Laboratory], Outcome]
@@ -226,6 +229,29 @@ def strangers(lab: Laboratory) -> Outcome:
     return lab.compare(run, problems=problems, said=last_words(ending.log, 1))
 
 
+def two_starts(lab: Laboratory) -> Outcome:
+    """Two starts in one folder at random offsets, ten times; the one that has the folder is killed each time."""
+    run, problems = lab.run(layout="1x2x1"), []
+    for _ in range(10):
+        first = run.start()
+        time.sleep(lab.random.random() * 2.0)
+        attempts = [first, run.start()]
+        while all(attempt.is_alive for attempt in attempts):
+            time.sleep(0.05)
+        refused = next(attempt for attempt in attempts if not attempt.is_alive)
+        holder = next(attempt for attempt in attempts if attempt is not refused)
+        ending = refused.wait()
+        problems += demand(ending, code=2, pattern=r"in use by another start of the run \(process \d+ on ")
+        after_step(holder, holder.steps() + 1, jitter=lab.random.random())
+        for rank in range(run.world_size):
+            holder.send(rank, signal.SIGKILL)
+        holder.wait()
+        rows = [row["step"] for row in read_objects(run.directory / METRICS)]
+        if rows != list(range(1, len(rows) + 1)):
+            problems.append(f"two have written: steps {rows}")
+    return lab.compare(run, layout="1x2x1", problems=problems)
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL of a rank of the first stage": kill("first"),
     "SIGKILL of a rank of a middle stage": kill("middle"),
@@ -247,4 +273,5 @@ FAULTS: dict[str, Fault] = {
     "loader worker killed": loader_worker,
     "wandb unreachable": tracker,
     "strangers at the hub": strangers,
+    "two starts in one folder": two_starts,
 }

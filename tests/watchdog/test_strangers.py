@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from watchdog.attacks import HELLO, WITH_SECRET, WITHOUT_SECRET, connect
@@ -28,8 +30,8 @@ SECRET = "known to the run alone"
 class Door:
     """A hub for two ranks. `finish` lets both come, go on and end."""
 
-    def __init__(self, folder: Path) -> None:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    def __init__(self, folder: Path, listener: socket.socket | None = None) -> None:
+        listener = listener or socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.place = listener.getsockname()
         self.hub = Hub(listener, 2, SECRET, folder, Limits.of(2, 60.0))
         self.thread = threading.Thread(target=self.hub.serve, daemon=True)
@@ -112,25 +114,26 @@ def test_after_the_last_rank_has_come_nobody_gets_in(door: Door) -> None:
         connect(door.place)
 
 
-def test_without_descriptors_the_hub_waits_and_goes_on(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    door = Door(tmp_path)
-    door.come(0)
+class Full(socket.socket):
+    """A listening socket of a process that, while `is_full`, may open nothing more."""
+
+    is_full = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.is_full:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_without_descriptors_the_hub_makes_room_and_goes_on(tmp_path: Path) -> None:
+    listener = Full(fileno=socket.create_server(("127.0.0.1", 0)).detach())
+    door = Door(tmp_path, listener)
     held = [connect(door.place) for _ in range(4)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    taken: list[int] = []
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            while True:
-                taken.append(os.open("/dev/null", os.O_RDONLY))
-        os.close(taken.pop())
-        held.append(connect(door.place))  # takes the last one; the hub would take one more
-        time.sleep(1.0)
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert held[0].recv(4096) and held[0].recv(4096) == b""  # challenged, and turned away to make room
+    assert all(connection.recv(4096) for connection in held)  # challenged
+    listener.is_full = True
+    held.append(connect(door.place))
+    assert held[0].recv(4096) == b""  # turned away
+    listener.is_full = False
     door.finish()
     for connection in held:
         connection.close()
@@ -160,21 +163,21 @@ class TestMeeting:
         address = Address("127.0.0.1", 1234, SECRET)
         published = meeting.publish(address, tmp_path)
         assert meeting.find_address(tmp_path) == address
-        refuse_others(published)
-        refuse_others(published.parent, is_folder=True)
-        meeting.withdraw(published)
+        refuse_others(published.path)
+        refuse_others(published.path.parent, is_folder=True)
+        published.withdraw()
         assert list(tmp_path.iterdir()) == [] and meeting.find_address(tmp_path) is None
 
     @pytest.mark.parametrize(
         "text", ["", "[]", "3", '{"host": "h"}', '{"host": "h", "port": "1", "secret": "s"}', "\x00"]
     )
     def test_an_address_of_another_kind_is_none(self, text: str, tmp_path: Path) -> None:
-        meeting.publish(Address("h", 1, "s"), tmp_path).write_text(text)
+        meeting.publish(Address("h", 1, "s"), tmp_path).path.write_text(text)
         assert meeting.find_address(tmp_path) is None
 
     def test_what_others_could_have_written_is_not_read(self, tmp_path: Path) -> None:
         published = meeting.publish(Address("h", 1, "s"), tmp_path)
-        published.parent.chmod(0o755)
+        published.path.parent.chmod(0o755)
         assert meeting.find_address(tmp_path) is None
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -184,8 +187,8 @@ class TestMeeting:
         run = tmp_path / "run"
         run.write_text("not a folder: nothing can be written there")
         published = meeting.publish(Address("h", 1, "s"), run)
-        assert published.parent.parent == tmp_path
-        os.chown(published.parent, 4242, 4242)
+        assert published.path.parent.parent == tmp_path
+        os.chown(published.path.parent, 4242, 4242)
         assert meeting.find_address(run) is None
         with pytest.raises(OSError, match="to this user alone"):
             meeting.publish(Address("h", 1, "s"), run)
@@ -197,9 +200,9 @@ class TestMeeting:
         listener, address = meeting.open_hub("127.0.0.1")
         listener.close()
         published = meeting.publish(address, tmp_path)
-        assert "handed out" not in published.read_text() and json.loads(published.read_text())["secret"] == ""
+        assert "handed out" not in published.path.read_text() and json.loads(published.path.read_text())["secret"] == ""
         assert meeting.find_address(tmp_path) == address
-        assert published == tmp_path / MONITOR / "address.json"
+        assert published.path == tmp_path / MONITOR / "address.json"
 
     @pytest.mark.parametrize(
         "master", ["127.0.0.1", "localhost", "127.0.0.2", socket.gethostname(), "192.0.2.7", "no.such.host"]
