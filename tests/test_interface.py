@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ROOT, run_python
-from written_models import tiny_tokenizer, write_run
+from written_models import tiny_config, tiny_model, tiny_tokenizer, write_model, write_run
 
 import megatron_omega
 from megatron_omega.errors import DataError
@@ -34,7 +34,10 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("run")
     if request.param == "decoder-only":
-        write_run(path, model={"encoder_layers": 0}, data={"encoder_seq_length": 0})
+        (path / "tokenizer.model").write_bytes(tiny_tokenizer().processor.serialized_model_proto())
+        data = {"encoder_seq_length": 0, "decoder_seq_length": 96, "tokenizer": str(path / "tokenizer.model")}
+        config = tiny_config(model={"encoder_layers": 0}, data=data)
+        write_model(tiny_model(config), config, path / "checkpoints")
     else:
         write_run(path)
     return megatron_omega.load(path)

@@ -72,6 +72,13 @@ class SampleSource:
         """Samples of one epoch: the windows of all corpora."""
         return sum(len(windows) for windows in self.corpora)
 
+    def epochs(self, samples: int) -> tuple[float, dict[str, float]]:
+        """Return how often the first `samples` go through the text: all of it, and each corpus by its prefix."""
+        drawn = zip(self.corpora, self._blend.counts(samples), strict=True)
+        return samples / max(1, len(self)), {
+            windows.shard.prefix: count / max(1, len(windows)) for windows, count in drawn
+        }
+
     def __getitem__(self, index: int) -> Sample:
         if index < 0:
             raise IndexError(f"samples are numbered from 0, not {index}")

@@ -17,6 +17,7 @@ import psutil
 from megatron_omega.errors import OmegaError
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
+from megatron_omega.monitoring.epochs import EpochsAt
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
@@ -70,8 +71,10 @@ def last_sign(run_directory: Path) -> float | None:
 class MetricsFile(Hook):
     """Writes a line of metrics.jsonl for each step. A resumed run continues it; steps done again replace the old."""
 
-    def __init__(self) -> None:
+    def __init__(self, epochs_at: EpochsAt | None = None) -> None:
+        """`epochs_at` adds passes through the text to every line."""
         self._file: BinaryIO | None = None
+        self._epochs_at = epochs_at
 
     def on_start(self, context: RunContext) -> None:
         path = context.run_directory / METRICS
@@ -80,7 +83,13 @@ class MetricsFile(Hook):
 
     def on_step_end(self, report: StepReport) -> None:
         if self._file is not None:
-            self._file.write(_encode(asdict(report)))
+            self._file.write(_encode(asdict(report) | self._epochs(report.consumed_samples)))
+
+    def _epochs(self, samples: int) -> dict[str, Any]:
+        if self._epochs_at is None:
+            return {}
+        epochs = self._epochs_at(samples)
+        return {"epoch": round(epochs.blend, 6), "corpus_epochs": {k: round(v, 6) for k, v in epochs.corpora.items()}}
 
     def on_rollback(self, rollback: Rollback) -> None:
         if self._file is not None:  # opened for appending: the next line goes to the new end

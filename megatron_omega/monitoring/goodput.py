@@ -40,7 +40,9 @@ class Goodput:
     startup_seconds: float
     """From the start of the process to the first step, loading of the checkpoint included."""
     away_seconds: float
-    """Nothing ran: between the death of one process and the start of the next."""
+    """Nothing ran after a failure, until the next start."""
+    paused_seconds: float
+    """Nothing ran after a stop on request; no part of the wall time."""
     other_seconds: float
     """The rest: hooks, waiting at the end, what a dying process did after its last line."""
     steps: int
@@ -48,7 +50,9 @@ class Goodput:
     lost_steps: int
     starts: int
     failures: int
-    """Lives that ended by an error or without a word; requests to stop are none."""
+    """Lives that ended by an error or without a word; requested stops do not count."""
+    pauses: int
+    """Lives that ended by a stop on request."""
     rollbacks: int
     saves: int
 
@@ -86,6 +90,8 @@ class _Life:
     began: float
     ended: float
     is_failure: bool
+    is_pause: bool = False
+    """It stopped on request."""
 
 
 def measure(events: Iterable[dict[str, Any]], steps: Iterable[dict[str, Any]], seen_at: float | None = None) -> Goodput:
@@ -108,7 +114,7 @@ def measure(events: Iterable[dict[str, Any]], steps: Iterable[dict[str, Any]], s
         "validation_seconds": total.of("seconds", "evaluate"),
         "stall_seconds": total.of("stall_seconds", "save"),
         "startup_seconds": total.of("startup_seconds", "start"),
-        "away_seconds": sum(max(0.0, new.began - old.ended) for old, new in pairwise(lives)),
+        "away_seconds": _between(lives, after_pause=False),
     }
     wall = sum(life.ended - life.began for life in lives) + named["away_seconds"]
     return Goodput(
@@ -120,9 +126,17 @@ def measure(events: Iterable[dict[str, Any]], steps: Iterable[dict[str, Any]], s
         lost_steps=int(total.of("lost_steps", "start", "rollback")),
         starts=len(lives),
         failures=sum(life.is_failure for life in lives),
+        pauses=sum(life.is_pause for life in lives),
+        paused_seconds=_between(lives, after_pause=True),
         rollbacks=total.count("rollback"),
         saves=total.count("save"),
     )
+
+
+def _between(lives: Sequence[_Life], *, after_pause: bool) -> float:
+    """Return the seconds between lives, of those that ended on request or of the others."""
+    gaps = ((old, new.began - old.ended) for old, new in pairwise(lives))
+    return sum(max(0.0, gap) for old, gap in gaps if old.is_pause == after_pause)
 
 
 class _Sums:
@@ -154,7 +168,8 @@ def _lives(events: Sequence[dict[str, Any]], seen_at: float | None) -> list[_Lif
             sign = seen_at if is_last else events[starts[place + 1]].get("last_sign")
             ended = max(ended, sign or 0.0)
         has_failed = any(event["event"] == "error" for event in inside) or not (is_closed or is_last)
-        lives.append(_Life(began, ended, has_failed))
+        is_pause = not has_failed and any(event["event"] == "stop_requested" for event in inside)
+        lives.append(_Life(began, ended, has_failed, is_pause))
     return lives
 
 
@@ -171,17 +186,22 @@ def goodput_of(run_directory: Path) -> Goodput:
 def describe(goodput: Goodput) -> list[str]:
     """Return a few lines for people."""
     parts = {
-        "start-ups": goodput.startup_seconds, "away": goodput.away_seconds, "lost steps": goodput.lost_seconds,
+        "start-ups": goodput.startup_seconds, "down after failures": goodput.away_seconds,
+        "lost steps": goodput.lost_seconds,
         "skipped steps": goodput.skipped_seconds, "validation": goodput.validation_seconds,
         "saves": goodput.stall_seconds, "other": goodput.other_seconds,
     }  # fmt: skip
     wall = max(goodput.wall_seconds, 1e-9)
+    told = ", ".join(f"{name} {seconds:,.1f} s ({seconds / wall:.1%})" for name, seconds in parts.items() if seconds)
+    counted = {"failures": goodput.failures, "pauses on request": goodput.pauses, "rollbacks": goodput.rollbacks,
+               "steps done again": goodput.lost_steps, "skipped steps": goodput.skipped_steps}  # fmt: skip
+    events = "".join(f", {name} {number:,}" for name, number in counted.items() if number)
+    paused = f"; paused on request {goodput.paused_seconds:,.1f} s, not counted" if goodput.paused_seconds else ""
     lines = [
         f"goodput {goodput.effective_fraction:.1%}: {goodput.steps - goodput.skipped_steps:,} steps that count took "
         f"{goodput.effective_seconds:,.1f} s of {goodput.wall_seconds:,.1f} s",
-        "the rest: " + ", ".join(f"{name} {seconds:,.1f} s ({seconds / wall:.1%})" for name, seconds in parts.items()),
-        f"starts {goodput.starts}, failures {goodput.failures}, rollbacks {goodput.rollbacks}, steps done again "
-        f"{goodput.lost_steps:,}, skipped {goodput.skipped_steps:,}",
+        f"the rest: {told or 'nothing'}{paused}",
+        f"starts {goodput.starts}{events or ', no failure'}",
     ]
     means = {
         "mean time between failures": goodput.mean_seconds_between_failures,

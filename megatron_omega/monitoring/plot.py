@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron_omega.training.state import EvaluationReport, RunContext
 log = get_logger(__name__)
 
 MOST_POINTS = 2000
+SMOOTHED_SHARE = 0.05
+"""Of all steps: what the running mean of the training losses covers."""
 CURVES = (("lm_loss", "language modelling", "tab:blue"), ("mlm_loss", "masked tokens", "tab:orange"))
 
 
@@ -61,7 +64,8 @@ def plot_losses(run_directory: Path) -> Path | None:
     axes = figure.add_subplot()
     for field, label, colour in CURVES:
         x, y = series(steps, field)
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.7, label=f"{label}, training")
+        axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
+        axes.plot(x, smoothed(y), color=colour, linewidth=1.4, label=f"{label}, training (running mean)")
         x, y = series(validations, field)
         axes.plot(x, y, color=colour, marker="o", markersize=4, linestyle="--", label=f"{label}, validation")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=run_directory.name)
@@ -78,6 +82,17 @@ def series(rows: Sequence[dict[str, Any]], field: str) -> tuple[list[int], list[
     measured = [(row["step"], row[field]) for row in rows if row.get(field) is not None]
     thinned = measured[:: -(-len(measured) // MOST_POINTS) or 1]
     return [step for step, _ in thinned], [value for _, value in thinned]
+
+
+def smoothed(values: Sequence[float], share: float = SMOOTHED_SHARE) -> list[float]:
+    """Return the running mean over the last `share` of the values, at least of a few; a line for the eye.
+
+    >>> smoothed([4.0, 2.0, 0.0, 0.0], share=0.5)
+    [4.0, 3.0, 1.0, 0.0]
+    """
+    width = max(2, round(share * len(values)))
+    sums = list(accumulate(values, initial=0.0))
+    return [(sums[end] - sums[max(0, end - width)]) / (end - max(0, end - width)) for end in range(1, len(values) + 1)]
 
 
 def _last_of_each_step(rows: Any) -> list[dict[str, Any]]:

@@ -25,17 +25,33 @@ def describe_losses(report: StepReport | EvaluationReport) -> str:
     return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f}, mlm {report.mlm_loss:.4f})"
 
 
+class RunningLosses:
+    """Losses of steps as a line shows them: the MLM loss as a running mean, since few steps have many masked tokens."""
+
+    DECAY = 0.9
+
+    def __init__(self) -> None:
+        self._masked: float | None = None
+
+    def describe(self, report: StepReport) -> str:
+        """Return `lm 5.1020, mlm 6.2001`, or `mlm -` before the first masked token."""
+        if not math.isnan(report.mlm_loss):
+            last = report.mlm_loss if self._masked is None else self._masked
+            self._masked = self.DECAY * last + (1 - self.DECAY) * report.mlm_loss
+        return f"lm {report.lm_loss:.4f}, mlm {'-' if self._masked is None else f'{self._masked:.4f}'}"
+
+
 def describe_speed(report: StepReport) -> str:
     """Return `12,345 tokens/s, MFU 31.2%`; MFU only where it is known."""
     known = math.isfinite(report.mfu) and report.mfu > 0
     return f"{report.tokens_per_second:,.0f} tokens/s" + (f", MFU {report.mfu:.1%}" if known else "")
 
 
-def describe_step(report: StepReport, train_steps: int, seconds_left: float) -> str:
-    """Return the log line of one step."""
+def describe_step(report: StepReport, losses: str, train_steps: int, seconds_left: float) -> str:
+    """Return the log line of one step; `losses` as `RunningLosses` tells them."""
     skipped = ", SKIPPED" if report.skipped else ""
     return (
-        f"step {report.step:,}/{train_steps:,}: {describe_losses(report)}, grad norm {report.grad_norm:.4g}, "
+        f"step {report.step:,}/{train_steps:,}: {losses}, grad norm {report.grad_norm:.4g}, "
         f"learning rate {report.learning_rate:.3g}, {describe_speed(report)}, {report.step_seconds:.3g} s, "
         f"{timedelta(seconds=round(seconds_left))} left{skipped}"
     )
@@ -59,6 +75,7 @@ class ProgressBar(Hook):
         self._train_steps = 0
         self._first_step = 0
         self._started = 0.0
+        self._losses = RunningLosses()
 
     def on_start(self, context: RunContext) -> None:
         self._train_steps = context.config.training.train_steps
@@ -69,11 +86,12 @@ class ProgressBar(Hook):
             )
 
     def on_step_end(self, report: StepReport) -> None:
+        losses = self._losses.describe(report)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{describe_losses(report)}, {describe_speed(report)}", refresh=False)
+            self._bar.set_postfix_str(f"{losses}, {describe_speed(report)}", refresh=False)
             self._bar.update()
         elif report.step % self._config.interval_steps == 0 or report.step == self._train_steps:
-            log.info("%s", describe_step(report, self._train_steps, self._seconds_left(report.step)))
+            log.info("%s", describe_step(report, losses, self._train_steps, self._seconds_left(report.step)))
 
     def on_bad_step(self, report: BadStep) -> None:
         self._warn(

@@ -41,6 +41,21 @@ CRASHED_AND_DONE = [
 ]
 
 
+def test_a_pause_on_request_is_no_failure_and_no_loss() -> None:
+    paused = [
+        event(1010, "start", 10, startup_seconds=10.0),
+        event(1090, "stop_requested", 90),
+        event(1100, "close", 100),
+        event(5010, "start", 10, startup_seconds=10.0, last_sign=1100.0),
+        event(5100, "close", 100),
+    ]
+    found = measure(paused, rows(80.0, 80.0))
+    assert (found.wall_seconds, found.away_seconds, found.paused_seconds) == (200, 0, 3900)
+    assert (found.failures, found.pauses, found.effective_fraction) == (0, 1, 0.8)
+    text = " ".join(describe(found))
+    assert "paused on request 3,900.0 s, not counted" in text and "failures" not in text
+
+
 def test_a_run_that_crashed_once() -> None:
     found = measure(CRASHED_AND_DONE, rows(30.0, 30.0, 30.0, 5.0, skipped=1))
     assert found.wall_seconds == 200 and found.away_seconds == 40  # dead at 1060, started again at 1100

@@ -27,9 +27,10 @@ from megatron_omega.monitoring import (
     Wandb,
     monitoring_hooks,
 )
+from megatron_omega.monitoring.epochs import EpochLog, Epochs
 from megatron_omega.monitoring.files import keep_steps, read_objects
 from megatron_omega.monitoring.plot import MOST_POINTS, plot_losses, series
-from megatron_omega.monitoring.progress import describe_step
+from megatron_omega.monitoring.progress import RunningLosses, describe_step
 from megatron_omega.monitoring.trackers import run_id
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.state import (
@@ -176,15 +177,41 @@ def test_lines_elsewhere(tmp_path: Path, lines: pytest.LogCaptureFixture, stream
 
 
 def test_a_line_has_every_number_with_its_unit() -> None:
-    line = describe_step(replace(REPORT, step=1000, skipped=True, mlm_loss=math.nan), 2000, 3661.2)
+    report = replace(REPORT, step=1000, skipped=True, mlm_loss=math.nan)
+    line = describe_step(report, RunningLosses().describe(report), 2000, 3661.2)
     assert line == (
-        "step 1,000/2,000: loss 5.5000 (lm 5.0000), grad norm 0.75, learning rate 0.001, 12,346 tokens/s, MFU 31.2%, "
+        "step 1,000/2,000: lm 5.0000, mlm -, grad norm 0.75, learning rate 0.001, 12,346 tokens/s, MFU 31.2%, "
         "0.33 s, 1:01:01 left, SKIPPED"
     )
 
 
+def test_the_mlm_loss_of_a_line_does_not_jump() -> None:
+    losses = RunningLosses()
+    values = [math.nan, 6.0, math.nan, 8.0]
+    shown = [losses.describe(replace(REPORT, mlm_loss=value)).partition("mlm ")[2] for value in values]
+    assert shown == ["-", "6.0000", "6.0000", "6.2000"]
+
+
+def test_passes_through_the_text_are_counted_and_told(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
+    def epochs_at(samples: int) -> Epochs:
+        return Epochs(samples / 40, {"a": samples / 20, "b": 0.0})
+
+    hooks = Hooks([MetricsFile(epochs_at), EpochLog(epochs_at)])
+    hooks.on_start(context(tmp_path))
+    for step in range(1, 7):
+        hooks.on_step_end(replace(REPORT, step=step, consumed_samples=8 * step))
+    hooks.on_close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
+    assert rows[2]["corpus_epochs"] == {"a": 1.2, "b": 0.0}
+    assert [line for line in lines.messages if "begins again" in line] == [
+        "step 3: corpus a has been read once and begins again",
+        "step 5: corpus a has been read 2 times and begins again",
+    ]
+
+
 def test_an_unknown_mfu_is_left_out() -> None:
-    assert "MFU" not in describe_step(replace(REPORT, mfu=math.nan), 10, 1.0)
+    assert "MFU" not in describe_step(replace(REPORT, mfu=math.nan), "", 10, 1.0)
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, Any]]:
