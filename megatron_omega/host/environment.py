@@ -53,6 +53,11 @@ def meeting_host(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("MASTER_ADDR", "127.0.0.1")
 
 
+def meeting_point(environ: Mapping[str, str] = os.environ) -> str:
+    """Return where the ranks of this start meet, which no other start does at the same time."""
+    return f"{meeting_host(environ)}:{environ.get('MASTER_PORT', DEFAULT_PORT)}"
+
+
 def run_secret(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the secret by which the ranks of a run know each other, if the launcher gave them one."""
     return environ.get("OMEGA_RUN_SECRET") or None

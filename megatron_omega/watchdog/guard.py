@@ -29,7 +29,7 @@ from typing_extensions import Self
 from megatron_omega.config.layout import layout_of, ranks_per_replica
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import OmegaError, Preempted
-from megatron_omega.host.environment import ProcessPlace, meeting_host
+from megatron_omega.host.environment import ProcessPlace, meeting_host, meeting_point
 from megatron_omega.host.redaction import redact
 from megatron_omega.watchdog.diagnosis import BUG_EXIT_CODE
 from megatron_omega.watchdog.heartbeat import Beacon
@@ -162,6 +162,7 @@ class Sentinel:
             signal=int(STACK_SIGNAL),
             run_directory=str(Path(self._config.logging.run_directory).absolute()),
             master=meeting_host(),
+            start=meeting_point(),
             start_timeout=self._config.resilience.start_timeout_seconds,
         )
 

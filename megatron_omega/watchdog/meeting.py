@@ -22,7 +22,6 @@ from megatron_omega.host.environment import run_secret
 from megatron_omega.host.private import make_folders, refuse_others, write_private
 from megatron_omega.watchdog.sealing import fresh_number
 
-_ADDRESS = "address.json"
 _MOST_BYTES = 4096
 _BACKLOG = 4096
 _ELSEWHERE = "192.0.2.1"
@@ -90,34 +89,38 @@ class Published:
                 folder.rmdir()
 
 
-def publish(address: Address, run_directory: Path) -> Published:
-    """Write the address where the monitors of all ranks look for it. Raises OSError."""
+def publish(address: Address, run_directory: Path, start: str) -> Published:
+    """Write the address where the monitors of all ranks look for it. Raises OSError.
+
+    `start` is what all ranks of one start have in common, and no other start in the same folder.
+    """
     is_handed_out = run_secret() is not None
     written = replace(address, secret="") if is_handed_out else address
     for folder in _folders(run_directory):
         with contextlib.suppress(OSError):
             made = make_folders(folder.parent)
             folder.mkdir(exist_ok=True, mode=0o700)
-            write_private(folder / _ADDRESS, "")  # who owns it is seen before the secret stands in it
+            path = folder / _name(start)
+            write_private(path, "")  # who owns it is seen before the secret stands in it
             if not is_handed_out:
-                _refuse_others(folder)
-            write_private(folder / _ADDRESS, json.dumps(asdict(written)))
-            return Published(folder / _ADDRESS, tuple(made))
+                _refuse_others(path)
+            write_private(path, json.dumps(asdict(written)))
+            return Published(path, tuple(made))
     raise OSError("neither the run folder nor the temporary folder keeps a file to this user alone")
 
 
-def find_address(run_directory: Path) -> Address | None:
-    """Return where the hub is; None if nobody of this user has said so yet."""
+def find_address(run_directory: Path, start: str) -> Address | None:
+    """Return where the hub of a start is; None if nobody of this user has said so yet."""
     for folder in _folders(run_directory):
         with contextlib.suppress(OSError, ValueError):
-            return _read(folder)
+            return _read(folder / _name(start))
     return None
 
 
-def _read(folder: Path) -> Address:
+def _read(path: Path) -> Address:
     if run_secret() is None:
-        _refuse_others(folder)
-    with (folder / _ADDRESS).open("rb") as file:
+        _refuse_others(path)
+    with path.open("rb") as file:
         values = json.loads(file.read(_MOST_BYTES))
     if not isinstance(values, dict):
         raise ValueError("not an address")
@@ -127,9 +130,13 @@ def _read(folder: Path) -> Address:
     return Address(host, port, secret)
 
 
-def _refuse_others(folder: Path) -> None:
-    refuse_others(folder, is_folder=True)
-    refuse_others(folder / _ADDRESS)
+def _refuse_others(path: Path) -> None:
+    refuse_others(path.parent, is_folder=True)
+    refuse_others(path)
+
+
+def _name(start: str) -> str:
+    return f"{hashlib.sha256(start.encode()).hexdigest()[:12]}.json"
 
 
 def _folders(run_directory: Path) -> list[Path]:

@@ -141,7 +141,7 @@ class Monitor:
         _allow_many_files()
         try:
             listener, self._address = meeting.open_hub(self._facts["master"])
-            self._published = meeting.publish(self._address, directory)
+            self._published = meeting.publish(self._address, directory, self._facts["start"])
         except OSError as error:
             sys.stderr.write(f"\nwarning: ranks on other hosts cannot meet rank 0's monitor: {error}\n")
             if self._address is None:
@@ -152,7 +152,7 @@ class Monitor:
 
     def _try_to_connect(self, selector: selectors.BaseSelector, waited: float) -> None:
         facts = self._facts
-        address = self._address or meeting.find_address(Path(facts["run_directory"]))
+        address = self._address or meeting.find_address(Path(facts["run_directory"]), facts["start"])
         hub = None if address is None else _meet(address)
         if hub is not None:
             self._hub, self._hub_heard = hub, time.monotonic()

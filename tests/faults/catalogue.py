@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from watchdog.attacks import WITH_SECRET, WITHOUT_SECRET
 
 from faults.laboratory import STEPS, Laboratory, Outcome, after_step, demand, last_words
-from megatron_omega.host.run_folder import METRICS
+from megatron_omega.host.run_folder import METRICS, MONITOR
 from megatron_omega.monitoring.files import read_objects
-from megatron_omega.watchdog import meeting
+from megatron_omega.watchdog.meeting import Address
 
 Fault = Callable[[Laboratory], Outcome]
 DETECTION_SECONDS = 10.0
@@ -206,9 +208,14 @@ def strangers(lab: Laboratory) -> Outcome:
     attempt = run.start()
     late = run.world_size - 1
     attempt.send(late, signal.SIGSTOP)
-    attempt.wait_until(lambda: meeting.find_address(run.directory) is not None)
-    address = meeting.find_address(run.directory)
-    assert address is not None
+    found: list[Path] = []
+
+    def is_published() -> bool:
+        found[:] = [path for path in (run.directory / MONITOR).glob("*.json") if path.stat().st_size]
+        return bool(found)
+
+    attempt.wait_until(is_published)
+    address = Address(**json.loads(found[0].read_text()))
     place, held = (address.host, address.port), []
     for attack in WITHOUT_SECRET.values():
         held += attack(place)

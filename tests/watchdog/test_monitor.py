@@ -38,7 +38,7 @@ theirs.close()
 line = Line(ours)
 line.send("watch", rank=rank, local_rank=rank, world_size=2, place=f"pp 0, dp {{rank}}, tp 0", host="here",
           pid=os.getpid(), ident=threading.main_thread().ident, signal=int(STACK_SIGNAL), run_directory=directory,
-          master="127.0.0.1", start_timeout=30)
+          master="127.0.0.1", start="this one", start_timeout=30)
 line.send("hello", findings=sys.argv[4:], finding_code=3, fingerprint={{}})
 go = line.receive()
 if go[0]["kind"] == "end":

@@ -161,24 +161,24 @@ def test_a_monitor_does_not_take_a_stranger_for_the_hub(spoken: bytes) -> None:
 class TestMeeting:
     def test_the_address_is_found_and_withdrawn(self, tmp_path: Path) -> None:
         address = Address("127.0.0.1", 1234, SECRET)
-        published = meeting.publish(address, tmp_path)
-        assert meeting.find_address(tmp_path) == address
+        published = meeting.publish(address, tmp_path, "a")
+        assert meeting.find_address(tmp_path, "a") == address
         refuse_others(published.path)
         refuse_others(published.path.parent, is_folder=True)
         published.withdraw()
-        assert list(tmp_path.iterdir()) == [] and meeting.find_address(tmp_path) is None
+        assert list(tmp_path.iterdir()) == [] and meeting.find_address(tmp_path, "a") is None
 
     @pytest.mark.parametrize(
         "text", ["", "[]", "3", '{"host": "h"}', '{"host": "h", "port": "1", "secret": "s"}', "\x00"]
     )
     def test_an_address_of_another_kind_is_none(self, text: str, tmp_path: Path) -> None:
-        meeting.publish(Address("h", 1, "s"), tmp_path).path.write_text(text)
-        assert meeting.find_address(tmp_path) is None
+        meeting.publish(Address("h", 1, "s"), tmp_path, "a").path.write_text(text)
+        assert meeting.find_address(tmp_path, "a") is None
 
     def test_what_others_could_have_written_is_not_read(self, tmp_path: Path) -> None:
-        published = meeting.publish(Address("h", 1, "s"), tmp_path)
+        published = meeting.publish(Address("h", 1, "s"), tmp_path, "a")
         published.path.parent.chmod(0o755)
-        assert meeting.find_address(tmp_path) is None
+        assert meeting.find_address(tmp_path, "a") is None
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_another_users_folder_is_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,12 +186,12 @@ class TestMeeting:
         monkeypatch.setattr("tempfile.tempdir", None)
         run = tmp_path / "run"
         run.write_text("not a folder: nothing can be written there")
-        published = meeting.publish(Address("h", 1, "s"), run)
+        published = meeting.publish(Address("h", 1, "s"), run, "a")
         assert published.path.parent.parent == tmp_path
         os.chown(published.path.parent, 4242, 4242)
-        assert meeting.find_address(run) is None
+        assert meeting.find_address(run, "a") is None
         with pytest.raises(OSError, match="to this user alone"):
-            meeting.publish(Address("h", 1, "s"), run)
+            meeting.publish(Address("h", 1, "s"), run, "a")
 
     def test_a_secret_from_the_launcher_is_written_nowhere(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,10 +199,10 @@ class TestMeeting:
         monkeypatch.setenv("OMEGA_RUN_SECRET", "handed out")
         listener, address = meeting.open_hub("127.0.0.1")
         listener.close()
-        published = meeting.publish(address, tmp_path)
+        published = meeting.publish(address, tmp_path, "a")
         assert "handed out" not in published.path.read_text() and json.loads(published.path.read_text())["secret"] == ""
-        assert meeting.find_address(tmp_path) == address
-        assert published.path == tmp_path / MONITOR / "address.json"
+        assert meeting.find_address(tmp_path, "a") == address
+        assert published.path.parent == tmp_path / MONITOR
 
     @pytest.mark.parametrize(
         "master", ["127.0.0.1", "localhost", "127.0.0.2", socket.gethostname(), "192.0.2.7", "no.such.host"]
