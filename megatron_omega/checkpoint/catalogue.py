@@ -95,7 +95,7 @@ def identity_differences(
 
 def require_identity(path: Path, manifest: Manifest, wanted: Mapping[str, JsonValue]) -> None:
     """Raise CheckpointError, with every differing field, where the checkpoint belongs to another model."""
-    if lines := identity_differences(_with_later_settings(manifest.identity, wanted), wanted):
+    if lines := identity_differences(_with_later_settings(manifest.identity, wanted), _binding(wanted)):
         raise CheckpointError(
             f"{path} belongs to another model: {lines[0]}; "
             "use the configuration it was saved with, or another run folder",
@@ -103,16 +103,21 @@ def require_identity(path: Path, manifest: Manifest, wanted: Mapping[str, JsonVa
         )
 
 
+def _binding(identity: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return what two must share: not how first weights are drawn, which a checkpoint's own weights replace."""
+    return {name: value for name, value in identity.items() if name != "initialization"}
+
+
 def _with_later_settings(saved: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a saved identity with those settings of `wanted` that its version had no name for, as it acted then."""
     old, new = saved.get("model"), wanted.get("model")
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return dict(saved)
+        return _binding(saved)
     try:
         meant = ModelConfig.model_validate(old).model_dump(mode="json")
     except ValidationError:  # of a later version: its differences are told as they are
-        return dict(saved)
-    return {**saved, "model": {name: meant[name] for name in new if name in meant} | old}
+        return _binding(saved)
+    return {**_binding(saved), "model": {name: meant[name] for name in new if name in meant} | old}
 
 
 @dataclass(frozen=True)

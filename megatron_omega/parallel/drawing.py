@@ -14,9 +14,12 @@ from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
+DRAWING_VERSION = 2
+"""Version 1 drew every parameter whole with torch's generator and then sliced it."""
 _TABLE_BITS = 14
 _FRACTION_BITS = 32 - _TABLE_BITS
 _CHUNK_ELEMENTS = {"cpu": 1 << 16}  # a chunk and its temporaries stay in the second-level cache
@@ -46,7 +49,7 @@ def normal_slice(
         whole = (*shape[:axis], stop - start, *shape[axis + 1 :])
     inner, outer = math.prod(shape[axis + 1 :]), math.prod(shape[:axis])
     stride, run = shape[axis] * inner, (stop - start) * inner  # the slice is `outer` runs, a stride apart
-    values = torch.empty(outer, run, dtype=torch.float32, device=device)
+    values = torch.empty(outer, run, device=device).float()  # what makes tensors may be told to make narrow ones
     key, num_rows = _key(seed, name), max(1, chunk // max(run, 1))
     for row in range(0, outer, num_rows):
         firsts = torch.arange(row, min(row + num_rows, outer), device=device).mul_(stride).add_(start * inner)
@@ -97,5 +100,6 @@ def _table(device: torch.device) -> tuple[Tensor, Tensor]:
     points = [NormalDist().inv_cdf(probability) for probability in probabilities]
     variance = sum(a * a + a * b + b * b for a, b in pairwise(points)) / 3 / cells
     points = [point / math.sqrt(variance) for point in points]
-    bases = torch.tensor(points[:-1], dtype=torch.float32, device=device)
-    return bases, torch.tensor([b - a for a, b in pairwise(points)], dtype=torch.float32, device=device)
+    bases, ends = np.array(points[:-1], np.float32), np.array(points[1:])
+    slopes = (ends - np.array(points[:-1])).astype(np.float32)
+    return torch.from_numpy(bases).to(device), torch.from_numpy(slopes).to(device)

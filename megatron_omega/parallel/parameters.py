@@ -1,18 +1,18 @@
 """Parameters that declare themselves: canonical name, global shape, the slice this rank holds, how they are optimised.
 
-Checkpoint, optimizer and export read this declaration and need no model code. Values are drawn full-size from a
-generator keyed by (seed, canonical name) and then sliced, so every layout starts from the same weights.
+Checkpoint, optimizer and export read this declaration and need no model code. Values depend on (seed,
+canonical name, place in the whole parameter) alone, so every layout starts from the same weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from megatron_omega.parallel.drawing import normal_slice
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 _ATTRIBUTE = "omega"
@@ -109,16 +109,10 @@ def replacement(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     return new
 
 
-def keyed_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, name) alone."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
 def _initial_value(info: ParameterInfo, std: float | None, fill: float, seed: int) -> Tensor:
     if std is None or torch.get_default_device().type == "meta":
         return torch.full(info.local_shape, fill)
     # Inside ZeRO-3's construction context new tensors get the working dtype: draw in fp32 all the same, then follow it.
     working = torch.empty(0)
-    full = torch.zeros(info.shape, device="cpu").float().normal_(0.0, std, generator=keyed_generator(seed, info.name))
-    return info.local_slice(full).clone().to(working.device, working.dtype)
+    drawn = normal_slice(seed, info.name, info.shape, info.axis, info.start, info.stop, device=working.device)
+    return drawn.mul_(std).to(working.dtype)

@@ -50,6 +50,7 @@ from megatron_omega.monitoring.files import mark_success
 from megatron_omega.monitoring.forecast import Forecast, peak_bytes
 from megatron_omega.monitoring.goodput import GoodputLog
 from megatron_omega.monitoring.peak_flops import peak_flops
+from megatron_omega.parallel.drawing import DRAWING_VERSION
 from megatron_omega.parallel.places import Places, gather_places
 from megatron_omega.parallel.topology import Topology, create_topology
 from megatron_omega.planner.forecast import forecast, machine_called
@@ -156,8 +157,12 @@ def build_engine(
 
 
 def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Return what a checkpoint must share with a run to be loaded into it."""
-    return {"model": config.model.model_dump(mode="json"), "tokenizer": tokenizer_fingerprint}
+    """Return what a checkpoint must share with a run to be loaded into it, and how its first weights are drawn."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "tokenizer": tokenizer_fingerprint,
+        "initialization": DRAWING_VERSION,
+    }
 
 
 def _trainer(

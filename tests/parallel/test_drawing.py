@@ -64,3 +64,15 @@ def test_names_and_seeds_draw_independently() -> None:
     first, second, third = (normal_slice(seed, name, (100_000,)) for seed, name in ((1, "a"), (1, "b"), (2, "a")))
     for other in (second, third):
         assert abs((first * other).mean()) < 5 / math.sqrt(len(first))
+
+
+def test_the_bits_are_the_same_everywhere() -> None:
+    """A change of these numbers is a new version: runs that start anew would start elsewhere."""
+    drawn = normal_slice(1234, "encoder.layers.0.attention.qkv.weight", (3, 5)).flatten().view(torch.int32).tolist()
+    assert drawn[:4] == [-1078181095, -1097795716, -1071289284, -1078758093]
+
+
+def test_narrow_tensors_of_a_surrounding_context_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, empty = normal_slice(1, "weight", (100,)), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).bfloat16())
+    assert torch.equal(normal_slice(1, "weight", (100,)), expected)
