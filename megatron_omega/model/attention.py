@@ -1,54 +1,73 @@
 """The attention patterns: who attends whom, and the kernel that computes it.
 
-`visible` is the definition of every pattern, token by token; `attend` computes it for a whole stream. Local and axial
-attention never build an n x n mask: they attend inside chunks, rows and columns. All tensors: [b, h, s, head_dim].
+`visible` is the definition of every pattern, token by token; `attend` computes it for a whole stream, without an n x n
+mask wherever another way is known; `dense_mask` remains for devices without one. All tensors: [b, h, s, head_dim].
 
     branch   definition (i attends j, always inside one document)          computed as
     -------  ------------------------------------------------------------  ------------------------------------------
-    full     every j                                                       one dense attention
-    causal   j <= i                                                        one dense attention
-    local    |i - j| < W;  decoder 0 <= i - j < W                           chunks of W on themselves and neighbours
+    full     every j                                                       document by document (`documents`)
+    causal   j <= i                                                        document by document
+    local    |i - j| < W;  decoder 0 <= i - j < W                           chunks of W on themselves and neighbours;
+                                                                           on CUDA by document, through a window
     axial    same row (even heads) or column (odd heads) of width w;       rows and columns as batches
              decoder also j <= i
-    dynamic  full, with a temperature on q and a gate on the output        one dense attention
+    dynamic  full, with a temperature on q and a gate on the output        document by document
     select   the best earlier blocks of w tokens, and j <= i of one's own  `model.select`: blocks gathered, then dense
 
 With sinks, local and axial heads see one more key: learned, one for each head, without position and with a value of
 zero (2309.17453 keeps the first tokens instead; but chunks and columns of packed documents share no first token).
 
 Axial: arXiv 1912.12180, 1904.10509. Local: 2004.05150. Packed documents start at multiples of w, so a document's own
-grid and that of the stream are the same. Padding (segment 0) sees everything in its pattern: no row is ever empty.
+grid and that of the stream are the same. Padding (segment 0) is seen by padding only; what it sees does not matter.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_omega.config.schema import Branch
+from megatron_omega.model.documents import (
+    attend_bounds,
+    attend_spans,
+    cross_bounds,
+    cross_spans,
+    self_bounds,
+    self_spans,
+)
 from megatron_omega.model.kernels import Kernels, scaled_dot_product_attention
 from megatron_omega.model.select import earlier_blocks, select, select_mask
-from megatron_omega.model.stream import Pattern, Stream, dense_mask, document_bounds, line_mask, local_mask
+from megatron_omega.model.stream import Pattern, Stream, cross_mask, dense_mask, line_mask, local_mask
 
 BranchFacts = tuple[Tensor, ...]
-"""What a branch's kernel takes beside q, k and v: masks, or the bounds of documents."""
+"""What a branch's kernel takes beside q, k and v: spans (one tensor of two axes), bounds (two of one), or masks."""
 _ROWS, _COLUMNS = 2, 3  # axes of [b, h, rows, width, head_dim]
+_EVERY = -1
 
 
 def branch_facts(branch: Branch, pattern: Pattern, stream: Stream, dtype: torch.dtype) -> BranchFacts:
     """Return the facts of `stream` that `attend` takes for `branch`; equal layers of a stage share them."""
-    if branch == "local":
-        return (stream.once(local_mask, pattern, dtype),)
     if branch == "select":
         return stream.once(earlier_blocks, pattern), stream.once(select_mask, pattern, dtype)
     if branch == "axial":
         return tuple(stream.once(line_mask, pattern, across, dtype) for across in (_ROWS, _COLUMNS))
-    if _takes_bounds(stream.kernels, stream.segments, dtype):
-        return (stream.once(document_bounds),)
+    if _takes_bounds(stream, dtype) and not (branch == "local" and pattern.has_sinks):
+        return stream.once(self_bounds, pattern.width)
+    if branch == "local":
+        return (stream.once(local_mask, pattern, dtype),)
+    if _takes_spans(stream):
+        return (stream.once(self_spans),)
     return (stream.once(dense_mask, pattern, dtype),)
+
+
+def cross_facts(stream: Stream, memory: Stream, width: int, dtype: torch.dtype) -> BranchFacts:
+    """Return what `attend_memory` takes for the documents of both streams."""
+    if _takes_bounds(stream, dtype):
+        return stream.once(cross_bounds, memory, width)
+    if _takes_spans(stream):
+        return (stream.once(cross_spans, memory),)
+    return (stream.once(cross_mask, memory, dtype),)
 
 
 def attend(
@@ -62,13 +81,14 @@ def attend(
     sink: Tensor | None = None,
 ) -> Tensor:
     """Attend [b, h, s, head_dim] by `branch`; `facts` come from `branch_facts`; `sink` [h, head_dim] is learned."""
-    if branch == "local":
+    if branch == "local" and len(facts) == 1:
         return _local(pattern, query, key, value, facts, sink)
     if branch == "axial":
         return _axial(pattern, query, key, value, facts, sink)
     if branch == "select":
         return select(pattern, query, key, value, (facts[0], facts[1]))
-    return _dense(pattern, query, key, value, facts, kernels)
+    reach = pattern.window - 1 if branch == "local" else _EVERY
+    return _inside_documents(query, key, value, facts, kernels, (reach, 0 if pattern.causal else reach))
 
 
 def with_sink(keys: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,24 +98,30 @@ def with_sink(keys: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor
     return torch.cat((keys, sink.unsqueeze(1).expand(len(keys), -1, -1, -1)), dim=2), F.pad(values, (0, 0, 0, 1))
 
 
-def _takes_bounds(kernels: Kernels, segments: Tensor, dtype: torch.dtype) -> bool:
-    return kernels.windowed_attention is not None and segments.is_cuda and dtype != torch.float32
+def attend_memory(query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels) -> Tensor:
+    """Attend from [b, h, s_d, head_dim] to [b, h, s_e, head_dim]; `facts` are what `cross_facts` returns."""
+    return _inside_documents(query, key, value, facts, kernels, (_EVERY, _EVERY))
 
 
-def _dense(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels) -> Tensor:
-    if kernels.windowed_attention is not None and _takes_bounds(kernels, query, query.dtype):
-        return _flash(kernels.windowed_attention, pattern, query, key, value, facts[0])
-    return scaled_dot_product_attention(query, key, value, facts[0])
+def _takes_bounds(stream: Stream, dtype: torch.dtype) -> bool:
+    has_kernel = stream.kernels.variable_length_attention is not None
+    return has_kernel and stream.segments.is_cuda and dtype in (torch.bfloat16, torch.float16)
 
 
-def _flash(
-    flash: Callable[..., Tensor], pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
+def _takes_spans(stream: Stream) -> bool:
+    return stream.segments.device.type in ("cpu", "meta")
+
+
+def _inside_documents(
+    query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels, window: tuple[int, int]
 ) -> Tensor:
-    """Variable-length flash attention: runs of equal segments are its sequences, so there is no mask."""
-    batch, heads, length, head_dim = query.shape
-    q, k, v = (part.transpose(1, 2).reshape(batch * length, heads, head_dim) for part in (query, key, value))
-    attended = flash(q, k, v, bounds, bounds, length, length, causal=pattern.causal)
-    return attended.view(batch, length, heads, head_dim).transpose(1, 2)
+    if len(facts) == 2:
+        kernel = kernels.variable_length_attention
+        assert kernel is not None, "bounds are made for a variable-length kernel"
+        return attend_bounds(kernel, query, key, value, (facts[0], facts[1]), window)
+    if facts[0].dim() == 2:
+        return attend_spans(query, key, value, facts[0], causal=window == (_EVERY, 0))
+    return scaled_dot_product_attention(query, key, value, facts[0])
 
 
 def _local(

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import BranchFacts, attend, branch_facts, with_sink
+from megatron_omega.model.attention import (
+    BranchFacts,
+    attend,
+    attend_memory,
+    branch_facts,
+    cross_facts,
+    with_sink,
+)
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import RotaryTable
 from megatron_omega.model.heads import split_heads
@@ -197,21 +204,26 @@ class CrossAttention(nn.Module):
             f"{name}.qk_gains", (2, heads, head_dim), axis=1, fill=1.0, scales=context.vector_scales, **build
         )
 
-    def forward(self, hidden: Tensor, memory: Tensor, same_document: Tensor | None) -> Tensor:
-        """hidden [b, s_d, d], memory [b, s_e, d], both inside the region -> this rank's partial sum [b, s_d, d].
+    def facts(self, stream: Stream, memory: Stream, dtype: torch.dtype) -> BranchFacts:
+        """Return what `forward` takes of both streams, for hidden states of `dtype`."""
+        return cross_facts(stream, memory, self.model.axial_width, dtype)
 
-        `same_document` [b, 1, s_d, s_e]; None: everything is one document.
-        """
-        return self.attend_memory(hidden, self.project_memory(memory), same_document)
+    def forward(self, hidden: Tensor, memory: Tensor, facts: BranchFacts) -> Tensor:
+        """hidden [b, s_d, d], memory [b, s_e, d], both inside the region -> this rank's partial sum [b, s_d, d]."""
+        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
+        return self._merge(attend_memory(query, *self.project_memory(memory), facts, self.kernels))
+
+    def extend(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend from new tokens [b, t, d] to the whole memory, which is one document."""
+        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
+        return self._merge(scaled_dot_product_attention(query, *keys_values, None))
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """[b, s_e, d] -> keys and values [b, heads, s_e, head_dim]; they stay the same while a text is generated."""
         key, value = self._split(self.kv(memory), 2, self.gains[1:])
         return key, value
 
-    def attend_memory(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
-        attended = scaled_dot_product_attention(query, *keys_values, mask)
+    def _merge(self, attended: Tensor) -> Tensor:
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, projected: Tensor, parts: int, gains: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from megatron_omega.parallel.layers import Norm
 from megatron_omega.parallel.lean import rms_norm, swiglu
 
-FlashAttention = Callable[..., Tensor]
+VariableLengthAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, tuple[int, int]], Tensor]
+"""From q, k, v [tokens, h, head_dim], int32 cumulative bounds of queries and of keys, the longest that queries and keys
+can be, and how many keys before and after it a query sees (-1 = all), to what is attended [tokens, h, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Kernels:
 
     norm: Norm = rms_norm
     gated_activation: Callable[[Tensor], Tensor] = swiglu
-    windowed_attention: FlashAttention | None = None
-    """flash_attn_varlen_func where flash-attn is installed; used where a mask would leave torch's fused kernels."""
+    variable_length_attention: VariableLengthAttention | None = None
+    """On CUDA: flash-attn's where it is installed, else torch's (since 2.10). Takes bf16 and fp16."""
     choices: tuple[str, ...] = ("attention: torch SDPA", "norms: torch", "SwiGLU: torch")
     """One line per choice, for the log."""
 
@@ -41,8 +44,8 @@ def select_kernels(device_type: str) -> Kernels:
         return PORTABLE
     norm, norm_choice = _norm()
     activation, activation_choice = _gated_activation()
-    flash, flash_choice = _flash_attention()
-    return Kernels(norm, activation, flash, (flash_choice, norm_choice, activation_choice))
+    attention, attention_choice = _variable_length_attention()
+    return Kernels(norm, activation, attention, (attention_choice, norm_choice, activation_choice))
 
 
 def apex_notice() -> str | None:
@@ -89,11 +92,31 @@ def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:
     return (lambda gate_up: function.apply(*gate_up.chunk(2, dim=-1))), "SwiGLU: Liger"
 
 
-def _flash_attention() -> tuple[FlashAttention | None, str]:
-    function = getattr(_import("flash_attn"), "flash_attn_varlen_func", None)
-    if function is None:
+def _variable_length_attention() -> tuple[VariableLengthAttention | None, str]:
+    flash = getattr(_import("flash_attn"), "flash_attn_varlen_func", None)
+    if flash is not None:
+        return _variable_length(flash, "softmax_scale"), "attention: flash-attn for all but the axial branch"
+    function = getattr(_import("torch.nn.attention.varlen"), "varlen_attn", None)
+    if function is None or "window_size" not in inspect.signature(function).parameters:
         return None, "attention: torch SDPA"
-    return function, "attention: flash-attn for full, causal and dynamic branches, torch SDPA for the rest"
+    return _variable_length(function, "scale"), "attention: torch varlen for all but the axial branch"
+
+
+def _variable_length(function: Callable[..., Tensor], scale: str) -> VariableLengthAttention:
+    """Wrap a flash kernel, which takes head sizes that are multiples of 8: others are padded, with the scale kept."""
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor,
+        longest_query: int, longest_key: int, window: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
+        head_dim = query.shape[-1]
+        if head_dim % 8:
+            query, key, value = (F.pad(part, (0, -head_dim % 8)) for part in (query, key, value))
+        options = {"window_size": window, scale: head_dim**-0.5}
+        attended = function(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
+        return attended[..., :head_dim]
+
+    return attention
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

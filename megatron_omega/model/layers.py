@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from megatron_omega.config.schema import Branches
+from megatron_omega.model.attention import BranchFacts
 from megatron_omega.model.attention_mix import CrossAttention, LayerCache, MixFacts, SelfAttention
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import InputPositions
 from megatron_omega.model.feed_forward import FeedForward
-from megatron_omega.model.stream import Continued, Stream, cross_mask, positions
+from megatron_omega.model.stream import Continued, Stream, positions
 from megatron_omega.parallel.layers import RMSNorm
 from megatron_omega.parallel.parameters import declare_parameter
 
@@ -53,7 +54,7 @@ class LayerFacts(NamedTuple):
     mix: MixFacts
     positions: Tensor | None
     """Of the first layer of a stack, where positions are added to the embeddings."""
-    cross_mask: Tensor | None = None
+    cross: BranchFacts | None = None
 
 
 class EncoderLayer(nn.Module):
@@ -135,7 +136,7 @@ class DecoderLayer(nn.Module):
         return LayerFacts(
             self.attention.facts(stream, dtype),
             None if self.positions is None else stream.once(positions),
-            None if memory_stream is None else stream.once(cross_mask, memory_stream, dtype),
+            None if self.cross is None or memory_stream is None else self.cross.facts(stream, memory_stream, dtype),
         )
 
     def _layer(self, hidden: Tensor, facts: LayerFacts, memory: Tensor | None) -> Tensor:
@@ -144,9 +145,9 @@ class DecoderLayer(nn.Module):
             hidden = self.positions(hidden, facts.positions)
         update = parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
         if self.cross is not None:
-            assert memory is not None
+            assert memory is not None and facts.cross is not None
             hidden, normal = self.cross_norm.after_adding(hidden, update, a)
-            update = parallel.leave(self.cross(parallel.enter(normal), memory, facts.cross_mask))
+            update = parallel.leave(self.cross(parallel.enter(normal), memory, facts.cross))
         hidden, normal = self.feed_forward_norm.after_adding(hidden, update, a)
         feed_forward = parallel.enter(normal)
         if self.recompute == "ffn":
@@ -166,7 +167,7 @@ class DecoderLayer(nn.Module):
             if cache.memory_keys_values is None:
                 assert memory is not None
                 cache.memory_keys_values = self.cross.project_memory(memory)
-            hidden = hidden + a * self.cross.attend_memory(self.cross_norm(hidden), cache.memory_keys_values, None)
+            hidden = hidden + a * self.cross.extend(self.cross_norm(hidden), cache.memory_keys_values)
         return hidden + a * self.feed_forward(self.feed_forward_norm(hidden))
 
 

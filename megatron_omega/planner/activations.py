@@ -13,6 +13,7 @@ from math import ceil
 from megatron_omega.config.schema import Branch, Branches, RunConfig
 
 FP32 = 4
+INT32 = 4
 INT64 = 8
 
 
@@ -166,13 +167,13 @@ def _select(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
 
 
 def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: int, *, causal: bool) -> Iterator[int]:
-    """Yield the bytes of each tensor that all layers of a stack share on a stage: rotary tables and masks."""
+    """Yield the bytes of each tensor that all layers of a stack share on a stage: rotary tables, spans, masks."""
     b, e, width, window = shape.micro_batch, shape.element, config.model.axial_width, config.model.local_window
     sink = int(config.model.attention_sinks)
     if config.model.positions == "rotary":
         yield 2 * b * length * shape.head_dim * FP32
     if {"full", "causal", "dynamic"} & {*branches}:
-        yield b * length * length * e
+        yield _spans(b * length)
     if "local" in branches:
         yield b * ceil(length / window) * window * ((2 if causal else 3) * window + sink) * e
     if "axial" in branches:
@@ -187,6 +188,11 @@ def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: in
             yield b * blocks * blocks
 
 
+def _spans(tokens: int) -> int:
+    """Bytes of the spans of documents: room for as many as there are tokens, five int32 each, and their number."""
+    return (1 + tokens) * 5 * INT32
+
+
 def facts(config: RunConfig, shape: Shape, encoder: Branches, decoder: Branches) -> int:
     """Bytes of what the layers of a stage share for one micro-batch, given all branches of its stacks."""
     kept = 0
@@ -194,7 +200,7 @@ def facts(config: RunConfig, shape: Shape, encoder: Branches, decoder: Branches)
         kept += sum(stream_facts(config, shape, encoder, shape.encoder, causal=False))
     if decoder:
         kept += sum(stream_facts(config, shape, decoder, shape.decoder, causal=True))
-        kept += shape.micro_batch * shape.decoder * shape.encoder * shape.element  # mask of cross-attention
+        kept += 0 if config.model.is_decoder_only else _spans(shape.micro_batch * shape.decoder)  # of both streams
     return kept
 
 

@@ -183,7 +183,7 @@ def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tens
 
     products = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.products)
     again = sum(p.count * hardware.product_seconds(p.m, p.n, p.k, dtype, element) for p in work.recomputed)
-    masks, share = work.attention_bytes, work.expected
+    share = work.expected
     launches_backward, checkpoint = BACKWARD_LAUNCHES, (0, 0)
     if hardware.facts.is_cpu:  # where nothing runs beside launching, its true cost counts
         launches_backward, checkpoint = BACKWARD_HOST, CHECKPOINT_HOST if work.is_checkpointed else (0, 0)
@@ -191,13 +191,13 @@ def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tens
     forward = kernels(
         (3 * products if work.forms_gradients else products) * share,
         work.attention_flops,
-        work.traffic * share + masks,
+        work.traffic * share,
         work.launches + checkpoint[0],
     )
     backward = kernels(
         products_backward + again,
         2.5 * work.attention_flops + work.recomputed_attention_flops,
-        work.traffic * share * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic + 2 * masks,
+        work.traffic * share * BACKWARD_TRAFFIC / FORWARD_TRAFFIC + work.recomputed_traffic,
         work.launches * launches_backward + work.recomputed_launches + checkpoint[1],
     )
     sent_forward, sent_backward = messages(work.forward_messages), messages(work.backward_messages)

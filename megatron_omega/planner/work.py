@@ -64,8 +64,6 @@ class Work:
     """Dense products of the forward pass; the backward pass has two for each."""
     attention_flops: int = 0
     """Of the attention kernels, forward."""
-    attention_bytes: int = 0
-    """Masks, which an attention kernel reads once per head."""
     routing_flops: int = 0
     """Of the attention kernels' scores of blocks: forward only."""
     recomputed: tuple[Product, ...] = ()
@@ -180,16 +178,10 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
     launches = 60 + 44 * has_cross + sum(BRANCH_LAUNCHES[branch] for branch in branches)
     is_full = recompute == "full"
     redone = {"none": [], "swiglu": [], "ffn": [gate_up], "full": products[:-1]}[recompute]
-    dense = sum(branch in ("full", "causal", "dynamic") for branch in branches)
     return Work(
         parameters=_layer_parameters(config, branches, encoder=encoder),
         products=tuple(products),
         attention_flops=attention,
-        attention_bytes=shape.heads
-        * shape.micro_batch
-        * shape.element
-        * length
-        * (dense * length + has_cross * shape.encoder),
         recomputed=tuple(redone),
         routing_flops=routing,
         recomputed_attention_flops=attention + routing if is_full else 0,

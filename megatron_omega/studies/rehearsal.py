@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import RunConfig
@@ -148,19 +148,22 @@ class _Counter(TorchDispatchMode):
             tensor = args[position]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             self.messages[Collective(kind, tensor.numel() * tensor.element_size())] += 1
-        elif name == "_scaled_dot_product_flash_attention_for_cpu":
-            self.flops += _attention_flops(args[0], args[1])
-        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-            self.flops += 2 * _attention_flops(args[1], args[2])
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
-def _attention_flops(query: Tensor, key: Tensor) -> int:
-    """Two products forward; the kernel's backward pass is counted as their four gradients."""
-    *rest, length, head_dim = query.shape
-    return 4 * torch.Size(rest).numel() * length * key.shape[-2] * head_dim
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
+    """Two products, of all queries with all keys; torch's own counter does not know the kernel of the CPU."""
+    *rest, length, head_dim = query
+    return 4 * torch.Size(rest).numel() * length * key[-2] * head_dim
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(_: torch.Size, query: torch.Size, key: torch.Size, *__: object, **___: object) -> int:
+    """The four gradients of two products."""
+    return 2 * _attention_flops(query, key)
 
 
 class _Keeper:

@@ -73,10 +73,11 @@ def test_branches_equal_their_dense_definition(
     ]
     if sinks:
         parts.append(torch.randn(heads, 20, dtype=torch.double, generator=generator).requires_grad_())
-    gradient = torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator)
+    is_text = (segments > 0).view(1, 1, -1, 1)  # what padding attends is of no account
+    gradient = torch.randn(1, heads, total, 20, dtype=torch.double, generator=generator) * is_text
     found = attended(branch, pattern, parts, segments)
     expected = dense_reference(branch, pattern, parts, segments)
-    assert torch.allclose(found, expected, atol=1e-12)
+    assert torch.allclose(found * is_text, expected * is_text, atol=1e-12)
     for left, right in zip(
         torch.autograd.grad(found, parts, gradient), torch.autograd.grad(expected, parts, gradient), strict=True
     ):
@@ -115,14 +116,13 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("branch", "causal"), CASES)
-def test_local_and_axial_never_build_an_n_by_n_mask(branch: Branch, *, causal: bool) -> None:
+def test_no_branch_builds_an_n_by_n_mask(branch: Branch, *, causal: bool) -> None:
     length, heads, size = 1024, 2, 4
     parts = [torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3)]
     segments = packed_segments([600, 400], 16, length)
     with LargestTensor() as largest:
         attended(branch, Pattern(causal, 32, 16), parts, segments).sum().backward()
-    is_dense = branch in ("full", "causal")
-    assert (largest.elements >= length * length) == is_dense
+    assert largest.elements < length * length
 
 
 def test_positions_count_inside_documents() -> None:

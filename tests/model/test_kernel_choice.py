@@ -37,7 +37,8 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> No
 def test_without_libraries_torch_is_chosen_and_said() -> None:
     assert kernels.select_kernels("cpu") is kernels.PORTABLE
     chosen = kernels.select_kernels("cuda")
-    assert (chosen.gated_activation, chosen.windowed_attention) == (swiglu, None)
+    assert chosen.gated_activation is swiglu
+    assert (chosen.variable_length_attention is None) == ("varlen" not in chosen.choices[0])
     hidden, weight = torch.randn(3, 8), torch.randn(8)
     assert torch.allclose(chosen.norm(hidden, weight, 1e-6), rms_norm(hidden, weight, 1e-6), atol=1e-6)
     assert all("torch" in choice for choice in chosen.choices)
@@ -52,8 +53,9 @@ def test_libraries_are_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
         def apply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             return gate + up
 
-    def attention(*_: object) -> str:
-        return "flash"
+    def attention(query: torch.Tensor, *_: object, window_size: tuple[int, int], softmax_scale: float) -> torch.Tensor:
+        assert query.shape[-1] == 24 and window_size == (7, 0) and softmax_scale == 20**-0.5
+        return query
 
     install(monkeypatch, "apex.normalization", fused_rms_norm_affine=fused)
     install(monkeypatch, "liger_kernel.ops.swiglu", LigerSiLUMulFunction=Multiply)
@@ -63,7 +65,10 @@ def test_libraries_are_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ones = torch.ones(2, 4)
     assert torch.equal(chosen.norm(ones, torch.ones(4), 1e-6), 7 * ones)
     assert torch.equal(chosen.gated_activation(ones), torch.full((2, 2), 2.0))
-    assert chosen.windowed_attention is attention
+    query, bounds = torch.randn(5, 2, 20), torch.tensor([0, 5])
+    assert chosen.variable_length_attention is not None
+    attended = chosen.variable_length_attention(query, query, query, bounds, bounds, 5, 5, (7, 0))
+    assert torch.equal(attended, query), "padded to a multiple of 8 for the kernel, and cut again"
     layer = build_norm("test", ModelContext(ModelConfig(hidden_size=4, num_attention_heads=2), kernels=chosen))
     assert torch.equal(layer(ones), 7 * ones)
     assert [choice.split(":")[1].split()[0] for choice in chosen.choices] == ["flash-attn", "apex", "Liger"]

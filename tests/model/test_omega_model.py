@@ -208,3 +208,28 @@ def test_a_mix_is_the_sum_of_its_branches() -> None:
             alone.out.weight.copy_(mix.out.weight[:, index : index + 1])
         total += attend_all(alone, hidden, segments)
     assert torch.allclose(attend_all(mix, hidden, segments), total, atol=1e-5)
+
+
+def test_a_stream_of_16384_tokens_runs_and_what_it_keeps_grows_as_it_does() -> None:
+    kept = []
+    for length in (4096, 16_384):
+        made = context(hidden_size=24, ffn_hidden_size=24, num_attention_heads=2, encoder_layers=1, decoder_layers=1)
+        omega = Omega(made)
+        segments = torch.arange(length).div(512, rounding_mode="floor").add(1).unsqueeze(0)
+        ids, few = (
+            torch.zeros_like(segments),
+            (torch.zeros(1, 32, dtype=torch.long), torch.ones(1, 32, dtype=torch.long)),
+        )
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden, encoded, _ = omega.hidden((ids, segments, *few))
+        (hidden.sum() + encoded.sum()).backward()
+        total = sum(storage.nbytes() for storage in storages.values())
+        columns = made.model.axial_width * (length // made.model.axial_width) ** 2 * 4  # mask of the axial columns
+        kept.append(total - columns)
+    assert 3.5 < kept[1] / kept[0] < 4.5

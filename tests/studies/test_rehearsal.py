@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_omega.accounting import layer_costs
@@ -85,7 +84,7 @@ def test_a_difference_is_seen() -> None:
 
 
 def test_flops_are_those_of_the_flop_counter() -> None:
-    """Forward and backward of one layer of each kind on the meta device, where attention is spelled out."""
+    """Forward and backward of one layer of each kind on the meta device."""
     config = _config(CARD, "bf16", 512, 512)
     context = ModelContext.of(
         config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
@@ -107,49 +106,34 @@ def test_flops_are_those_of_the_flop_counter() -> None:
 
 
 def test_kept_bytes_are_those_of_a_run_on_the_cpu() -> None:
-    """The dry run calls the CPU's fused attention by name; torch's own choice on (fake) CPU tensors keeps the same."""
-    config = _config(CARD, "bf16", 512, 512)
+    """A rehearsal calls the CPU's fused attention by name and takes a row for one document; a run keeps the same."""
+    config = _config(CARD.model_copy(update={"ffn_hidden_size": 128}), "bf16", 256, 256)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
     shape, context = Shape.of(config), ModelContext.of(config)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with FakeTensorMode():
-            recipes = {recipe.name: recipe for recipe in omega_layers(context)}
-            for name, predicted in (
-                (
-                    "encoder.layers.0",
-                    encoder_layer(config, shape, ENCODER_BRANCHES) + facts(config, shape, ENCODER_BRANCHES, ()),
-                ),
-                (
-                    "decoder.layers.0",
-                    decoder_layer(config, shape, DECODER_BRANCHES)
-                    + facts(config, shape, (), DECODER_BRANCHES)
-                    + shape.whole(512),
-                ),
-            ):
-                module = recipes[name].modules[0]
-                layer = module.build()
-                held = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
-                kept: dict[int, torch.UntypedStorage] = {}
+    recipes = {recipe.name: recipe for recipe in omega_layers(context)}
+    encoder = encoder_layer(config, shape, ENCODER_BRANCHES) + facts(config, shape, ENCODER_BRANCHES, ())
+    decoder = decoder_layer(config, shape, DECODER_BRANCHES) + facts(config, shape, (), DECODER_BRANCHES)
+    segments = torch.tensor([[1] * 100 + [0] * 28 + [2] * 128])
+    for name, predicted in (("encoder.layers.0", encoder), ("decoder.layers.0", decoder + shape.whole(256))):
+        module = recipes[name].modules[0]
+        layer = module.build().bfloat16()
+        held = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
 
-                def keep(
-                    tensor: torch.Tensor, held: set[int] = held, kept: dict[int, torch.UntypedStorage] = kept
-                ) -> torch.Tensor:
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in held:
-                        kept.setdefault(storage._cdata, storage)
-                    return tensor
+        def keep(
+            tensor: torch.Tensor, held: set[int] = held, kept: dict[int, torch.UntypedStorage] = kept
+        ) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held:
+                kept.setdefault(storage.data_ptr(), storage)
+            return tensor
 
-                hidden, memory = (torch.empty(1, 512, 960, requires_grad=True) for _ in range(2))
-                segments = torch.ones(1, 512, dtype=torch.int64)
-                is_encoder = name.startswith("encoder")
-                state = (hidden, *[segments] * 3) if is_encoder else (memory, hidden, segments, segments)
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    module.apply(layer, flow(state, context.kernels))
-                assert sum(storage.nbytes() for storage in kept.values()) == predicted
-    finally:
-        torch.set_default_dtype(previous)
+        hidden, memory = (torch.randn(1, 256, 960, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        is_encoder = name.startswith("encoder")
+        state = (hidden, *[segments] * 3) if is_encoder else (memory, hidden, segments, segments)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module.apply(layer, flow(state, context.kernels))
+        assert sum(storage.nbytes() for storage in kept.values()) == predicted
 
 
 def test_the_bridge_sends_memory_hidden_and_both_segments() -> None:

@@ -1,0 +1,185 @@
+"""Attention inside documents whose bounds are known: no mask, and no work between documents.
+
+On the CPU every document is a call of torch's fused kernel on its slice of the stream; on CUDA all documents are one
+call of a variable-length kernel. Both take integers that are made once per micro-batch: spans on the CPU, cumulative
+bounds on CUDA, where nothing may wait for the device, so that their number depends on the length of the stream only.
+Packing lets every document begin at a multiple of the axial width, and numbers them 1.. in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_omega.model.kernels import VariableLengthAttention
+from megatron_omega.model.stream import PADDING, Stream
+from megatron_omega.parallel.lean import accumulation
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_SPAN = 5  # row, first and end of the queries, first and end of the keys
+
+Span = tuple[int, ...]
+Bounds = tuple[Tensor, Tensor]
+"""Cumulative bounds of queries and of keys, int32 [sequences + 1]."""
+
+
+def self_spans(stream: Stream) -> Tensor:
+    """Where each document (or gap) lies: int32 [1 + b * s, 5] on the CPU, the number of spans in front."""
+    rows = _rows(stream)
+    spans = [(row, *run, *run) for row, runs in enumerate(rows) for _, *run in runs]
+    return _pack(spans, stream.segments.numel())
+
+
+def cross_spans(stream: Stream, memory: Stream) -> Tensor:
+    """Where each document lies in both streams; as `self_spans`. Padding of the decoder attends nothing."""
+    spans: list[Span] = []
+    for row, (runs, others) in enumerate(zip(_rows(stream), _rows(memory), strict=True)):
+        places = {document: place for document, *place in others if document != PADDING}
+        spans += [(row, *run, *places[document]) for document, *run in runs if document in places]
+    return _pack(spans, stream.segments.numel())
+
+
+def self_bounds(stream: Stream, width: int) -> Bounds:
+    """Bounds of documents and of the gaps between them, for a variable-length kernel."""
+    bounds = _bounds(stream.segments, -(-stream.segments.shape[1] // width))
+    return bounds, bounds
+
+
+def cross_bounds(stream: Stream, memory: Stream, width: int) -> Bounds:
+    """Bounds of the same documents in both streams."""
+    capacity = -(-max(stream.segments.shape[1], memory.segments.shape[1]) // width)
+    return _bounds(stream.segments, capacity), _bounds(memory.segments, capacity)
+
+
+def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, *, causal: bool) -> Tensor:
+    """Attend [b, h, s, head_dim] on the CPU, document by document; zeros where nobody is to be attended."""
+    return _SpanAttention.apply(query, key, value, spans, causal)  # pyright: ignore[reportReturnType]
+
+
+def attend_bounds(
+    kernel: VariableLengthAttention, query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: tuple[int, int]
+) -> Tensor:
+    """Attend [b, h, s, head_dim] on CUDA in one call; `window` counts the keys before and after, -1 = all."""
+    batch, length = query.shape[0], query.shape[2]
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))  # [b * s, h, head_dim]
+    attended = kernel(q, k, v, *bounds, length, key.shape[2], window)
+    return attended.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def _rows(stream: Stream) -> list[list[Span]]:
+    """Return (document, first token, end) of every run of equal segments, row by row."""
+    segments = stream.segments
+    if segments.is_meta:  # a rehearsal has no data: every row is one document
+        return [[(1, 0, segments.shape[1])]] * segments.shape[0]
+    rows = []
+    for row in segments:
+        documents, counts = torch.unique_consecutive(row, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        rows.append(list(zip(documents.tolist(), [0, *ends[:-1]], ends, strict=True)))
+    return rows
+
+
+def _pack(spans: list[Span], room: int) -> Tensor:
+    """Return spans as a tensor whose shape does not depend on them, so that compiled layers stay compiled."""
+    packed = torch.zeros(1 + room, _SPAN, dtype=torch.int32, device="cpu")
+    packed[0, 0] = len(spans)
+    if spans:
+        packed[1 : 1 + len(spans)] = torch.tensor(spans, dtype=torch.int32, device="cpu")
+    return packed
+
+
+def _bounds(segments: Tensor, capacity: int) -> Tensor:
+    """[b, s] -> int32 [b * (2 capacity + 1) + 1]: gap, document, gap, ..., gap of every row, all tokens in one line."""
+    batch, length = segments.shape
+    documents = torch.arange(1, capacity + 1, device=segments.device).expand(batch, -1).contiguous()
+    latest = segments.cummax(dim=1).values  # padding belongs to the document before it
+    first = torch.searchsorted(latest, documents)
+    counts = torch.zeros(batch, length + 2, dtype=torch.long, device=segments.device)
+    counts.scatter_add_(1, segments, torch.ones_like(segments))
+    end = first + counts[:, 1 : capacity + 1]
+    rows = torch.arange(batch, device=segments.device).unsqueeze(1) * length
+    edges = torch.stack((first, end), dim=2).flatten(1) + rows  # [b, 2 capacity]
+    inner = torch.cat((edges, rows + length), dim=1).flatten()
+    return torch.cat((inner.new_zeros(1), inner)).int()
+
+
+def _read(spans: Tensor, query: Tensor, key: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Return (rows, queries, keys) of every call; one call for all rows if each of them is one document."""
+    rows = spans[1 : 1 + int(spans[0, 0])].tolist()
+    if len(rows) == query.shape[0] and all(span[1:] == [0, query.shape[2], 0, key.shape[2]] for span in rows):
+        return [(slice(None), slice(None), slice(None))]
+    return [(slice(row, row + 1), slice(*at[:2]), slice(*at[2:])) for row, *at in rows]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return what is attended [b, h, s, head_dim], laid out as [b, s, h, head_dim], and log-sum-exps [b, h, s]."""
+    attended, sums = _room_for_attended(query)
+    for rows, queries, keys in _read(spans, query, key):
+        parts = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
+        attended[rows, :, queries], sums[rows, :, queries] = _flash(*parts, is_causal=causal)
+    return attended, sums
+
+
+def _attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, sums: Tensor, spans: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v, laid out as [b, s, h, head_dim]."""
+    found = _room_for_gradients(query, key, value)
+    for rows, queries, keys in _read(spans, query, key):
+        ours, theirs = (rows, slice(None), queries), (rows, slice(None), keys)
+        parts = gradient[ours], query[ours], key[theirs], value[theirs], attended[ours], sums[ours]
+        for total, part, place in zip(found, _flash_backward(*parts, 0.0, causal), (ours, theirs, theirs), strict=True):
+            total[place] = part
+    return found
+
+
+def _room_for_attended(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = query.shape
+    sums = query.new_zeros(batch, length, heads, dtype=accumulation(query.dtype))
+    return _zeros_by_token(query), sums.transpose(1, 2)
+
+
+def _room_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _zeros_by_token(query), _zeros_by_token(key), _zeros_by_token(value)
+
+
+def _zeros_by_token(part: Tensor) -> Tensor:
+    batch, heads, length, head_dim = part.shape
+    return part.new_zeros(batch, length, heads, head_dim).transpose(1, 2)
+
+
+_traced_attend = torch.library.custom_op("megatron_omega::attend_spans", mutates_args=())(_attend)
+_traced_backward = torch.library.custom_op("megatron_omega::attend_spans_backward", mutates_args=())(_attend_backward)
+
+
+@_traced_attend.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _room_for_attended(query)
+
+
+@_traced_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _room_for_gradients(query, key, value)
+
+
+class _SpanAttention(Function):
+    """The number of calls depends on the data; so a compiler sees one operation, while eager code calls through."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, causal: bool) -> Tensor:
+        attend = _traced_attend if torch.compiler.is_compiling() else _attend
+        attended, sums = attend(query, key, value, spans, causal)
+        context.causal = causal
+        context.save_for_backward(query, key, value, attended, sums, spans)
+        return attended
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _traced_backward if torch.compiler.is_compiling() else _attend_backward
+        query, key, value, attended, sums, spans = context.saved_tensors
+        return *backward(gradient, query, key, value, attended, sums, spans, context.causal), None, None
