@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.studies.quality import read_study, run_study
+from megatron_omega.studies.quality_report import write_report
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
                 f"{trial.label}: loss {last['loss']:.3f}, gain {last['gain']:.3f}, first {last['loss_first']:.3f}, "
                 f"MLM {last.get('mlm_loss', float('nan')):.3f}, {last['cpu']:.0f} CPU-s", flush=True,
             )  # fmt: skip
+        print(f"see {write_report(options.output)}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "launch": ("launch", "start all processes of a run: on this machine, on several, under Slurm"),
         "evaluate": ("validate", "measure the validation loss of a checkpoint"),
         "report": ("report", "say what a run learned, beside two guesses"),
+        "sweep": ("sweep", "find the best learning rate, or other settings, by successive halving"),
         "goodput": ("goodput", "say how much of a run's time went into steps that count"),
     },
     "use": {

@@ -85,7 +85,8 @@ def measure(model: Omega, windows: HeldOut, special: SpecialIds) -> dict[str, fl
         "gain": without.mean() - losses.mean(),
         "bits_per_byte": losses.sum() / windows.num_bytes / log(2),
     }
-    found |= {f"loss_{name}": losses[:, place].mean() for name, place in POSITIONS.items()}
+    by_position = {name: losses[:, place] for name, place in POSITIONS.items()}
+    found |= {f"loss_{name}": part.mean() for name, part in by_position.items() if part.size}
     if model.context.model.has_mlm_head:
         found |= _masked(model, windows, special)
     return {name: float(value) for name, value in found.items()}
