@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_omega.commands import (
-    fill_mask,
     gather_text,
     generate,
     launch,
@@ -32,7 +31,6 @@ CORPUS = Path("runs/corpus")
 """Where the preset expects its corpus."""
 TEXT, TOKENIZER, SHARD = CORPUS / "text.jsonl", CORPUS / "tokenizer.model", CORPUS / "text_text_document"
 PROMPT = "This function returns"
-MASKED = "The [MASK] of the file is returned as a string."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
     code = report.main(["--run", str(arguments.run)])
     _say("what it writes")
     generate.main(["--checkpoint", str(arguments.run), "--prompt", PROMPT, "--max-new-tokens", "48", "--seed", "1"])
-    fill_mask.main(["--checkpoint", str(arguments.run), "--text", MASKED])
     print("\n".join(last_words(arguments.run)))
     return code
 

@@ -122,27 +122,58 @@ def _losses(model: Omega, prefixes: Ids, labels: Ids, special: SpecialIds) -> ND
 
 def _masked(model: Omega, windows: HeldOut, special: SpecialIds) -> dict[str, float]:
     """Return the MLM head's loss and accuracy, and the share of its commonest answer."""
-    mode = special.modes.prefix if model.context.model.shared_mode_token else special.modes.mask
-    losses, answers, wanted = [], [], []
-    for rows in _batches(len(windows.prefixes)):
-        prefixes, chosen = windows.prefixes[rows], windows.is_masked[rows]
-        seen = np.where(chosen, special.mask, prefixes)
-        encoder = np.concatenate([np.full((len(seen), 1), mode), seen], axis=1)
-        decoder = np.full((len(seen), 1), special.bos)
-        width = model.context.model.axial_width
-        _, encoded, bias = model.hidden((*_padded(encoder, width, special.pad), *_padded(decoder, width, special.pad)))
-        at = torch.from_numpy(chosen)
-        logits = vocabulary_logits(model, encoded[:, 1 : 1 + seen.shape[1]][at], bias)
-        labels = torch.from_numpy(prefixes)[at]
-        losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        answers.append(logits.argmax(-1))
-        wanted.append(labels)
-    answer = torch.cat(answers)
+    logits = masked_logits(model, windows.prefixes, windows.is_masked, special)
+    labels = torch.from_numpy(windows.prefixes[windows.is_masked])
+    answer = logits.argmax(-1)
     return {
-        "mlm_loss": torch.cat(losses).mean().item(),
-        "mlm_accuracy": (answer == torch.cat(wanted)).float().mean().item(),
+        "mlm_loss": F.cross_entropy(logits, labels).item(),
+        "mlm_accuracy": (answer == labels).float().mean().item(),
         "mlm_commonest_answer": answer.bincount().max().item() / len(answer),
     }
+
+
+@torch.inference_mode()
+def masked_logits(model: Omega, prefixes: Ids, chosen: NDArray[np.bool_], special: SpecialIds) -> Tensor:
+    """Return the MLM head's logits for the chosen tokens of texts [n, p], all of them masked: [count, vocabulary]."""
+    mode = special.modes.prefix if model.context.model.shared_mode_token else special.modes.mask
+    width, found = model.context.model.axial_width, []
+    for rows in _batches(len(prefixes)):
+        seen = np.where(chosen[rows], special.mask, prefixes[rows])
+        encoder = np.concatenate([np.full((len(seen), 1), mode), seen], axis=1)
+        decoder = np.full((len(seen), 1), special.bos)
+        _, encoded, bias = model.hidden((*_padded(encoder, width, special.pad), *_padded(decoder, width, special.pad)))
+        at = torch.from_numpy(chosen[rows])
+        found.append(vocabulary_logits(model, encoded[:, 1 : 1 + seen.shape[1]][at], bias))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class FoundToken:
+    """A masked token that a model found, and how sure it was: given its own text, and given another's around it."""
+
+    window: int
+    place: int
+    probability: float
+    elsewhere: float
+
+
+def found_tokens(model: Omega, windows: HeldOut, special: SpecialIds, times: float = 4.0) -> list[FoundToken]:
+    """Return the masked tokens that were found because of their text: the surest first.
+
+    The first answer is right, and its probability falls to less than 1 / `times` if the mask stands in the text of
+    the next window instead.
+    """
+    labels = torch.from_numpy(windows.prefixes[windows.is_masked])
+    given = masked_logits(model, windows.prefixes, windows.is_masked, special)
+    other = masked_logits(model, np.roll(windows.prefixes, 1, axis=0), windows.is_masked, special)
+    own, elsewhere = (logits.softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1) for logits in (given, other))
+    is_found = (given.argmax(-1) == labels) & (own > times * elsewhere)
+    places = np.argwhere(windows.is_masked)
+    found = [
+        FoundToken(int(places[number, 0]), int(places[number, 1]), float(own[number]), float(elsewhere[number]))
+        for number in is_found.nonzero().flatten().tolist()
+    ]
+    return sorted(found, key=lambda token: -token.probability)
 
 
 def _padded(ids: Ids, width: int, pad: int) -> tuple[Tensor, Tensor]:

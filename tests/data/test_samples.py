@@ -138,8 +138,9 @@ def test_both_streams_are_full_and_nothing_is_lost(make_config: MakeConfig, long
 
 
 def test_objectives_come_by_weight(make_config: MakeConfig, long_prefix: str) -> None:
+    mixture = {"prefix_lm": 0.60, "span_corruption": 0.25, "masked_prefix": 0.15}
     source = open_sources(
-        make_config(encoder=2048, decoder=2048, width=32, corpora=(Corpus(prefix=long_prefix),))
+        make_config(encoder=2048, decoder=2048, width=32, corpora=(Corpus(prefix=long_prefix),), objective=mixture)
     ).train
     tokens: Counter[str] = Counter()
     for index in range(200):

@@ -54,11 +54,11 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What is asked of the model. Decided per example by (seed, epoch, sample index), never by rank or worker."""
 
-    prefix_lm: NonNegativeFloat = 0.60
+    prefix_lm: NonNegativeFloat = 0.45
     """Weight of prefix language modelling (decoder-only models always use plain language modelling)."""
-    span_corruption: NonNegativeFloat = 0.25
+    span_corruption: NonNegativeFloat = 0.10
     """Weight of span corruption."""
-    masked_prefix: NonNegativeFloat = 0.15
+    masked_prefix: NonNegativeFloat = 0.45
     """Weight of masked prefix: tokens of the prefix are masked for the MLM head, the decoder continues it."""
     empty_prefix_fraction: Fraction = 1 / 6
     """Share of prefix-LM examples with an empty prefix: plain text generation."""
@@ -72,7 +72,7 @@ class ObjectiveConfig(Section):
     """Share of encoder tokens predicted by the MLM head: 80% masked, 10% replaced, 10% kept."""
     mask_span_length: Annotated[float, Field(ge=1)] = 1.0
     """Mean length of a run of encoder tokens that is masked as one, tokens."""
-    mlm_weight: NonNegativeFloat = 0.5
+    mlm_weight: NonNegativeFloat = 1.0
     """Weight of the MLM loss: how many LM labels one MLM label counts as."""
     mlm_weighing: Literal["labels", "means"] = "labels"
     """labels: the MLM loss is divided by the number of LM labels; means: by its own, so that few labels weigh much."""
