@@ -183,7 +183,7 @@ class Bench:
 
     def save(self, *, asynchronous: bool) -> None:
         self.step += 1
-        self.store.save(self.engine.deepspeed, {}, step=self.step, asynchronous=asynchronous)
+        self.store.save(self.engine, {}, step=self.step, asynchronous=asynchronous)
 
     def forget(self) -> None:
         for path in list_checkpoints(self.directory / "ours"):
@@ -202,7 +202,7 @@ class Bench:
         return taken
 
     def read(self) -> float:
-        return seconds_from_disk(self.directory / "ours", lambda: self.store.load_latest(self.engine.deepspeed))
+        return seconds_from_disk(self.directory / "ours", lambda: self.store.load_latest(self.engine))
 
     def dd_write(self) -> float:
         target = self.directory / "dd"
@@ -323,9 +323,9 @@ def watch_memory(million_parameters: int, directory: Path, load: bool) -> dict[s
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     begin = time.perf_counter()
     if load:
-        assert store.load_latest(engine.deepspeed) is not None
+        assert store.load_latest(engine) is not None
     else:
-        store.save(engine.deepspeed, {}, step=1, asynchronous=False)
+        store.save(engine, {}, step=1, asynchronous=False)
         assert store.wait() is None
     taken = time.perf_counter() - begin
     peak = resident_bytes("VmHWM") - without_state

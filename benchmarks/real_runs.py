@@ -151,7 +151,7 @@ def time_steps(config: RunConfig, stage: int, steps: int) -> dict[str, list[floa
 def _engine(config: RunConfig, stage: int) -> Any:
     from megatron_omega.config.deepspeed import resolve_deepspeed
     from megatron_omega.config.layout import layout_of
-    from megatron_omega.engine.engine import start_distributed
+    from megatron_omega.engine.start import start_distributed
     from megatron_omega.parallel.topology import create_topology
     from megatron_omega.planner.plan_files import ZERO
     from megatron_omega.run.assembly import build_engine
@@ -166,7 +166,7 @@ def _batches(config: RunConfig, *, masked: float) -> Iterator[Any]:
     """One made-up micro-batch for ever; a share of `masked` of the encoder's tokens has an MLM label."""
     import torch
 
-    from megatron_omega.engine.engine import MicroBatch
+    from megatron_omega.engine.results import MicroBatch
 
     rows, data = config.batch.micro_batch_size, config.data
     encoder, decoder = (

@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_omega.config.deepspeed import resolve_deepspeed
 from megatron_omega.config.layout import layout_of
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.engine.engine import Engine, MicroBatch, start_distributed
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.results import MicroBatch
+from megatron_omega.engine.start import start_distributed
 from megatron_omega.parallel.topology import create_topology
 from megatron_omega.run.assembly import build_engine
 

@@ -23,7 +23,8 @@ from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayou
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.writer import Snapshot, remove_unfinished, step_folder, write_checkpoint
 from megatron_omega.config.schema import CheckpointConfig
-from megatron_omega.engine.internals import Engine, check_masters, refresh_working_weights
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.internals import check_masters, refresh_working_weights
 from megatron_omega.errors import CheckpointError
 from megatron_omega.log import get_logger
 from megatron_omega.parallel.exchange import Peers
@@ -122,8 +123,8 @@ class CheckpointStore:
         return error
 
     def _bind(self, engine: Engine) -> Binding:
-        if self._binding is None or self._binding.engine is not engine:
-            self._binding = Binding(engine, self.peers, self._topology)
+        if self._binding is None or self._binding.engine is not engine.deepspeed:
+            self._binding = Binding(engine.deepspeed, self.peers, self._topology)
             check_masters(self._binding.holdings)
         return self._binding
 
@@ -138,12 +139,12 @@ class CheckpointStore:
             "versions": versions,
             "layout": SavedLayout(
                 pipeline=layout.pipeline, data=layout.data, tensor=layout.tensor,
-                zero_stage=engine.zero_optimization_stage(), dtype=dtype,
+                zero_stage=engine.deepspeed.zero_optimization_stage(), dtype=dtype,
             ),
             "identity": self._identity,
             "config": self._run_config,
             "state": dict(state),
-            "engine": read_counters(engine),
+            "engine": read_counters(engine.deepspeed),
             "validation_loss": validation_loss,
         }  # fmt: skip
 
@@ -277,7 +278,7 @@ class CheckpointStore:
             manifest, problems = self._read_into(engine, path, weights_only=weights_only)
             if manifest is not None and not problems:
                 if not weights_only:
-                    restore_counters(engine, manifest.engine)
+                    restore_counters(engine.deepspeed, manifest.engine)
                 return manifest.state
             damage += problems
             for problem in problems:
@@ -302,7 +303,7 @@ class CheckpointStore:
             problems = self._anywhere(problems)
             if problems or wait is None:
                 return manifest, problems
-            refresh_working_weights(engine.optimizer)  # while moments are read
+            refresh_working_weights(engine.deepspeed.optimizer)  # while moments are read
             try:
                 for kind in kinds[1:]:
                     wait(kind)

@@ -8,16 +8,12 @@ depend on micro-batching or layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -28,112 +24,14 @@ from megatron_omega.engine.internals import engine_parts
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
 from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken
-from megatron_omega.errors import ConfigError
+from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
+from megatron_omega.engine.start import accelerator
 from megatron_omega.parallel.cross_entropy import IGNORED
 from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
 
 Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-Accept = Callable[[float], bool]
-"""From the LM loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
 LOSS_PARTS = ("lm_loss", "mlm_loss")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one replica computes at a time."""
-
-    inputs: tuple[Tensor, ...]
-    """What the first layer takes."""
-    labels: tuple[Tensor, Tensor]
-    """LM and MLM labels; `IGNORED` where there is nothing to predict."""
-    num_tokens: int = 0
-    """Tokens that are not padding."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    loss: float
-    lm_loss: float
-    mlm_loss: float
-    grad_norm: float
-    """Global gradient norm before clipping; not finite where the step was skipped."""
-    skipped: bool
-    num_tokens: int
-    """Tokens of the global batch that are not padding; 0 on ranks that read no data."""
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Mean losses per token over everything evaluated."""
-
-    lm_loss: float
-    mlm_loss: float
-    """Not a number where there was no masked token."""
-    num_tokens: int
-    """Tokens that the LM loss was averaged over."""
-    num_masked_tokens: int = 0
-    """Tokens that the MLM loss was averaged over."""
-
-
-def pooled(results: Sequence[EvaluationResult]) -> EvaluationResult:
-    """Return the losses over the tokens of all `results` together."""
-
-    def mean(losses: Sequence[float], counts: Sequence[int]) -> float:
-        total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
-        return total / sum(counts) if sum(counts) else math.nan
-
-    tokens, masked = [r.num_tokens for r in results], [r.num_masked_tokens for r in results]
-    lm, mlm = mean([r.lm_loss for r in results], tokens), mean([r.mlm_loss for r in results], masked)
-    return EvaluationResult(lm, mlm, sum(tokens), sum(masked))
-
-
-def _accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
-    return get_accelerator()
-
-
-def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
-    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
-
-    DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    accelerator = _accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
-    return accelerator.device_name()
-
-
-def visible_devices() -> tuple[str, int]:
-    """Return the type of the accelerator and how many of them this process sees."""
-    return _accelerator().device_name(), _accelerator().device_count()
-
-
-def stop_distributed() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def check_precision(dtype: str) -> None:
-    """Raise `ConfigError` where the accelerator cannot run `dtype`."""
-    accelerator = _accelerator()
-    if dtype == "fp16" and not accelerator.is_fp16_supported():
-        raise ConfigError(
-            f"precision.dtype=fp16 cannot run on {accelerator.device_name()}: DeepSpeed has no fp16 there; "
-            "use fp32 or bf16, or a GPU"
-        )
-
-
-def construction(values: Mapping[str, Any], topology: Topology) -> AbstractContextManager[Any]:
-    """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
-    if values["zero_optimization"]["stage"] < 3:
-        return nullcontext()
-    mpu = ModelParallelUnit(topology)
-    return deepspeed.zero.Init(data_parallel_group=topology.data.handle, config_dict_or_path=dict(values), mpu=mpu)
 
 
 class Engine:
@@ -145,7 +43,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, values: Mapping[str, Any], optimizer: OptimizerConfig, topology: Topology
     ) -> None:
-        device_type = _accelerator().device_name()
+        device_type = accelerator().device_name()
         stage = values["zero_optimization"]["stage"]
         clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
         self._own_clipping = Clipper(topology, optimizer.gradient_clipping) if clips else None

@@ -22,9 +22,9 @@ from megatron_omega.data.batch import Batch
 from megatron_omega.data.inspection import documents_of
 from megatron_omega.data.loader import Loader, micro_batch_indices
 from megatron_omega.data.samples import SampleSource, Sources, open_sources
-from megatron_omega.engine.engine import (
-    Engine,
-    MicroBatch,
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.results import MicroBatch
+from megatron_omega.engine.start import (
     check_precision,
     construction,
     start_distributed,

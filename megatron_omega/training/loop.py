@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_omega.config.schema import ObjectiveConfig, RunConfig
-from megatron_omega.engine.engine import Engine, EvaluationResult, MicroBatch, StepResult, pooled
+from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.results import EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.errors import CheckpointError, OmegaError, Preempted
 from megatron_omega.log import get_logger
 from megatron_omega.training.batch_size import Interval, samples_of_step, with_interval
@@ -141,10 +142,10 @@ class Trainer:
     def _load(self) -> TrainState:
         """Return the state of the checkpoint to go on from, or a new one. Resuming has precedence over loading."""
         checkpoint = self.config.checkpoint
-        saved = self.store.load_latest(self.engine.deepspeed) if checkpoint.resume else None
+        saved = self.store.load_latest(self.engine) if checkpoint.resume else None
         if saved is None and checkpoint.load is not None:
             weights_only = checkpoint.load_weights_only
-            saved = self.store.load(self.engine.deepspeed, checkpoint.load, weights_only=weights_only)
+            saved = self.store.load(self.engine, checkpoint.load, weights_only=weights_only)
             log.info("loaded %s%s", checkpoint.load, " (weights only)" if weights_only else "")
             saved = None if weights_only else saved
         if saved is None:
@@ -287,7 +288,7 @@ class Trainer:
             )
         self.hook.on_phase("going back to a checkpoint", state.step)
         self._settle()
-        saved = self.store.roll_back(self.engine.deepspeed, up_to_step=state.step - state.bad_steps)
+        saved = self.store.roll_back(self.engine, up_to_step=state.step - state.bad_steps)
         if saved is not None:
             back = TrainState.from_json(saved)
             left_out = state.left_out if window is None else with_interval(state.left_out, window)
@@ -339,7 +340,7 @@ class Trainer:
         if self._saved_step == state.step:
             return
         self.store.save(
-            self.engine.deepspeed,
+            self.engine,
             state.to_json(),
             step=state.step,
             asynchronous=asynchronous,

@@ -59,7 +59,7 @@ def save_two(directory: Path) -> None:
     for step in (1, 2):
         run.train(1)
         store = run.store(directory)
-        store.save(run.engine.deepspeed, run.state, step=step)
+        store.save(run.engine, run.state, step=step)
         assert store.wait() is None
 
 
@@ -164,7 +164,7 @@ def what_got_through(run: Run, directory: Path, files: list[str], older: dict[st
     logger = logging.getLogger("megatron_omega.checkpoint.store")
     logger.addHandler(heard)
     try:
-        state = run.store(directory).load_latest(run.engine.deepspeed)
+        state = run.store(directory).load_latest(run.engine)
     finally:
         logger.removeHandler(heard)
     said = "\n".join(heard.lines)

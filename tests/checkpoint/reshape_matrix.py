@@ -64,7 +64,7 @@ def save_and_go_on(case: Case, directory: Path) -> list[float]:
     run = start(case)
     run.train(STEPS_BEFORE)
     store = run.store(directory)
-    store.save(run.engine.deepspeed, run.state, step=STEPS_BEFORE)
+    store.save(run.engine, run.state, step=STEPS_BEFORE)
     error = store.wait()
     assert error is None, error
     assert not different(directory, whole_state(run)), "the files do not hold what the engines held"

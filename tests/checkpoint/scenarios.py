@@ -114,7 +114,7 @@ def start(case: Case) -> Run:
 def resume(case: Case, directory: Path) -> Run:
     """Build the engine of `case` and load the newest checkpoint of `directory`."""
     run = start(case)
-    state = run.store(directory).load_latest(run.engine.deepspeed)
+    state = run.store(directory).load_latest(run.engine)
     assert state is not None
     run.consumed = int(state["consumed_samples"])  # type: ignore[arg-type]
     return run

@@ -36,7 +36,7 @@ FOUR_RANKS = [Case(2, 1, 2, schedule="dualpipev")]
 
 def save(run: Run, directory: Path, step: int, **options: Any) -> CheckpointError | None:
     store = run.store(directory)
-    store.save(run.engine.deepspeed, run.state, step=step, **options)
+    store.save(run.engine, run.state, step=step, **options)
     return store.wait()
 
 
@@ -61,7 +61,7 @@ def continues_bit_for_bit(case: Case, directory: Path) -> None:
 def rolls_back(run: Run, directory: Path, saved: Any, unbroken: Any, end: Any) -> None:
     """Check that an engine in the middle of training goes back to its checkpoint, and on as if nothing had been."""
     run.train(1)
-    state = run.store(directory).load_latest(run.engine.deepspeed)
+    state = run.store(directory).load_latest(run.engine)
     assert state is not None
     run.consumed = state["consumed_samples"]  # type: ignore[assignment]
     assert same_state(saved, whole_state(run)) == []
@@ -132,7 +132,7 @@ def choosing(directory: Path) -> None:
     """What a run does with good, damaged, foreign and absent checkpoints, on two ranks."""
     case = Case(data=2)
     run = start(case)
-    engine = run.engine.deepspeed
+    engine = run.engine
     store = run.store(directory)
     assert store.find_latest() is None
     assert store.load_latest(engine) is None
@@ -153,7 +153,7 @@ def choosing(directory: Path) -> None:
     damage(directory / "step-00000002" / "manifest.json", position=40)
     assert (store.load_latest(engine) or {})["consumed_samples"] == 8
     assert same_state(states[1], whole_state(run)) == []
-    assert engine.global_steps == 1
+    assert engine.deepspeed.global_steps == 1
 
     other = run.store(directory, identity={"model": {"hidden_size": 7}})
     for attempt in (other.find_latest, lambda: other.load_latest(engine), lambda: other.resolve(directory)):
@@ -175,15 +175,15 @@ def going_back(directory: Path) -> None:
     store = run.store(directory)
     for step in (1, 2, 3):
         run.train(1)
-        store.save(run.engine.deepspeed, run.state, step=step, asynchronous=True)
+        store.save(run.engine, run.state, step=step, asynchronous=True)
     with pytest.raises(CheckpointError, match="step-00000009"):
         store.forget_after(9)
     assert len(list_checkpoints(directory)) == 3
-    assert (store.load_latest(run.engine.deepspeed, up_to_step=2) or {})["consumed_samples"] == 16
+    assert (store.load_latest(run.engine, up_to_step=2) or {})["consumed_samples"] == 16
     store.forget_after(2)
-    assert (store.load_latest(run.engine.deepspeed) or {})["consumed_samples"] == 16
+    assert (store.load_latest(run.engine) or {})["consumed_samples"] == 16
     assert [path.name for path in list_checkpoints(directory)] == ["step-00000002", "step-00000001"]
-    assert store.load_latest(run.engine.deepspeed, up_to_step=0) is None
+    assert store.load_latest(run.engine, up_to_step=0) is None
 
 
 def test_a_run_can_go_back(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def weights_only(directory: Path) -> None:
     run = start(Case(data=2, zero=3))
     run.train(1)
     before = whole_state(run)
-    run.store(directory / "mine").load(run.engine.deepspeed, directory, weights_only=True)
+    run.store(directory / "mine").load(run.engine, directory, weights_only=True)
     after = whole_state(run)
     assert (
         same_state(
@@ -234,7 +234,7 @@ def test_weights_alone_can_be_loaded(tmp_path: Path) -> None:
 def failing_saves(directory: Path) -> None:
     """One rank's disk fills up, in the background and in the foreground; training goes on, the next save works."""
     run = start(Case(data=2))
-    engine = run.engine.deepspeed
+    engine = run.engine
     told: list[CheckpointError] = []
     store = run.store(directory)
     store._on_failure = told.append
@@ -282,7 +282,7 @@ def snapshot_is_of_its_step(directory: Path) -> None:
         return real(descriptor, data)
 
     os.write = late
-    store.save(run.engine.deepspeed, run.state, step=1, asynchronous=True)
+    store.save(run.engine, run.state, step=1, asynchronous=True)
     run.train(2)
     dist.barrier()
     directory.mkdir(exist_ok=True)
@@ -302,10 +302,10 @@ def outlive_a_killed_rank(directory: Path) -> str:
     run = start(Case(data=2))
     run.train(1)
     store = run.store(directory)
-    store.save(run.engine.deepspeed, run.state, step=1)
+    store.save(run.engine, run.state, step=1)
     if dist.get_rank() == 1:
         os.write = lambda descriptor, data: os.kill(os.getpid(), 9)  # type: ignore[assignment]
-    store.save(run.engine.deepspeed, run.state, step=2, asynchronous=True)
+    store.save(run.engine, run.state, step=2, asynchronous=True)
     found = str(store.wait())
     (directory / "outcome").write_text(found)
     return found
@@ -350,12 +350,12 @@ def fill_the_disk(directory: Path) -> None:
     run = start(Case(data=2))
     run.train(1)
     store = run.store(directory, keep_last=1)
-    store.save(run.engine.deepspeed, run.state, step=1)
+    store.save(run.engine, run.state, step=1)
     assert store.wait() is None
     before = whole_state(run)
     for step in (2, 3):
         run.train(1)
-        store.save(run.engine.deepspeed, run.state, step=step, asynchronous=step == 2)
+        store.save(run.engine, run.state, step=step, asynchronous=step == 2)
         run.train(1)
         assert "No space left on device" in str(store.wait())
         dist.barrier()

@@ -49,7 +49,7 @@ def train_to_the_end(directory: Path, kill: Kill | None) -> dict[str, int]:
     """Resume if there is something to resume from, train to the last step, save after each; return where it began."""
     run = start(CASE)
     store = run.store(directory, keep_last=2, keep_best=False, asynchronous=kill is not None and kill.asynchronous)
-    state = store.load_latest(run.engine.deepspeed)
+    state = store.load_latest(run.engine)
     run.consumed = 0 if state is None else int(state["consumed_samples"])  # type: ignore[arg-type]
     first = run.consumed // run.config.batch.global_batch_size
     newest = list_checkpoints(directory)
@@ -63,7 +63,7 @@ def train_to_the_end(directory: Path, kill: Kill | None) -> dict[str, int]:
 
 
 def save(run: Run, store: Any, step: int) -> None:
-    store.save(run.engine.deepspeed, run.state, step=step)
+    store.save(run.engine, run.state, step=step)
     error = None if store._thread is not None else store.wait()
     assert error is None, error
 

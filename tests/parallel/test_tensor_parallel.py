@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_omega.config.layout import Layout
-from megatron_omega.engine.engine import start_distributed
+from megatron_omega.engine.start import start_distributed
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.parallel.cross_entropy import VocabularyLoss
 from megatron_omega.parallel.layers import TokenTable

@@ -12,7 +12,7 @@ import torch
 from synthetic import small_config, start_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_omega.engine.engine import MicroBatch
+from megatron_omega.engine.results import MicroBatch
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.planner.candidates import of_config
 from megatron_omega.planner.estimate import Planner

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from synthetic import micro_batch, replica_batches, small_config, start_engine
 
 from megatron_omega.config.layout import Layout
-from megatron_omega.engine.engine import MicroBatch, start_distributed
+from megatron_omega.engine.results import MicroBatch
+from megatron_omega.engine.start import start_distributed
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer

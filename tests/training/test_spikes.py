@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_omega.config.schema import ResilienceConfig, RunConfig
-from megatron_omega.engine.engine import StepResult
+from megatron_omega.engine.results import StepResult
 from megatron_omega.errors import OmegaError
 from megatron_omega.training.batch_size import Interval
 from megatron_omega.training.hooks import Hook

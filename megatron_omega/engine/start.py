@@ -1,0 +1,62 @@
+"""Before there is an engine: join and leave the process group, ask what the accelerator can do, build a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from megatron_omega.errors import ConfigError
+from megatron_omega.parallel.mpu import ModelParallelUnit
+from megatron_omega.parallel.topology import Topology
+
+
+def accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
+    return get_accelerator()
+
+
+def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
+    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
+
+    DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = accelerator()
+    if device.device_name() != "cpu":
+        device.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    return device.device_name()
+
+
+def visible_devices() -> tuple[str, int]:
+    """Return the type of the accelerator and how many of them this process sees."""
+    return accelerator().device_name(), accelerator().device_count()
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_precision(dtype: str) -> None:
+    """Raise `ConfigError` where the accelerator cannot run `dtype`."""
+    device = accelerator()
+    if dtype == "fp16" and not device.is_fp16_supported():
+        raise ConfigError(
+            f"precision.dtype=fp16 cannot run on {device.device_name()}: DeepSpeed has no fp16 there; "
+            "use fp32 or bf16, or a GPU"
+        )
+
+
+def construction(values: Mapping[str, Any], topology: Topology) -> AbstractContextManager[Any]:
+    """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
+    if values["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    mpu = ModelParallelUnit(topology)
+    return deepspeed.zero.Init(data_parallel_group=topology.data.handle, config_dict_or_path=dict(values), mpu=mpu)
