@@ -3,14 +3,15 @@
     megatron-omega verify-parallel --config examples/omega-tiny/run.yaml
 
 runs the whole list: tensor, pipeline and data parallel in {1, 2}, each ZeRO stage, tensor parallel 3, 4 stages with
-cuts inside the encoder and the decoder, DualPipeV, sequence parallelism. With
+cuts inside the encoder and the decoder, DualPipeV, interleaved stages, sequence parallelism. With
 
     --layouts tp2,pp2-dp2,tp2sp-pp2v-dp2,dp2-zero3,pp4-cut2.4.5
 
-it runs those you name: tpN[sp] tensor [sequence] parallel, ppN[v] pipeline [DualPipeV], dpN replicas, zeroN[offload],
-cutA.B.C the first layers of the stages after the first, mbN micro-batch, none|swiglu|ffn|full recomputation; what is
-left out is 1, ZeRO-1, or as the file says. Each is compared with a single process, tp1-pp1-dp1-zero1. Every run is a
-real one, in processes on this machine's CPU. Exit code 0: all within the tolerance; 1: some are not.
+it runs those you name: tpN[sp] tensor [sequence] parallel, ppN[v|iM] pipeline [DualPipeV, or interleaved with M stages
+a rank], dpN replicas, zeroN[offload], cutA.B.C the first layers of the stages after the first, mbN micro-batch,
+none|swiglu|ffn|full recomputation; what is left out is 1, ZeRO-1, or as the file says. Each is compared with a single
+process, tp1-pp1-dp1-zero1. Every run is a real one, in processes on this machine's CPU. Exit code 0: all within the
+tolerance; 1: some are not.
 """
 
 from __future__ import annotations

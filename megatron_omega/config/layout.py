@@ -99,6 +99,7 @@ def num_pipeline_layers(model: ModelConfig) -> int:
 
 
 def num_stages(config: RunConfig) -> int:
-    """Return the pieces the layer list is cut into: two for each rank of a V, one otherwise."""
-    stages = config.parallel.pipeline_parallel_size
-    return 2 * stages if config.parallel.pipeline_schedule == "dualpipev" else stages
+    """Return the pieces the layer list is cut into: two for each rank of a V, as set when interleaved, or one."""
+    parallel = config.parallel
+    each = {"1f1b": 1, "interleaved": parallel.virtual_stages, "dualpipev": 2}[parallel.pipeline_schedule]
+    return each * parallel.pipeline_parallel_size

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
@@ -23,6 +22,7 @@ from megatron_omega.config.schema import OptimizerConfig
 from megatron_omega.engine.internals import engine_parts
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
+from megatron_omega.engine.pipeline import initialize
 from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken
 from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
 from megatron_omega.engine.start import accelerator
@@ -52,13 +52,7 @@ class Engine:
         )
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)
-        self.deepspeed: Any = deepspeed.initialize(
-            model=model,
-            optimizer=inner,
-            config=dict(values),
-            mpu=None if is_pipeline else ModelParallelUnit(topology),
-            dist_init_required=False,
-        )[0]
+        self.deepspeed: Any = initialize(model, inner, values, None if is_pipeline else ModelParallelUnit(topology))
         if isinstance(inner, Muon):
             inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)
         if is_pipeline:

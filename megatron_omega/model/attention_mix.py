@@ -29,7 +29,7 @@ from megatron_omega.model.heads import split_heads
 from megatron_omega.model.kernels import scaled_dot_product_attention
 from megatron_omega.model.select import select_visible
 from megatron_omega.model.stream import Continued, Pattern, Stream, continued_mask, rotations
-from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_omega.parallel.layers import ColumnParallelLinear, EnteringLinear, RowParallelLinear
 from megatron_omega.parallel.parameters import declare_parameter
 
 _FIRST_ROOM = 64
@@ -84,6 +84,7 @@ class SelfAttention(nn.Module):
         model, first_head = context.model, context.local_heads[0]
         heads, head_dim, count = model.num_attention_heads, model.resolved_head_dim, len(branches)
         self.branches = branches
+        self.parallel = context.parallel
         self.model = model
         self.kernels = context.kernels
         self.pattern = Pattern(
@@ -91,7 +92,7 @@ class SelfAttention(nn.Module):
         )
         build: dict[str, Any] = {"parallel": context.parallel, "seed": context.seed}
         scaled: dict[str, Any] = build | {"scales": context.matrix_scales}
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
+        self.qkv = EnteringLinear(f"{name}.qkv", (count, 3, heads, head_dim, model.hidden_size), axis=2, **scaled)
         self.out = RowParallelLinear(f"{name}.out", (model.hidden_size, count, heads, head_dim), axis=2, **scaled)
         self.gains = declare_parameter(
             f"{name}.qk_gains", (count, 2, heads, head_dim), axis=2, fill=1.0, scales=context.vector_scales, **build
@@ -110,11 +111,12 @@ class SelfAttention(nn.Module):
         return MixFacts(branches, self._rotary(stream))
 
     def forward(self, hidden: Tensor, facts: MixFacts) -> Tensor:
-        """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
+        """[b, s or s/tp, d] outside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
         attended = []
-        for index, (query, key, value) in enumerate(self._project(hidden, facts.rotary)):
+        qkv, activation = self._enter(hidden)
+        for index, (query, key, value) in enumerate(self._split(qkv, facts.rotary)):
             if self.branches[index] == "dynamic":
-                temperature, gate = self.dynamic(hidden)
+                temperature, gate = activation
                 attended.append(self._attend(index, query * temperature, key, value, facts) * gate)
             else:
                 attended.append(self._attend(index, query, key, value, facts))
@@ -122,7 +124,7 @@ class SelfAttention(nn.Module):
 
     def extend(self, hidden: Tensor, cache: SelfCache, new: Continued) -> Tensor:
         """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
-        projected = self._project(hidden, self._rotary(new))
+        projected = self._split(self.qkv(hidden)[0], self._rotary(new))
         keys, values = cache.append(*(torch.stack([parts[which] for parts in projected], dim=1) for which in (1, 2)))
         attended = []
         for index, branch in enumerate(self.branches):
@@ -152,9 +154,21 @@ class SelfAttention(nn.Module):
             return None
         return stream.once(rotations, model.resolved_head_dim, model.rotary_base)
 
-    def _project(self, hidden: Tensor, rotary: RotaryTable | None) -> list[tuple[Tensor, ...]]:
+    def _enter(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return q, k and v of all branches, [b, s, branches * 3 * heads * head_dim], and the dynamic one's activation.
+
+        Both enter the tensor-parallel region, if there is one, together.
+        """
+        if "dynamic" not in self.branches:
+            return self.qkv(hidden)[0], ()
+        if self.parallel.size == 1:
+            return self.qkv(hidden)[0], self.dynamic(hidden)
+        qkv, scores = self.qkv(hidden, self.dynamic.weight)
+        return qkv, self.dynamic.activation(scores + self.dynamic.bias.flatten())
+
+    def _split(self, qkv: Tensor, rotary: RotaryTable | None) -> list[tuple[Tensor, ...]]:
         """Return normed, rotated q and k, and v, of every branch: each [b, heads, s, head_dim]."""
-        qkv = self.qkv(hidden).unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
+        qkv = qkv.unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
         parts = split_heads(qkv, self.gains, rotary, self.model.norm_epsilon)
         return [parts[first : first + 3] for first in range(0, len(parts), 3)]
 
@@ -181,7 +195,10 @@ class DynamicActivation(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[b, s, d] -> temperature and gate, each [b, heads, s, 1]."""
-        scores = F.linear(hidden, self.weight.flatten(0, 1), self.bias.flatten())  # [b, s, 2 * heads]
+        return self.activation(F.linear(hidden, self.weight.flatten(0, 1), self.bias.flatten()))
+
+    def activation(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of w x + b, [b, s, 2 * heads]."""
         temperature, gate = (2 * scores.sigmoid()).unflatten(-1, (2, -1)).permute(2, 0, 3, 1).unsqueeze(-1)
         return temperature, gate
 
@@ -197,7 +214,7 @@ class CrossAttention(nn.Module):
         scaled: dict[str, Any] = build | {"scales": context.matrix_scales}
         self.model = model
         self.kernels = context.kernels
-        self.q = ColumnParallelLinear(f"{name}.q", (heads, head_dim, d), axis=0, **scaled)
+        self.q = EnteringLinear(f"{name}.q", (heads, head_dim, d), axis=0, **scaled)
         self.kv = ColumnParallelLinear(f"{name}.kv", (2, heads, head_dim, d), axis=1, **scaled)
         self.out = RowParallelLinear(f"{name}.out", (d, heads, head_dim), axis=1, **scaled)
         self.gains = declare_parameter(
@@ -209,13 +226,13 @@ class CrossAttention(nn.Module):
         return cross_facts(stream, memory, self.model.axial_width, dtype)
 
     def forward(self, hidden: Tensor, memory: Tensor, facts: BranchFacts) -> Tensor:
-        """hidden [b, s_d, d], memory [b, s_e, d], both inside the region -> this rank's partial sum [b, s_d, d]."""
-        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
+        """hidden [b, s_d or s_d/tp, d] outside, memory [b, s_e, d] inside the region -> this rank's sum [b, s_d, d]."""
+        (query,) = self._split(self.q(hidden)[0], 1, self.gains[:1])
         return self._merge(attend_memory(query, *self.project_memory(memory), facts, self.kernels))
 
     def extend(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """Attend from new tokens [b, t, d] to the whole memory, which is one document."""
-        (query,) = self._split(self.q(hidden), 1, self.gains[:1])
+        (query,) = self._split(self.q(hidden)[0], 1, self.gains[:1])
         return self._merge(scaled_dot_product_attention(query, *keys_values, None))
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:

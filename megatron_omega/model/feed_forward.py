@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.model.context import ModelContext
-from megatron_omega.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_omega.parallel.layers import EnteringLinear, RowParallelLinear
 from megatron_omega.parallel.lean import gated_linear
 
 
@@ -18,14 +18,14 @@ class FeedForward(nn.Module):
         model = context.model
         build = {"parallel": context.parallel, "seed": context.seed, "scales": context.matrix_scales}
         shape = (2, model.ffn_hidden_size, model.hidden_size)
-        self.gate_up = ColumnParallelLinear(f"{name}.gate_up", shape, axis=1, **build)
+        self.gate_up = EnteringLinear(f"{name}.gate_up", shape, axis=1, **build)
         self.down = RowParallelLinear(f"{name}.down", shape[:0:-1], axis=1, **build)
         self.activation = context.kernels.gated_activation
         self.recompute = context.recompute
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[b, s, d] inside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
-        gate_up = self.gate_up(hidden)
+        """[b, s or s/tp, d] outside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
+        (gate_up,) = self.gate_up(hidden)
         if self.recompute == "swiglu":
             return gated_linear(gate_up, self.down.weight)
         product = self.activation(gate_up)

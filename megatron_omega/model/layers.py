@@ -3,9 +3,10 @@
     encoder   x += a SelfMix(norm(x));  x += a FFN(norm(x))
     decoder   y += a SelfMix(norm(y));  y += a Cross(norm(y), memory);  y += a FFN(norm(y))
 
-a = depth_base / layers of the stack (CompleteP, arXiv 2505.01618). `enter` and `leave` are the borders of the
-tensor-parallel region. The memory enters it once, at the bridge: what decoder layers add to its gradient stays a
-partial sum on every rank until then, which saves an all-reduce in each decoder layer.
+a = depth_base / layers of the stack (CompleteP, arXiv 2505.01618). Products that take in the residual
+stream enter the tensor-parallel region, `leave` is its other border. The memory enters it once, at the bridge: what
+decoder layers add to its gradient stays a partial sum on every rank until then, which saves an all-reduce in each
+decoder layer.
 """
 
 from __future__ import annotations
@@ -91,13 +92,9 @@ class EncoderLayer(nn.Module):
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)
-        update = parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
+        update = parallel.leave(self.attention(self.attention_norm(hidden), facts.mix))
         hidden, normal = self.feed_forward_norm.after_adding(hidden, update, a)
-        feed_forward = parallel.enter(normal)
-        if self.recompute == "ffn":
-            update = recomputed(self.feed_forward, feed_forward)
-        else:
-            update = self.feed_forward(feed_forward)
+        update = recomputed(self.feed_forward, normal) if self.recompute == "ffn" else self.feed_forward(normal)
         return torch.add(hidden, parallel.leave(update), alpha=a)
 
 
@@ -143,17 +140,13 @@ class DecoderLayer(nn.Module):
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)
-        update = parallel.leave(self.attention(parallel.enter(self.attention_norm(hidden)), facts.mix))
+        update = parallel.leave(self.attention(self.attention_norm(hidden), facts.mix))
         if self.cross is not None:
             assert memory is not None and facts.cross is not None
             hidden, normal = self.cross_norm.after_adding(hidden, update, a)
-            update = parallel.leave(self.cross(parallel.enter(normal), memory, facts.cross))
+            update = parallel.leave(self.cross(normal, memory, facts.cross))
         hidden, normal = self.feed_forward_norm.after_adding(hidden, update, a)
-        feed_forward = parallel.enter(normal)
-        if self.recompute == "ffn":
-            update = recomputed(self.feed_forward, feed_forward)
-        else:
-            update = self.feed_forward(feed_forward)
+        update = recomputed(self.feed_forward, normal) if self.recompute == "ffn" else self.feed_forward(normal)
         return torch.add(hidden, parallel.leave(update), alpha=a)
 
     def extend(self, hidden: Tensor, cache: LayerCache, new: Continued, memory: Tensor | None) -> Tensor:

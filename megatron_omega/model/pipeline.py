@@ -1,4 +1,4 @@
-"""The same layer list, cut into pipeline stages: DeepSpeed's PipelineModule (1F1B) and DualPipeVModule.
+"""The same layer list, cut into pipeline stages: one for each rank, several in turns, or two folded like a V.
 
 Stages are cut where we say, as indices into the layer list. A layer of the list may be several DeepSpeed specs, because
 a tied module may hold only the tied weight. Knows nothing of optimizers or data.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -30,17 +31,18 @@ _TABLE = "token_table"
 
 
 def build_pipeline(
-    context: ModelContext, layout: Layout, boundaries: Sequence[int], *, dual: bool = False
+    context: ModelContext, layout: Layout, boundaries: Sequence[int], *, schedule: str = "1f1b"
 ) -> PipelineModule:
     """Build this rank's stages. Collective: every rank calls it.
 
-    `boundaries` are the first layers of the stages after the first: pipeline - 1 of them, or 2 * pipeline - 1 for
-    DualPipeV (`dual`), where rank r holds stages r and 2 * pipeline - 1 - r.
+    `boundaries` are the first layers of the stages after the first: pipeline - 1 of them; under `interleaved` a
+    multiple of pipeline, less one, where rank r holds stages r, r + pipeline, ...; under `dualpipev`
+    2 * pipeline - 1, where rank r holds stages r and 2 * pipeline - 1 - r.
     """
     specs, starts = _specs(context)
     cuts = [0, *(starts[boundary] for boundary in boundaries), len(specs)]
     grid = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
-    pipeline_class = _DualPipeV if dual else _OneForwardOneBackward
+    pipeline_class = _SCHEDULES[schedule]
     with contextlib.redirect_stdout(io.StringIO()):  # the engine prints its layer table from every constructor
         return pipeline_class(context, layers=specs, topology=grid, partition_method=cuts)
 
@@ -106,8 +108,41 @@ class _OneForwardOneBackward(_OmegaPipeline):
     """One stage per rank."""
 
 
+class _Interleaved(_OmegaPipeline):
+    """Several stages per rank, dealt out in turns. One of them is shown at a time."""
+
+    def _partition_layers(self, method: Sequence[int]) -> None:
+        ranks = cast(int, self.num_stages)
+        self.chunks, rest = divmod(len(method) - 1, ranks)
+        assert self.chunks and not rest, f"{ranks} ranks cannot share {len(method) - 1} stages evenly"
+        self.parts = list(method)
+        self._chunk_bounds = list(pairwise(method))[self.stage_id :: ranks]
+        self._set_bounds(*self._chunk_bounds[0])
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """Return the pipeline rank that holds a layer."""
+        return (bisect_right(self.parts, layer_idx) - 1) % cast(int, self.num_stages)
+
+    def _build(self) -> None:
+        self._chunk_functions: list[list[Callable[..., Any]]] = []
+        for bounds in self._chunk_bounds:
+            self._set_bounds(*bounds)
+            self.forward_funcs = []
+            super()._build()
+            self._chunk_functions.append(self.forward_funcs)
+        self.activate_chunk(0)
+
+    def activate_chunk(self, chunk: int) -> None:
+        """Let the forward pass be that of this rank's stage number `chunk`."""
+        self.forward_funcs = self._chunk_functions[chunk]
+        self._set_bounds(*self._chunk_bounds[chunk])
+
+
 class _DualPipeV(DualPipeVModule, _OmegaPipeline):
     """Two stages per rank, folded like a V."""
+
+
+_SCHEDULES = {"1f1b": _OneForwardOneBackward, "interleaved": _Interleaved, "dualpipev": _DualPipeV}
 
 
 def _join(outputs: State) -> State:

@@ -1,4 +1,4 @@
-"""Layers that are split over tensor-parallel ranks. They compute; entering and leaving the region is the caller's act.
+"""Layers that are split over tensor-parallel ranks. Column-parallel ones enter the region; leaving it is the caller's.
 
     column-parallel: Y_r = X W_r^T         W = [W_0; W_1; ...] split by rows: every rank computes its own features
     row-parallel:    Y = sum_r X_r W_r^T   W = [W_0, W_1, ...] split by columns: `leave` adds the partial results
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_omega.parallel.entering import enter_products
 from megatron_omega.parallel.lean import add_and_norm, linear, rms_norm
 from megatron_omega.parallel.parameters import UNSCALED, Scales, declare_parameter
 from megatron_omega.parallel.tensor_parallel import TensorParallel
@@ -25,15 +26,17 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y_r = X W_r^T, without bias. `shape` is the global weight shape; its last axis is the input.
+    """Y_r = X W_r^T, without bias, of what is inside the region.
 
-    Axes in front of `axis`, which is split, tell matrices apart that are computed together (branches; q, k, v).
+    `shape` is the global weight shape; its last axis is the input. Axes in front of `axis`, which is split, tell
+    matrices apart that are computed together (branches; q, k, v).
     """
 
     def __init__(
         self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
     ) -> None:
         super().__init__()
+        self.parallel = parallel
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=shape[-1] ** -0.5, parallel=parallel, seed=seed,
             scales=scales, rows=(*range(axis, len(shape) - 1),), columns=(len(shape) - 1,),
@@ -42,6 +45,16 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, in] inside the region -> [b, s, out / tp]."""
         return linear(hidden, self.weight, self.weight.shape[:-1].numel())
+
+
+class EnteringLinear(ColumnParallelLinear):
+    """A column-parallel layer whose input comes from outside the region."""
+
+    def forward(self, hidden: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[b, s or s/tp, in] outside the region -> [b, s, out / tp], and as much for each weight `beside` this one."""
+        if self.parallel.size > 1:
+            return enter_products(hidden, self.parallel, self.weight, *beside)
+        return tuple(linear(hidden, weight, weight.shape[:-1].numel()) for weight in (self.weight, *beside))
 
 
 class RowParallelLinear(nn.Module):

@@ -11,12 +11,14 @@
 
 Between `enter` and `leave` a tensor is inside the tensor-parallel region: every rank holds its own part of the
 features of all tokens. Outside it every rank holds all features of all tokens or, under Megatron sequence
-parallelism (arXiv 2205.05198), all features of its own part of the tokens. Inputs are never changed in place.
+parallelism (arXiv 2205.05198), all features of its own part of the tokens. Inputs are never changed in place, but one:
+`leave` adds up in the partial sum it is given, which its maker has no more use for (autograd sees to that).
 Megatron-LM's tensor parallelism: arXiv 1909.08053.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +49,30 @@ class TensorParallel:
         return _Gather.apply(hidden, self) if self.sequence_parallel else _Copy.apply(hidden, self)
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Sum the ranks' partial results [b, s, d]; returns [b, s, d], or [b, s/tp, d] under sequence parallelism."""
+        """Sum the ranks' partial results [b, s, d]; returns [b, s, d], or [b, s/tp, d] under sequence parallelism.
+
+        Without sequence parallelism `partial` itself becomes the sum.
+        """
         if self.size == 1:
             return partial
         return _ReduceScatter.apply(partial, self) if self.sequence_parallel else _Reduce.apply(partial, self)
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """Return all tokens of what each rank holds a part of: [b, s/tp, d] -> [b, s, d]. Outside autograd."""
+        return _all_gather(hidden, self)
+
+    def start_leaving(self, partial: Tensor) -> Callable[[], Tensor]:
+        """Start to sum the ranks' partial results, which may be overwritten; the result is there when called for.
+
+        Outside autograd. [b, s, d], or [b, s/tp, d] under sequence parallelism.
+        """
+        if torch.compiler.is_compiling():  # there a message is an operation like others, and torch orders them
+            total = _reduce_scatter(partial, self) if self.sequence_parallel else _all_reduce(partial, self)
+            return lambda: total
+        if self.sequence_parallel:
+            parts, part = _scattered(partial, self)
+            return _Arriving(_reduce_scatter_single(part, parts, group=self.group, async_op=True), (part, parts))
+        return _Arriving(dist.all_reduce(partial, group=self.group, async_op=True), (partial,))
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Use a replicated tensor inside the region: its gradient is summed over the ranks."""
@@ -92,7 +114,11 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor, parallel: TensorParallel) -> Tensor:
-        return _all_reduce(tensor, parallel)
+        if torch.compiler.is_compiling() or tensor.is_leaf or tensor._is_view() or not tensor.is_contiguous():
+            return _all_reduce(tensor, parallel)
+        context.mark_dirty(tensor)
+        dist.all_reduce(tensor, group=parallel.group)
+        return tensor
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -146,7 +172,25 @@ def _all_gather(tensor: Tensor, parallel: TensorParallel) -> Tensor:
 
 
 def _reduce_scatter(tensor: Tensor, parallel: TensorParallel) -> Tensor:
-    parts = tensor.unflatten(SEQUENCE_DIM, (parallel.size, -1)).movedim(SEQUENCE_DIM, 0).flatten(0, 1)  # [tp * b, ...]
-    part = parts.new_empty((tensor.shape[0], *parts.shape[1:]))
-    _reduce_scatter_single(part, parts.contiguous(), group=parallel.group)
+    parts, part = _scattered(tensor, parallel)
+    _reduce_scatter_single(part, parts, group=parallel.group)
     return part
+
+
+def _scattered(tensor: Tensor, parallel: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Return the tensor with each rank's part in one piece, and room for one."""
+    parts = tensor.unflatten(SEQUENCE_DIM, (parallel.size, -1)).movedim(SEQUENCE_DIM, 0).flatten(0, 1)  # [tp * b, ...]
+    return parts.contiguous(), parts.new_empty((tensor.shape[0], *parts.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A collective under way, with the tensors it works on."""
+
+    work: Any
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self) -> Tensor:
+        """Wait; return the first of the tensors."""
+        self.work.wait()
+        return self.tensors[0]

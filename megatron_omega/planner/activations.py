@@ -222,9 +222,10 @@ def feed_forward(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
     """Yield the bytes of each saved tensor of a feed-forward block with its norm."""
     tokens, recompute = shape.micro_batch * length, config.parallel.recompute
     yield shape.norm(length)
-    yield shape.whole(length)
     if recompute == "ffn":
+        yield shape.stream(length)
         return
+    yield shape.whole(length)
     yield 2 * tokens * shape.ffn * shape.element  # gate and up
     if recompute != "swiglu":
         yield tokens * shape.ffn * shape.element  # silu(gate) * up

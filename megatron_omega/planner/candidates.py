@@ -15,10 +15,15 @@ from megatron_omega.errors import ConfigError
 
 Recompute = Literal["none", "swiglu", "ffn", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "swiglu", "ffn", "full")
+PipelineSchedule = Literal["1f1b", "interleaved", "dualpipev"]
+SCHEDULES: tuple[tuple[PipelineSchedule, int], ...] = (
+    ("1f1b", 1), ("dualpipev", 1), ("interleaved", 2), ("interleaved", 4), ("interleaved", 8),
+)  # fmt: skip
+"""Schedules that are tried, with the stages of each rank where that is a choice."""
 MICRO_BATCHES = (1, 2, 4, 8)
 """Sizes that are tried where none are named."""
 _LABEL = re.compile(
-    r"tp(?P<tp>\d+)(?P<sp>sp)?-pp(?P<pp>\d+)(?P<dual>v)?-dp(?P<dp>\d+)-mb(?P<mb>\d+)-(?P<recompute>\w+)-zero(?P<zero>[0-3])"
+    r"tp(?P<tp>\d+)(?P<sp>sp)?-pp(?P<pp>\d+)(?:(?P<dual>v)|i(?P<chunks>\d+))?-dp(?P<dp>\d+)-mb(?P<mb>\d+)-(?P<recompute>\w+)-zero(?P<zero>[0-3])"
 )
 
 
@@ -30,10 +35,12 @@ class Candidate:
     pipeline: int
     data: int
     sequence_parallel: bool = False
-    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     micro_batch: int = 1
     recompute: Recompute = "full"
     zero_stage: int = 1
+    virtual_stages: int = 1
+    """Stages of a rank where the schedule is interleaved."""
 
     @property
     def world_size(self) -> int:
@@ -42,25 +49,35 @@ class Candidate:
     @property
     def num_stages(self) -> int:
         """Pieces of the layer list."""
-        return 2 * self.pipeline if self.schedule == "dualpipev" else self.pipeline
+        return self.pipeline * (2 if self.schedule == "dualpipev" else self.virtual_stages)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Return the stages that pipeline rank `rank` holds."""
+        if self.schedule == "dualpipev":
+            return rank, 2 * self.pipeline - 1 - rank
+        return tuple(range(rank, self.num_stages, self.pipeline))
 
     @property
     def label(self) -> str:
-        """Name on the command line: tp2sp-pp16v-dp8-mb1-full-zero1 (sp: sequence-parallel, v: DualPipeV)."""
+        """Name on the command line: tp2sp-pp16v-dp8-mb1-full-zero1 (sp: sequence-parallel; v: DualPipeV, i4:
+        interleaved, 4 stages a rank)."""
         tensor = f"tp{self.tensor}{'sp' if self.sequence_parallel else ''}"
-        pipeline = f"pp{self.pipeline}{'v' if self.schedule == 'dualpipev' else ''}"
+        schedule = {"1f1b": "", "dualpipev": "v", "interleaved": f"i{self.virtual_stages}"}[self.schedule]
+        pipeline = f"pp{self.pipeline}{schedule}"
         return f"{tensor}-{pipeline}-dp{self.data}-mb{self.micro_batch}-{self.recompute}-zero{self.zero_stage}"
 
     def apply(self, config: RunConfig) -> RunConfig:
         """Return `config` with this layout; its explicit cuts stay where the pipeline is the configured one."""
         given = config.parallel
-        same_pipeline = (given.pipeline_parallel_size, given.pipeline_schedule) == (self.pipeline, self.schedule)
+        configured = given.pipeline_parallel_size, given.pipeline_schedule, given.virtual_stages
+        same_pipeline = configured == (self.pipeline, self.schedule, self.virtual_stages)
         parallel = config.parallel.model_copy(
             update={
                 "tensor_parallel_size": self.tensor,
                 "pipeline_parallel_size": self.pipeline,
                 "sequence_parallel": self.sequence_parallel,
                 "pipeline_schedule": self.schedule,
+                "virtual_stages": self.virtual_stages,
                 "recompute": self.recompute,
                 "stage_boundaries": given.stage_boundaries if same_pipeline else None,
             }
@@ -79,11 +96,12 @@ def parse_label(label: str) -> Candidate:
     if match is None or match["recompute"] not in RECOMPUTE:
         raise ConfigError(
             f"layout {label!r} has no known form; write it as tp2-pp16-dp8-mb1-full-zero1 "
-            "(tp2sp: sequence-parallel, pp16v: DualPipeV)"
+            "(tp2sp: sequence-parallel, pp16v: DualPipeV, pp16i4: interleaved with 4 stages a rank)"
         )
     return Candidate(
         tensor=int(match["tp"]), pipeline=int(match["pp"]), data=int(match["dp"]),
-        sequence_parallel=bool(match["sp"]), schedule="dualpipev" if match["dual"] else "1f1b",
+        sequence_parallel=bool(match["sp"]), virtual_stages=int(match["chunks"] or 1),
+        schedule="dualpipev" if match["dual"] else "interleaved" if match["chunks"] else "1f1b",
         micro_batch=int(match["mb"]), recompute=cast(Recompute, match["recompute"]), zero_stage=int(match["zero"]),
     )  # fmt: skip
 
@@ -94,7 +112,7 @@ def of_config(config: RunConfig, world_size: int, zero_stage: int) -> Candidate:
     return Candidate(
         parallel.tensor_parallel_size, parallel.pipeline_parallel_size, max(1, world_size // ranks_per_replica(config)),
         parallel.sequence_parallel, parallel.pipeline_schedule, config.batch.micro_batch_size, parallel.recompute,
-        zero_stage,
+        zero_stage, parallel.virtual_stages,
     )  # fmt: skip
 
 
@@ -107,13 +125,13 @@ def grids(world_size: int) -> Iterator[Candidate]:
 
 def variants(grid: Candidate, micro_batches: Sequence[int] = MICRO_BATCHES) -> Iterator[Candidate]:
     """Yield every schedule, ZeRO stage, sequence parallelism, micro-batch size and recompute mode of a grid."""
-    schedules = ("1f1b", "dualpipev") if grid.pipeline > 1 else ("1f1b",)
-    for schedule, zero_stage in product(schedules, range(4)):
+    schedules = SCHEDULES if grid.pipeline > 1 else SCHEDULES[:1]
+    for (schedule, virtual_stages), zero_stage in product(schedules, range(4)):
         for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
             for micro_batch, recompute in product(micro_batches, RECOMPUTE):
                 yield replace(
-                    grid, schedule=schedule, zero_stage=zero_stage, sequence_parallel=sequence_parallel,
-                    micro_batch=micro_batch, recompute=recompute,
+                    grid, schedule=schedule, virtual_stages=virtual_stages, zero_stage=zero_stage,
+                    sequence_parallel=sequence_parallel, micro_batch=micro_batch, recompute=recompute,
                 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_omega import accounting
+from megatron_omega.config.interleaving import Interleaving, fullest_moment
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner import pipeline_schedule as schedule
 from megatron_omega.planner.activations import FP32, Shape
@@ -18,7 +19,7 @@ from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import CollectiveKind, Hardware
 from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
 from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
-from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds, stages_of
+from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
 
 EXACT_INSTRUCTIONS = 40_000
@@ -105,7 +106,9 @@ class Estimate:
     def timeline(self) -> schedule.Timeline:
         """One step on the virtual clock."""
         candidate = self.candidate
-        instructions = schedule.instructions(candidate.schedule, candidate.pipeline, self.micro_batches)
+        instructions = schedule.instructions(
+            candidate.schedule, candidate.pipeline, self.micro_batches, candidate.virtual_stages
+        )
         forward, backward = [s.forward for s in self.seconds], [s.backward for s in self.seconds]
         return schedule.execute(instructions, forward, backward, transfer_seconds(self))
 
@@ -128,7 +131,7 @@ class Planner:
         seconds = tuple(stage.seconds(times) for stage in stages)
         ranks = tuple(self._memory(config, candidate, stages, rank, works, shape) for rank in range(candidate.pipeline))
         launches = max(
-            sum(stages[s].launches(works) for s in stages_of(candidate, rank)) for rank in range(candidate.pipeline)
+            sum(stages[s].launches(works) for s in candidate.stages_of(rank)) for rank in range(candidate.pipeline)
         )
         estimate = Estimate(
             config, candidate, self.hardware, tuple(stages), seconds, ranks, Breakdown(0, 0, 0, 0, 0), 0
@@ -160,7 +163,7 @@ class Planner:
     def _memory(
         self, config: RunConfig, c: Candidate, stages: list[Stage], rank: int, works: dict[str, Work], shape: Shape
     ) -> Memory:
-        mine = [stages[index] for index in stages_of(c, rank)]
+        mine = [stages[index] for index in c.stages_of(rank)]
         micro_batches = config.batch.global_batch_size // (c.micro_batch * c.data)
         parameters = sum(stage.parameters(config, works) for stage in mine)
         if any(stage.has_table for stage in mine):
@@ -168,10 +171,9 @@ class Planner:
         is_cpu = self.hardware.facts.is_cpu
         persistent = sum(persistent_parameters(config, stage, works) for stage in mine) if c.zero_stage == 3 else 0
         states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, is_cpu)
-        parts = [
-            InFlight(in_flight(c, micro_batches, index), *self._stage_moments(config, c, stages, index, works, shape))
-            for index in stages_of(c, rank)
-        ]
+        moments = [self._stage_moments(config, c, stages, index, works, shape) for index in c.stages_of(rank)]
+        counts = in_flight(c, micro_batches, rank, [turns[0].kept for _, turns in moments])
+        parts = [InFlight(count, *each) for count, each in zip(counts, moments, strict=True)]
         return fullest(states, parts, micro_batches)
 
     def _stage_moments(
@@ -194,7 +196,7 @@ class Planner:
 
     def _breakdown(self, estimate: Estimate, works: dict[str, Work], *, exact: bool) -> Breakdown:
         c, m = estimate.candidate, estimate.micro_batches
-        per_rank = [[estimate.seconds[s] for s in stages_of(c, rank)] for rank in range(c.pipeline)]
+        per_rank = [[estimate.seconds[s] for s in c.stages_of(rank)] for rank in range(c.pipeline)]
         busiest = max(per_rank, key=lambda parts: sum(s.forward + s.backward for s in parts))
         busy = m * sum(s.forward + s.backward for s in busiest)
         communication = m * sum(s.communication for s in busiest)
@@ -203,7 +205,7 @@ class Planner:
         span = max(span, _shared_cores_seconds(estimate, per_rank))
         table, dp_seconds, optimizer = table_parameters(estimate.config), 0.0, 0.0
         for rank in range(c.pipeline):
-            mine = [estimate.stages[s] for s in stages_of(c, rank)]
+            mine = [estimate.stages[s] for s in c.stages_of(rank)]
             parameters = sum(stage.parameters(estimate.config, works) for stage in mine)
             parameters += table if any(stage.has_table for stage in mine) else 0
             sending = _data_seconds(estimate, parameters, busy) + _partition_seconds(estimate, mine)
@@ -216,11 +218,19 @@ class Planner:
         return Breakdown(busy - communication, communication, max(0.0, span - busy), dp_seconds, optimizer)
 
 
-def in_flight(candidate: Candidate, micro_batches: int, stage: int) -> int:
-    """Return the most micro-batches whose activations `stage` holds at once: 2P to 1 along a V, P to 1 under 1F1B."""
-    if candidate.schedule == "dualpipev":
-        return min(2 * candidate.pipeline - stage, micro_batches)
-    return schedule.in_flight("1f1b", candidate.pipeline, micro_batches, stage)
+def in_flight(candidate: Candidate, micro_batches: int, rank: int, kept: Sequence[int] = ()) -> list[int]:
+    """Return the micro-batches in flight in each stage of a rank when it holds most.
+
+    2P to 1 along a V, P to 1 under 1F1B; of interleaved stages, at the moment when they together keep most, where a
+    micro-batch of the rank's stage i keeps `kept[i]` bytes.
+    """
+    c = candidate
+    if c.schedule == "dualpipev":
+        return [min(2 * c.pipeline - stage, micro_batches) for stage in c.stages_of(rank)]
+    if c.schedule == "interleaved":
+        few = min(micro_batches, 4 * c.pipeline + micro_batches % c.pipeline)  # rounds repeat
+        return fullest_moment(Interleaving(c.pipeline, c.virtual_stages, few), rank, tuple(kept))
+    return [schedule.in_flight("1f1b", c.pipeline, micro_batches, rank)]
 
 
 def transfer_seconds(estimate: Estimate) -> list[float]:
@@ -259,8 +269,12 @@ def _makespan(estimate: Estimate) -> float:
     if c.schedule == "1f1b":
         slowest = max(s.forward + s.backward for s in seconds)
         return sum(s.forward + s.backward for s in seconds) + 2 * sum(transfers) + (m - 1) * (slowest + exchange)
-    ranks = [[seconds[s] for s in stages_of(c, rank)] for rank in range(c.pipeline)]
+    ranks = [[seconds[s] for s in c.stages_of(rank)] for rank in range(c.pipeline)]
     slowest = max(sum(s.forward + s.backward for s in parts) for parts in ranks)
+    if c.schedule == "interleaved":  # a rank's first stage fills the pipeline, its last empties it
+        ramp = sum(s.forward + s.backward for s in seconds) / len(seconds) + 2 * max(transfers)
+        idle = max(0, c.pipeline - m) * (c.virtual_stages - 1)  # a round of fewer micro-batches than ranks
+        return m * slowest + (c.pipeline - 1 + idle) * ramp
     forward = sum(s.forward for s in seconds) / len(seconds)
     backward = sum(s.backward for s in seconds) / len(seconds)
     return m * (slowest + exchange) + (c.pipeline - 1) * (forward + 2 * backward + exchange) - forward

@@ -15,7 +15,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.memory import LIVE_PARAMETERS
-from megatron_omega.planner.stages import Stage, stages_of
+from megatron_omega.planner.stages import Stage
 from megatron_omega.planner.work import Work, pipeline_messages, table_parameters
 
 PERSISTENT = 100_000
@@ -31,7 +31,7 @@ def step_bytes(
     micro_batches: int,
 ) -> Counter[str]:
     """Return bytes by kind of call ("all_reduce", "all_gather", "reduce_scatter", "send") of pipeline rank `rank`."""
-    mine = [(index, stages[index]) for index in stages_of(candidate, rank)]
+    mine = [(index, stages[index]) for index in candidate.stages_of(rank)]
     total: Counter[str] = Counter()
     for index, stage in mine:
         for message, count in stage.messages(config, works).items():
@@ -77,7 +77,7 @@ def data_bytes(
 def tied_ranks(candidate: Candidate, stages: Sequence[Stage]) -> list[int]:
     """Return the pipeline ranks that hold the token table."""
     ranks = range(candidate.pipeline)
-    return [rank for rank in ranks if any(stages[s].has_table for s in stages_of(candidate, rank))]
+    return [rank for rank in ranks if any(stages[s].has_table for s in candidate.stages_of(rank))]
 
 
 def persistent_parameters(config: RunConfig, stage: Stage, works: Mapping[str, Work]) -> int:

@@ -2,10 +2,12 @@
 
 A schedule is, for every rank, a list of computations and exchanges in the order in which the engine issues them:
 1F1B as DeepSpeed's TrainSchedule (each send and receive blocks until its partner arrives), DualPipeV as its
-DualPipeVSchedule (sends and receives are queued and committed together). Durations are arguments; nothing here knows
-what a stage is made of.
+DualPipeVSchedule (sends and receives are queued and committed together), interleaved stages as our own engine runs
+them (nobody waits for a send, and what is received travels meanwhile). Durations are arguments; nothing here knows what
+a stage is made of.
 
-Stages count along the model: 0 .. P-1 for 1F1B; 0 .. 2P-1 for DualPipeV, where rank r holds r and 2P-1-r.
+Stages count along the model: 0 .. P-1 for 1F1B; 0 .. 2P-1 for DualPipeV, where rank r holds r and 2P-1-r; 0 .. vP-1 for
+v interleaved stages a rank, where rank r holds r, r + P, ...
 """
 
 from __future__ import annotations
@@ -15,16 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Direction = Literal["F", "B"]
-Schedule = Literal["1f1b", "dualpipev"]
+from megatron_omega.config.interleaving import Direction, Interleaving, Pass, source, target, training_order
 
-
-class Compute(NamedTuple):
-    """One forward ("F") or backward ("B") pass of one micro-batch through one stage."""
-
-    direction: Direction
-    stage: int
-    micro_batch: int
+Schedule = Literal["1f1b", "interleaved", "dualpipev"]
+Compute = Pass
 
 
 class Transfer(NamedTuple):
@@ -37,7 +33,21 @@ class Transfer(NamedTuple):
 
 Exchange = tuple[Transfer, ...]
 """Transfers a rank starts together and waits for."""
-Instruction = Compute | Exchange
+
+
+class Send(NamedTuple):
+    """A transfer its sender starts and does not wait for."""
+
+    transfer: Transfer
+
+
+class Receive(NamedTuple):
+    """A transfer that travels by itself; its receiver waits until it has arrived."""
+
+    transfer: Transfer
+
+
+Instruction = Compute | Exchange | Send | Receive
 
 
 class Interval(NamedTuple):
@@ -89,8 +99,13 @@ def in_flight(schedule: Schedule, stages: int, micro_batches: int, stage: int) -
 
 
 @lru_cache(maxsize=64)
-def instructions(schedule: Schedule, stages: int, micro_batches: int) -> tuple[tuple[Instruction, ...], ...]:
+def instructions(
+    schedule: Schedule, stages: int, micro_batches: int, virtual_stages: int = 1
+) -> tuple[tuple[Instruction, ...], ...]:
     """Return every rank's instructions for one optimizer step."""
+    if schedule == "interleaved":
+        shape = Interleaving(stages, virtual_stages, micro_batches)
+        return tuple(tuple(_interleaved(shape, rank)) for rank in range(stages))
     if schedule == "dualpipev":
         if micro_batches < 2 * stages:
             raise ValueError(f"DualPipeV over {stages} ranks needs at least {2 * stages} micro-batches")
@@ -120,6 +135,16 @@ def _one_forward_one_backward(stages: int, micro_batches: int, stage: int) -> It
         if is_valid:
             yield task
         before = task if is_valid else None
+
+
+def _interleaved(shape: Interleaving, rank: int) -> Iterator[Instruction]:
+    for task in training_order(shape, rank):
+        origin, goal = source(shape, task), target(shape, task)
+        if origin is not None:
+            yield Receive(Transfer(task.direction, origin.stage, task.micro_batch))
+        yield task
+        if goal is not None:
+            yield Send(Transfer(task.direction, task.stage, task.micro_batch))
 
 
 class _DualPipeVRank:
@@ -240,11 +265,12 @@ def execute(
 ) -> Timeline:
     """Run `schedule` on a virtual clock; durations are per stage.
 
-    A transfer begins when both sides have reached it; both wait for its end. `transfer_seconds[i]` is how long one
-    between stages i and i + 1 lasts (default: no time). Raises
-    ValueError if the ranks wait for each other in a circle.
+    An exchange begins when both sides have reached it; both wait for its end. What is sent begins when its sender has
+    reached it and what was sent the same way before has arrived. `transfer_seconds[i]` is how long one between stages i
+    and i + 1 lasts (default: no time). Raises ValueError if the ranks wait for each other in a circle.
     """
     seconds = {"F": forward_seconds, "B": backward_seconds}
+    travelling = _Travelling(len(schedule), transfer_seconds)
     clocks = [0.0] * len(schedule)
     places = [0] * len(schedule)
     intervals: list[list[Interval]] = [[] for _ in schedule]
@@ -260,6 +286,20 @@ def execute(
                 start = clocks[rank]
                 clocks[rank] = start + seconds[instruction.direction][instruction.stage]
                 intervals[rank].append(Interval(instruction, start, clocks[rank]))
+                places[rank] += 1
+                continue
+            if isinstance(instruction, Send):
+                travelling.start(rank, instruction.transfer, clocks[rank])
+                places[rank] += 1
+                if (partner := waiting.pop(instruction.transfer, None)) is not None:
+                    runnable.append(partner)
+                continue
+            if isinstance(instruction, Receive):
+                arrival = travelling.arrivals.get(instruction.transfer)
+                if arrival is None:
+                    waiting[instruction.transfer] = rank
+                    break
+                clocks[rank] = max(clocks[rank], arrival)
                 places[rank] += 1
                 continue
             for transfer in instruction:
@@ -278,6 +318,21 @@ def execute(
     if any(place < len(mine) for place, mine in zip(places, schedule, strict=True)):
         raise ValueError("the ranks of this schedule wait for each other in a circle")
     return Timeline(tuple(map(tuple, intervals)), max(clocks))
+
+
+class _Travelling:
+    """Transfers that nobody waits for: one after the other in each direction between two ranks."""
+
+    def __init__(self, ranks: int, seconds: Sequence[float] | None) -> None:
+        self.ranks, self.seconds = ranks, seconds
+        self.arrivals: dict[Transfer, float] = {}
+        self._free: dict[tuple[int, int], float] = {}
+
+    def start(self, rank: int, transfer: Transfer, now: float) -> None:
+        goal = transfer.sender + (1 if transfer.direction == "F" else -1)
+        way = rank, goal % self.ranks
+        self._free[way] = max(now, self._free.get(way, 0.0)) + _lasts(transfer, self.seconds)
+        self.arrivals[transfer] = self._free[way]
 
 
 def _lasts(transfer: Transfer, seconds: Sequence[float] | None) -> float:

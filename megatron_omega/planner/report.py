@@ -17,7 +17,7 @@ from megatron_omega.planner.messages import data_bytes, tied_ranks
 from megatron_omega.planner.operations import Assumptions, Operations, operations
 from megatron_omega.planner.pipeline_schedule import Timeline
 from megatron_omega.planner.ranking import Ranking
-from megatron_omega.planner.stages import Stage, stages_of
+from megatron_omega.planner.stages import Stage
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
@@ -143,7 +143,7 @@ def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
     c, works = estimate.candidate, planner.works(estimate.candidate)
     rank = c.pipeline // 2
     tensor = sum(
-        (estimate.stages[s].messages(estimate.config, works) for s in stages_of(c, rank)),
+        (estimate.stages[s].messages(estimate.config, works) for s in c.stages_of(rank)),
         start=type(estimate.stages[0].messages(estimate.config, works))(),
     )
     for message, count in sorted(tensor.items(), key=lambda item: -item[0].num_bytes * item[1]):
@@ -169,7 +169,7 @@ def _data_message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
     """Yield what replicas exchange in a step, and the tied table's gradient."""
     c, works = estimate.candidate, planner.works(estimate.candidate)
     rank = c.pipeline // 2
-    stages = [estimate.stages[index] for index in stages_of(c, rank)]
+    stages = [estimate.stages[index] for index in c.stages_of(rank)]
     table = table_parameters(estimate.config) if any(stage.has_table for stage in stages) else 0
     parameters = table + sum(stage.parameters(estimate.config, works) for stage in stages)
     if c.data > 1:
@@ -214,6 +214,7 @@ def as_data(estimate: Estimate, assumptions: Assumptions) -> dict[str, Any]:
         "data_parallel_size": c.data,
         "sequence_parallel": c.sequence_parallel,
         "pipeline_schedule": c.schedule,
+        "virtual_stages": c.virtual_stages,
         "micro_batch_size": c.micro_batch,
         "micro_batches": estimate.micro_batches,
         "recompute": c.recompute,

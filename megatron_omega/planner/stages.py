@@ -143,11 +143,6 @@ class Stage:
         )
 
 
-def stages_of(candidate: Candidate, rank: int) -> tuple[int, ...]:
-    """Return the stages that pipeline rank `rank` holds."""
-    return (rank, 2 * candidate.pipeline - 1 - rank) if candidate.schedule == "dualpipev" else (rank,)
-
-
 def cut(config: RunConfig, candidate: Candidate, costs: Sequence[accounting.LayerCost]) -> list[Stage]:
     """Return the stages of `candidate`, in the order of the layers."""
     boundaries = config.parallel.stage_boundaries or accounting.stage_boundaries(costs, candidate.num_stages)

@@ -132,11 +132,13 @@ def _enter_leave(config: RunConfig, shape: Shape, length: int) -> tuple[Collecti
     return Collective("all_reduce", 0), Collective("all_reduce", whole)
 
 
-def _region(config: RunConfig, shape: Shape, length: int, blocks: int, again: int) -> tuple[Messages, Messages]:
-    """Return forward and backward messages of `blocks` residual blocks, `again` of which leave once more (recompute).
+def _region(config: RunConfig, shape: Shape, length: int, blocks: int) -> tuple[Messages, Messages]:
+    """Return forward and backward messages of `blocks` residual blocks.
 
-    A recomputed layer stops before its last block leaves: nothing behind that is needed again.
+    A recomputed layer stops before its last block leaves: nothing behind that is needed again. A recomputed
+    feed-forward block gathers its tokens again and leaves only once.
     """
+    again = blocks - 1 if config.parallel.recompute == "full" else 0
     if shape.tensor == 1:
         return Counter(), Counter()
     whole = shape.whole(length)
@@ -145,7 +147,7 @@ def _region(config: RunConfig, shape: Shape, length: int, blocks: int, again: in
         return Counter({reduce: blocks}), _messages((reduce, blocks + again))
     gather, scatter = Collective("all_gather", whole), Collective("reduce_scatter", whole)
     norm = Collective("all_reduce", shape.hidden * shape.element)
-    gathers_again = again + 1 if again else 0
+    gathers_again = {"full": blocks, "ffn": 1}.get(config.parallel.recompute, 0)
     return (
         Counter({gather: blocks, scatter: blocks}),
         _messages((gather, blocks + gathers_again), (scatter, blocks + again), (norm, blocks)),
@@ -171,7 +173,7 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
     gate_up = Product(tokens, 2 * shape.ffn, shape.hidden)
     products += [gate_up, Product(tokens, shape.hidden, shape.ffn)]
     blocks = 3 if has_cross else 2
-    forward, backward = _region(config, shape, length, blocks, blocks - 1 if recompute == "full" else 0)
+    forward, backward = _region(config, shape, length, blocks)
     everything = config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
     keep = activations.encoder_layer if encoder else activations.decoder_layer
     kept, whole = keep(config, shape, branches), keep(everything, shape, branches)

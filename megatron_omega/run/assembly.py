@@ -143,8 +143,8 @@ def build_model(config: RunConfig, topology: Topology, kernels: Kernels = PORTAB
     context = ModelContext.of(config, parallel, kernels)
     if topology.layout.pipeline == 1:
         return Omega(context)
-    is_dual = config.parallel.pipeline_schedule == "dualpipev"
-    return build_pipeline(context, topology.layout, stage_boundaries(config), dual=is_dual)
+    schedule = config.parallel.pipeline_schedule
+    return build_pipeline(context, topology.layout, stage_boundaries(config), schedule=schedule)
 
 
 def build_engine(

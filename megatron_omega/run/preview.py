@@ -25,7 +25,6 @@ from megatron_omega.planner.candidates import Candidate, of_config
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
-from megatron_omega.planner.stages import stages_of
 
 GPU, CPU = "h100-80g", "cpu"
 
@@ -94,7 +93,7 @@ class Preview:
         """Yield the pieces of the layer list, in its order."""
         costs = accounting.layer_costs(self.config)
         cuts = self.config.parallel.stage_boundaries or accounting.stage_boundaries(costs, num_stages(self.config))
-        rank_of = {stage: rank for rank in range(self.candidate.pipeline) for stage in stages_of(self.candidate, rank)}
+        rank_of = {stage: rank for rank in range(self.candidate.pipeline) for stage in self.candidate.stages_of(rank)}
         for index, (first, end) in enumerate(pairwise((0, *cuts, len(costs)))):
             mine = costs[first:end]
             words = ", ".join(_runs([cost.name for cost in mine]))

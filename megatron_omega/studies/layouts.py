@@ -59,13 +59,13 @@ def every_layout(model: ModelConfig) -> list[str]:
     cuts = (1 + model.encoder_layers // 2, bridge + 1, bridge + 1 + model.decoder_layers // 2)
     zeros = ["zero0", "dp2-zero0", "dp2-zero2", "dp2-zero3", "dp2-zero3offload", "tp2-dp2-zero3"]
     inner = [] if model.is_decoder_only else [f"pp4-cut{'.'.join(map(str, cuts))}"]
-    others = ["tp3", *inner, "tp2-pp2v-dp2", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb2"]
+    others = ["tp3", *inner, "tp2-pp2v-dp2", "pp2i2-dp2", "tp2-pp2i3", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb2"]
     return [*("-".join(parts) for parts in axes if parts), *zeros, *others]
 
 
 _PARTS = {
     "tp": re.compile(r"tp(\d+)(sp)?"),
-    "pp": re.compile(r"pp(\d+)(v)?"),
+    "pp": re.compile(r"pp(\d+)(v|i(\d+))?"),
     "dp": re.compile(r"dp(\d+)"),
     "zero": re.compile(r"zero([0-3])(offload)?"),
     "cut": re.compile(r"cut(\d+(?:\.\d+)*)"),
@@ -102,8 +102,9 @@ class Verdict:
 def parse_layout(label: str) -> LayoutUnderTest:
     """Read a layout such as tp2sp-pp2v-dp2-zero1-cut2.4-full; every part may be left out.
 
-    tpN[sp]: tensor [sequence] parallel; ppN[v]: pipeline [DualPipeV]; dpN: replicas; zeroN[offload]; cutA.B.C: first
-    layers of the stages after the first; mbN: micro-batch; none|swiglu|ffn|full: recompute.
+    tpN[sp]: tensor [sequence] parallel; ppN[v|iM]: pipeline [DualPipeV, or interleaved with M stages a rank]; dpN:
+    replicas; zeroN[offload]; cutA.B.C: first layers of the stages after the first; mbN: micro-batch;
+    none|swiglu|ffn|full: recompute.
     """
     found: dict[str, re.Match[str]] = {}
     for word in label.split("-"):
@@ -119,7 +120,7 @@ def parse_layout(label: str) -> LayoutUnderTest:
         "parallel.tensor_parallel_size": str(sizes["tp"]),
         "parallel.pipeline_parallel_size": str(sizes["pp"]),
         "parallel.sequence_parallel": "true" if "tp" in found and found["tp"][2] else "false",
-        "parallel.pipeline_schedule": "dualpipev" if "pp" in found and found["pp"][2] else "1f1b",
+        **_schedule(found.get("pp")),
     }
     if "cut" in found:
         settings["parallel.stage_boundaries"] = f"[{found['cut'][1].replace('.', ', ')}]"
@@ -131,6 +132,14 @@ def parse_layout(label: str) -> LayoutUnderTest:
     if "zero" in found and found["zero"][2]:
         zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return LayoutUnderTest(label, sizes["tp"] * sizes["pp"] * sizes["dp"], tuple(settings.items()), zero)
+
+
+def _schedule(pipeline: re.Match[str] | None) -> dict[str, str]:
+    if pipeline is None or pipeline[2] is None:
+        return {}
+    if pipeline[2] == "v":
+        return {"parallel.pipeline_schedule": "dualpipev"}
+    return {"parallel.pipeline_schedule": "interleaved", "parallel.virtual_stages": pipeline[3]}
 
 
 def arguments_for(

@@ -34,6 +34,7 @@ class Case:
     dtype: str = "fp32"
     sequence_parallel: bool = False
     schedule: str = "1f1b"
+    virtual_stages: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     """More fields of zero_optimization."""
     micro_batch: int = 2
@@ -60,6 +61,7 @@ def config_of(case: Case) -> RunConfig:
         parallel={
             "tensor_parallel_size": case.tensor, "pipeline_parallel_size": case.pipeline, "recompute": "none",
             "sequence_parallel": case.sequence_parallel, "pipeline_schedule": case.schedule,
+            "virtual_stages": case.virtual_stages,
         },
         precision={"dtype": case.dtype},
         batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else case.micro_batch, "global_batch_size": case.global_batch},

@@ -31,7 +31,10 @@ TWO_RANKS = [
     Case(tensor=2, zero=1, sequence_parallel=True),
     Case(pipeline=2, dtype="bf16"),
 ]
-FOUR_RANKS = [Case(2, 1, 2, schedule="dualpipev")]
+FOUR_RANKS = [
+    Case(2, 1, 2, schedule="dualpipev"),
+    Case(2, 2, 1, schedule="interleaved", virtual_stages=3, dtype="bf16"),
+]
 
 
 def save(run: Run, directory: Path, step: int, **options: Any) -> CheckpointError | None:
@@ -104,6 +107,8 @@ def test_any_layout_continues_what_another_saved(tmp_path: Path) -> None:
         (Case(2, 1, 2, sequence_parallel=True), Case(1, 4, 1, zero=3)),
         (Case(1, 2, 2, zero=3), Case(2, 2, 1, options=ROUND_ROBIN)),
         (Case(1, 4, 1, zero=0), Case(2, 2, 1, dtype="bf16")),
+        (Case(2, 1, 2, schedule="interleaved", virtual_stages=2), Case(2, 2, 1)),
+        (Case(1, 2, 2, zero=2), Case(2, 2, 1, schedule="interleaved", virtual_stages=3)),
     ]
     run_ranks(4, cross_layouts, pairs, tmp_path)
 

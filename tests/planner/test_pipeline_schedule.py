@@ -126,6 +126,31 @@ def test_the_v_wastes_less_than_1f1b(stages: int, micro_batches: int) -> None:
     assert bubble_fraction("dualpipev", stages, micro_batches) < bubble_fraction("1f1b", stages, micro_batches)
 
 
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 2), (4, 4), (8, 8), (8, 16), (8, 13), (16, 16)])
+def test_more_stages_a_rank_waste_less(stages: int, micro_batches: int) -> None:
+    idle = []
+    for chunks in (1, 2, 4, 8):
+        seconds = [1.0 / chunks] * (stages * chunks)
+        schedule = instructions("interleaved", stages, micro_batches, chunks)
+        idle.append(execute(schedule, seconds, [2 * each for each in seconds]).idle_fraction)
+    assert idle[0] == pytest.approx(bubble_fraction("1f1b", stages, micro_batches))
+    assert idle == sorted(idle, reverse=True)
+    if micro_batches % stages == 0:  # Narayanan et al. 2021: the ramp is one chunk long instead of one rank's share
+        for chunks, found in zip((1, 2, 4, 8), idle, strict=True):
+            ramp = (stages - 1) / chunks
+            assert found == pytest.approx(ramp / (micro_batches + ramp))
+
+
+def test_interleaved_messages_travel_while_ranks_compute() -> None:
+    """A transfer that is shorter than a pass costs something while the pipeline fills and empties only."""
+    stages, chunks, micro_batches = 4, 2, 16
+    forward, backward = [1.0] * (stages * chunks), [2.0] * (stages * chunks)
+    schedule = instructions("interleaved", stages, micro_batches, chunks)
+    fast = execute(schedule, forward, backward)
+    slow = execute(schedule, forward, backward, transfer_seconds=[0.5] * (stages * chunks - 1))
+    assert fast.makespan < slow.makespan < fast.makespan + 0.5 * 4 * stages * chunks
+
+
 def test_activations_in_flight() -> None:
     assert [in_flight("1f1b", 4, 16, stage) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight("1f1b", 4, 2, 0) == 2

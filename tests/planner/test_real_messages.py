@@ -69,18 +69,20 @@ def _differences(parallel: dict[str, Any]) -> tuple[dict[Any, int], dict[Any, in
 def _planned(config: Any, rank: int) -> Counter[tuple[str, int]]:
     planner, candidate = Planner(config, find_hardware("cpu")), of_config(config, RANKS, 1)
     estimate, works = planner.estimate(candidate), planner.works(candidate)
-    stage, times = estimate.stages[rank], estimate.micro_batches
+    times = estimate.micro_batches
     planned: Counter[tuple[str, int]] = Counter()
-    for message, count in stage.messages(config, works).items():
-        planned[NAMES[message.kind], message.num_bytes] += count * times
-    if rank + 1 < len(estimate.stages):
-        for size in pipeline_messages(config, stage.kinds[-1], estimate.stages[rank + 1].kinds[0])[0]:
-            planned["send", size] += times
-    if rank:
-        for size in pipeline_messages(config, estimate.stages[rank - 1].kinds[-1], stage.kinds[0])[1]:
-            planned["send", size] += times
+    for index in candidate.stages_of(rank):
+        stage = estimate.stages[index]
+        for message, count in stage.messages(config, works).items():
+            planned[NAMES[message.kind], message.num_bytes] += count * times
+        if index + 1 < len(estimate.stages):
+            for size in pipeline_messages(config, stage.kinds[-1], estimate.stages[index + 1].kinds[0])[0]:
+                planned["send", size] += times
+        if index:
+            for size in pipeline_messages(config, estimate.stages[index - 1].kinds[-1], stage.kinds[0])[1]:
+                planned["send", size] += times
     table = table_parameters(config)
-    parameters = stage.parameters(config, works) + table
+    parameters = table + sum(estimate.stages[index].parameters(config, works) for index in candidate.stages_of(rank))
     planned["allreduce_", data_bytes(config, candidate, parameters, times)["all_reduce"]] += 1  # one replica too
     if candidate.pipeline > 1:
         planned["allreduce_", 4 * table] += 1  # the tied table's gradient
@@ -118,8 +120,9 @@ def test_replicas_exchange_what_the_plan_says(stage: int) -> None:
         {"tensor_parallel_size": 2, "sequence_parallel": True, "recompute": "full"},
         {"pipeline_parallel_size": 2, "recompute": "none"},
         {"pipeline_parallel_size": 2, "recompute": "none", "stage_boundaries": (5,)},
+        {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "virtual_stages": 3, "recompute": "none"},
     ],
-    ids=["tensor", "sequence", "bridge", "inside the decoder"],
+    ids=["tensor", "sequence", "bridge", "inside the decoder", "interleaved"],
 )
 def test_the_engine_sends_what_the_plan_says(parallel: dict[str, Any]) -> None:
     for beyond, missing, planned in run_ranks(_differences, RANKS, parallel, timeout_seconds=150):

@@ -65,6 +65,7 @@ def _config(model: ModelConfig, dtype: str, encoder: int, decoder: int) -> RunCo
         (SPARSE, "bf16", (96, 160), "tp2sp-pp4-dp1-mb1-none-zero1"),
         (SPARSE, "fp32", (96, 160), "tp4-pp2-dp1-mb2-none-zero1"),
         (SPARSE, "fp32", (96, 160), "tp1-pp2v-dp1-mb1-full-zero1"),
+        (PATTERN, "fp32", (96, 160), "tp2sp-pp2i3-dp1-mb1-ffn-zero1"),
         (LLAMA, "bf16", (0, 200), "tp2-pp3-dp4-mb2-none-zero1"),
         (LLAMA, "fp32", (0, 200), "tp8sp-pp2-dp4-mb1-full-zero1"),
     ],

@@ -30,17 +30,24 @@ def stages(config: RunConfig) -> Iterator[str]:
     parallel, layers = config.parallel, num_pipeline_layers(config.model)
     stages = num_stages(config)
     pp = parallel.pipeline_parallel_size
-    if parallel.pipeline_schedule == "dualpipev" and pp == 1:
+    if parallel.pipeline_schedule != "1f1b" and pp == 1:
         yield (
-            "parallel.pipeline_schedule=dualpipev with parallel.pipeline_parallel_size=1; "
+            f"parallel.pipeline_schedule={parallel.pipeline_schedule} with parallel.pipeline_parallel_size=1; "
             "use 1f1b, or at least 2 pipeline stages"
+        )
+        return
+    if (parallel.virtual_stages > 1) != (parallel.pipeline_schedule == "interleaved"):
+        yield (
+            f"parallel.virtual_stages={parallel.virtual_stages} with parallel.pipeline_schedule="
+            f"{parallel.pipeline_schedule}; use interleaved with at least 2 virtual stages, or another schedule with 1"
         )
         return
     if stages > layers - 1:
         most = (layers - 1) // (stages // pp)
+        virtual = f" x parallel.virtual_stages={parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
         yield (
-            f"parallel.pipeline_parallel_size={pp} cuts {layers} layers (embedding, bridge and heads counted) into "
-            f"{stages} pieces; use at most {most}"
+            f"parallel.pipeline_parallel_size={pp}{virtual} cuts {layers} layers (embedding, bridge and heads counted) "
+            f"into {stages} pieces; use at most {most}"
         )
     if parallel.stage_boundaries is not None:
         yield from _boundaries(parallel.stage_boundaries, stages, layers)

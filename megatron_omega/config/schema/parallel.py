@@ -16,8 +16,10 @@ class ParallelConfig(Section):
     """Stages that share the layer list."""
     sequence_parallel: bool = False
     """Shard the residual stream along the sequence between tensor-parallel ranks (Megatron sequence parallelism)."""
-    pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
-    """1f1b, or dualpipev: rank r holds stage r and stage 2P-1-r of twice as many stages."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "dualpipev"] = "1f1b"
+    """1f1b; interleaved: rank r holds virtual_stages stages, r, r+P, ...; dualpipev: stages r and 2P-1-r of 2P."""
+    virtual_stages: Positive = 1
+    """Stages that each rank holds under pipeline_schedule: interleaved."""
     stage_boundaries: tuple[NonNegative, ...] | None = None
     """First layer of every stage after the first, as indices into the layer list; cut by cost where it is not given."""
     recompute: Literal["none", "swiglu", "ffn", "full"] = "full"
