@@ -92,11 +92,11 @@ class CheckpointReader:
 
     def tensor(self, name: str, kind: Kind = "weight") -> Tensor:
         """Return the whole tensor, fp32, in its global shape. Raises CheckpointError where a byte has changed."""
-        return self._read(name, kind, whole(self._shape(name)))
+        return self._read(name, kind, whole(self.shape(name)))
 
     def slice(self, name: str, kind: Kind, axis: int, start: int, stop: int) -> Tensor:
         """Return [start, stop) along `axis`; reads little else where the tensor was sharded along that axis."""
-        shape = self._shape(name)
+        shape = self.shape(name)
         if self.manifest.parameters[name].axis not in (None, axis):
             return self.tensor(name, kind).narrow(axis, start, stop - start).clone()
         return self._read(name, kind, box_of(shape, axis, start, stop))
@@ -106,7 +106,8 @@ class CheckpointReader:
         self.read_into(destination, name, kind, region)
         return destination.view(region.box_shape)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of a parameter. Raises CheckpointError where there is none of that name."""
         if name not in self.manifest.parameters:
             raise CheckpointError(f"{self.path} holds no parameter {name!r}")
         return self.manifest.parameters[name].shape

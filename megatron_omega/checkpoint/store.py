@@ -255,7 +255,10 @@ class CheckpointStore:
         """
         state = self.load_latest(engine, up_to_step=up_to_step)
         if state is not None:
-            self.forget_after(cast(int, state["step"]))
+            step = state.get("step")
+            if not isinstance(step, int):
+                raise CheckpointError(f"the training state in {self.directory} gives no step; use another run folder")
+            self.forget_after(step)
         return state
 
     def load(self, engine: Engine, path: Path | str, weights_only: bool = False) -> dict[str, JSON]:

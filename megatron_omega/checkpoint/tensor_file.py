@@ -140,6 +140,19 @@ class Place:
     size_bytes: int
 
 
+def _places(header: dict[str, dict[str, list[int]]], start: int, size_bytes: int) -> dict[str, Place]:
+    """Return where each tensor lies; raise ValueError where one does not lie in the file."""
+    places = {}
+    for key, row in header.items():
+        if key == "__metadata__":
+            continue
+        begin, end = row["data_offsets"]
+        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= size_bytes - start:
+            raise ValueError(f"{key} does not lie in the file")
+        places[key] = Place(start + begin, end - begin)
+    return places
+
+
 class TensorFile:
     """An open safetensors file whose header has been verified."""
 
@@ -173,11 +186,10 @@ class TensorFile:
         text = self._read_exactly(8, length)
         if checksum(prefix + text) != expected:
             raise DamagedFile("has another header than was written (checksum)")
-        places = {}
-        for key, row in json.loads(text).items():  # written by us: the checksum says so
-            begin, end = row["data_offsets"]
-            places[key] = Place(8 + length + begin, end - begin)
-        return places
+        try:
+            return _places(json.loads(text), 8 + length, size_bytes)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DamagedFile("has a header that is none of safetensors") from None
 
     def read_block(self, buffer: memoryview, offset: int) -> str:
         """Fill `buffer` from byte `offset` and return its checksum; in pieces, so that hashing finds them in the cache.

@@ -8,7 +8,6 @@ cumulative lengths, so a shard opens in constant time whatever its size, and nee
 
 from __future__ import annotations
 
-import mmap
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_omega.data.checksums import CheckedFile, block_range, num_blocks
+from megatron_omega.data.mapped_file import MappedFile
 from megatron_omega.data.search import last_not_above
 from megatron_omega.errors import DataError
 
@@ -95,13 +95,13 @@ class IndexedShard:
         self.prefix = str(prefix)
         self._index = _map(self.prefix + ".idx")
         self._layout = _read_layout(self._index, self.prefix + ".idx")
-        layout, view = self._layout, memoryview(self._index)
+        layout, view = self._layout, self._index.data
         self._lengths = view[HEADER_BYTES : layout.pointers_at].cast("i")
         self._pointers = view[layout.pointers_at : layout.bounds_at].cast("q")
         self._bounds = view[layout.bounds_at : layout.size].cast("q")
         self._itemsize = layout.dtype.itemsize
         self._token_map = self._map_tokens()
-        self._tokens = np.frombuffer(self._token_map or b"", dtype=layout.dtype)
+        self._tokens = self._token_map.array(layout.dtype) if self._token_map else np.empty(0, dtype=layout.dtype)
         self._checked_tokens, self._checked_index = self._open_sums()
 
     def __reduce__(self) -> tuple[type[IndexedShard], tuple[str]]:
@@ -195,10 +195,16 @@ class IndexedShard:
             return
         if not self.is_one_sequence_per_document:
             bounds = self._layout.bounds_at
-            self._checked_index.check(bounds + 8 * first, bounds + 8 * (stop + 1))
+            self._check_index_bytes(bounds + 8 * first, bounds + 8 * (stop + 1))
             first, stop = self._bounds[first], self._bounds[stop]
         pointers = self._layout.pointers_at
-        self._checked_index.check(pointers + 8 * first, min(pointers + 8 * (stop + 1), self._layout.bounds_at))
+        self._check_index_bytes(pointers + 8 * first, min(pointers + 8 * (stop + 1), self._layout.bounds_at))
+
+    def _check_index_bytes(self, start: int, stop: int) -> None:
+        """Check the blocks of bytes start..stop, asked for at once: page by page they come late."""
+        assert self._checked_index is not None
+        _advise(self._index, "MADV_WILLNEED", *block_range(start, stop))
+        self._checked_index.check(start, stop)
 
     def check_all(self) -> None:
         """Raise DataError at the first damaged block of the whole shard; needs checksums."""
@@ -238,7 +244,7 @@ class IndexedShard:
         _advise(self._index, "MADV_WILLNEED", begin + view.itemsize * start, begin + view.itemsize * stop)
         return np.frombuffer(view[start:stop], dtype=f"<i{view.itemsize}")
 
-    def _map_tokens(self) -> mmap.mmap | None:
+    def _map_tokens(self) -> MappedFile | None:
         path, layout = Path(self.prefix + ".bin"), self._layout
         if not path.exists():
             raise DataError(f"{path} is missing beside its .idx; copy both files of the shard")
@@ -257,34 +263,28 @@ class IndexedShard:
         path = Path(self.prefix + ".sums")
         if not path.exists():
             return None, None
-        index = memoryview(self._index)
+        index = self._index.data
         tokens = memoryview(self._tokens.view(np.uint8).data) if len(self._tokens) else memoryview(b"")
         blocks = num_blocks(len(tokens))
         if path.stat().st_size != 8 * (blocks + num_blocks(len(index))):
             raise DataError(
                 f"{path} has {path.stat().st_size} bytes, which does not fit the shard; make the shard again"
             )
-        sums = np.frombuffer(_map(str(path)), dtype="<u8")
+        sums = _map(str(path)).array("<u8")
         return (
             CheckedFile(self.prefix + ".bin", tokens, sums[:blocks]),
             CheckedFile(self.prefix + ".idx", index, sums[blocks:]),
         )
 
 
-def _advise(mapped: mmap.mmap | None, advice: str, start: int = 0, stop: int | None = None) -> None:
-    """Tell the system how bytes start..stop will be read, where it can be told."""
-    if mapped is None or not hasattr(mmap, advice):
-        return
-    start -= start % mmap.PAGESIZE
-    stop = len(mapped) if stop is None else min(stop, len(mapped))
-    if start < stop:
-        mapped.madvise(getattr(mmap, advice), start, stop - start)
+def _advise(mapped: MappedFile | None, advice: str, start: int = 0, stop: int | None = None) -> None:
+    if mapped is not None:
+        mapped.advise(advice, start, stop)
 
 
-def _map(path: str) -> mmap.mmap:
+def _map(path: str) -> MappedFile:
     try:
-        with Path(path).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = MappedFile(path)
         _advise(mapped, "MADV_RANDOM")  # reads are far apart: the megabytes that follow one would be read for nothing
         return mapped
     except FileNotFoundError:
@@ -297,10 +297,10 @@ def _map(path: str) -> mmap.mmap:
         ) from None
 
 
-def _read_layout(index: mmap.mmap, path: str) -> _Layout:
+def _read_layout(index: MappedFile, path: str) -> _Layout:
     if len(index) < HEADER_BYTES:
         raise DataError(f"{path} has {len(index)} bytes, too few for a header; the shard is damaged, make it again")
-    magic, version, code, sequences, bounds = _HEADER.unpack_from(index)
+    magic, version, code, sequences, bounds = _HEADER.unpack_from(index.data)
     if magic != MAGIC or version != 1:
         raise DataError(f"{path} is not a Megatron index (magic {magic!r}, version {version})")
     if code not in _TOKEN_CODES:

@@ -6,6 +6,8 @@ record (from 0). Within a run, document and record numbers ascend together.
 
 from __future__ import annotations
 
+import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,8 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_omega.errors import DataError
+from megatron_omega.host.regular_files import open_regular
 
 Runs = NDArray[np.int64]
+_DAMAGE = (
+    OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError, OverflowError, struct.error, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
+"""What numpy and zipfile raise on damaged archives."""
 EMPTY_RUNS: Runs = np.empty((0, 3), dtype=np.int64)
 
 
@@ -80,15 +88,26 @@ def save_origins(path: Path, origins: Origins) -> None:
         np.savez(file, runs=origins.runs, files=np.asarray(origins.files, dtype=np.str_))
 
 
+def _require_sense(origins: Origins) -> None:
+    """Raise ValueError where the runs cannot be those of documents in these files."""
+    runs = origins.runs
+    if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.int64:
+        raise ValueError(f"runs are {runs.dtype} of shape {runs.shape}")
+    if len(runs) and (runs.min() < 0 or runs[:, 1].max() >= len(origins.files) or (np.diff(runs[:, 0]) <= 0).any()):
+        raise ValueError("runs do not ascend, or name a file that is not listed")
+
+
 def load_origins(prefix: str | Path) -> Origins | None:
     """Return the origins of shard `prefix`; None where nobody wrote them."""
     path = origins_path(prefix)
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return Origins(tuple(str(name) for name in content["files"]), content["runs"])
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        with os.fdopen(open_regular(path), "rb") as file, np.load(file, allow_pickle=False) as content:
+            origins = Origins(tuple(str(name) for name in content["files"]), content["runs"])
+        _require_sense(origins)
+        return origins
+    except _DAMAGE as error:
         raise DataError(
             f"{path} is damaged ({error}); make the shard again with megatron-omega preprocess-data"
         ) from None

@@ -5,28 +5,39 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
+from megatron_omega.host.regular_files import read_regular
 
 FORMAT = "megatron-omega shard 1"
+
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """What a shard says of itself."""
 
-    tokenizer_fingerprint: str
-    vocab_size: int
-    documents: int
-    tokens: int
+    tokenizer_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    vocab_size: Count
+    documents: Count
+    tokens: Count
     dtype: str
     key: str
     options: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
-    format: str = FORMAT
+    format: Literal["megatron-omega shard 1"] = FORMAT
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
+_TYPES = TypeAdapter(Sidecar)
 
 
 def sidecar_path(prefix: str | Path) -> Path:
@@ -45,14 +56,14 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
-        if content.get("format") != FORMAT:
-            raise ValueError(f"format {content.get('format')!r} is unknown")
-        return Sidecar(**content)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error}); make the shard again with megatron-omega preprocess-data"
-        ) from None
+        return _TYPES.validate_json(read_regular(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"]))
+        reason = f"{field_name}: {first['msg']}" if field_name else first["msg"]
+    except OSError as error:
+        reason = str(error.strerror)
+    raise DataError(f"{path} is damaged ({reason}); make the shard again with megatron-omega preprocess-data")
 
 
 def check_sidecar(shard: IndexedShard, tokenizer: Tokenizer) -> None:

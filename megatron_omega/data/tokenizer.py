@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import sentencepiece
 
 from megatron_omega.errors import DataError
+from megatron_omega.host.regular_files import read_regular
 
 NUM_SENTINELS = 100
 MASK_PIECE = "<mask>"
@@ -26,6 +27,7 @@ MODE_PIECES = ("<mode_prefix>", "<mode_span>", "<mode_extreme>", "<mode_mask>")
 SENTINEL_PIECES = tuple(f"<extra_id_{number}>" for number in range(NUM_SENTINELS))
 CONTROL_PIECES = (MASK_PIECE, *MODE_PIECES, *SENTINEL_PIECES)
 _SENTENCE_CHARACTERS = 4000
+_MOST_MODEL_BYTES = 256 << 20
 
 
 class ModeIds(NamedTuple):
@@ -58,7 +60,8 @@ class Tokenizer:
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+            self.processor.id_to_piece(list(range(self.processor.get_piece_size())))  # each piece has to be text
+        except (RuntimeError, UnicodeDecodeError):
             raise DataError(
                 f"{path} is not a SentencePiece model; make one with megatron-omega train-tokenizer"
             ) from None
@@ -69,7 +72,7 @@ class Tokenizer:
         if not str(path):
             raise DataError("no tokenizer is set; give data.tokenizer the path of a SentencePiece model")
         try:
-            model = Path(path).read_bytes()
+            model = read_regular(path, _MOST_MODEL_BYTES)
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(

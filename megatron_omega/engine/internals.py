@@ -220,7 +220,8 @@ def set_loss_scaler_state(optimizer: Any, saved: Mapping[str, float]) -> None:
     """Set the counters of a dynamic loss scaler; do nothing where there is none."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
-        for key, value in saved.items():
+        for key in saved.keys() & set(_SCALER_FIELDS):  # a file names no attribute that is not the scaler's
+            value = saved[key]
             setattr(scaler, key, (float if key == "cur_scale" else int)(value))
 
 

@@ -6,6 +6,7 @@ by tensor, so that no weight is ever held twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from megatron_omega.checkpoint.catalogue import checkpoints_at, no_checkpoint
 from megatron_omega.checkpoint.reader import open_checkpoint
-from megatron_omega.config.schema import RunConfig
+from megatron_omega.config.check.architecture import architecture
+from megatron_omega.config.schema import ModelConfig, RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
 from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export
@@ -28,6 +30,8 @@ from megatron_omega.model.omega import Omega
 from megatron_omega.parallel.parameters import declared_parameters, describe, replacement
 
 logger = get_logger(__name__)
+_SMALLEST_ELEMENT_BYTES = 2
+_MOST_FINDINGS = 5
 Found = TypeVar("Found")
 
 
@@ -43,6 +47,8 @@ class Weights(Protocol):
     def identity(self) -> dict[str, JsonValue]: ...
 
     def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -132,6 +138,7 @@ def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenize
 def build_omega(weights: Weights, device: torch.device, dtype: torch.dtype) -> tuple[Omega, RunConfig]:
     """Build the unsharded model of `weights` and fill every parameter by its canonical name."""
     config = _config_of(weights)
+    _require_sense(config, weights)
     context = ModelContext.of(config, kernels=select_kernels(device.type))
     with torch.device("meta"):
         model = Omega(replace(context, recompute="none"))
@@ -188,10 +195,41 @@ def _config_of(weights: Weights) -> RunConfig:
         ) from None
 
 
+def _require_sense(config: RunConfig, weights: Weights) -> None:
+    """Raise CheckpointError where a model of this configuration cannot be what the folder holds.
+
+    The configuration may be a stranger's: no layer is built and no memory taken for what is not there.
+    """
+    findings = list(architecture(config.model))
+    saved = weights.identity.get("model")
+    if not isinstance(saved, dict) or _model_differs(saved, config):
+        findings.append("its configuration describes another model than its identity")
+    if config.model.encoder_layers + config.model.decoder_layers > len(weights.names()):
+        findings.append(f"its configuration asks for more layers than there are parameters ({len(weights.names())})")
+    promised = sum(math.prod(weights.shape(name)) for name in weights.names()) * _SMALLEST_ELEMENT_BYTES
+    present = sum(file.stat().st_size for file in weights.path.iterdir() if file.is_file())
+    if promised > present:
+        findings.append(f"its parameters need {promised:,} bytes or more, its files hold {present:,}")
+    if findings:
+        raise CheckpointError(*(f"{weights.path} cannot be loaded: {finding}" for finding in findings[:_MOST_FINDINGS]))
+
+
+def _model_differs(saved: dict[str, JsonValue], config: RunConfig) -> bool:
+    try:
+        return ModelConfig.model_validate(saved) != config.model
+    except ValidationError:
+        return True
+
+
 def _require_same_parameters(model: Omega, weights: Weights) -> None:
-    wanted = {info.name for info, _ in declared_parameters(model)}
-    found = set(weights.names())
+    shapes = {info.name: info.shape for info, _ in declared_parameters(model)}
+    wanted, found = set(shapes), set(weights.names())
     findings = [f"{weights.path} holds no parameter {name}" for name in sorted(wanted - found)]
     findings += [f"{weights.path} holds a parameter {name} that its model lacks" for name in sorted(found - wanted)]
+    findings += [
+        f"{weights.path} holds {name} as {list(weights.shape(name))}, its model needs {list(shapes[name])}"
+        for name in sorted(wanted & found)
+        if tuple(weights.shape(name)) != shapes[name]
+    ]
     if findings:
         raise CheckpointError(f"{findings[0]} (and {len(findings) - 1} more); use the version that wrote it")

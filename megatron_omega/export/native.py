@@ -31,6 +31,7 @@ from megatron_omega.checkpoint.tensor_file import checksum
 from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, sync_folder, write_durably
 from megatron_omega.errors import CheckpointError
 from megatron_omega.export.card import model_card
+from megatron_omega.host.regular_files import read_regular
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -176,6 +177,10 @@ class ExportReader:
         """Return the canonical names of all parameters."""
         return tuple(self.description.parameters)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that config.json gives a parameter."""
+        return self.description.parameters[name].shape
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as it is stored. Raises CheckpointError where it is missing or a byte has changed."""
         entry = self.description.parameters[name]
@@ -199,19 +204,28 @@ class ExportReader:
 def is_export(path: Path) -> bool:
     """Tell whether `path` is the folder of an export."""
     with suppress(OSError):
-        return f'"{FORMAT}"' in (path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")[:400]
+        return f'"{FORMAT}"' in read_regular(path / CONFIG_NAME).decode(errors="replace")[:400]
     return False
+
+
+def _require_own_files(folder: Path, names: set[str]) -> None:
+    """Raise CheckpointError where a file of an export is a link out of its folder, or no regular file."""
+    for name in sorted(names):
+        path = folder / name
+        if path.exists() and (path.resolve().parent != folder.resolve() or not path.is_file()):
+            raise CheckpointError(f"{path} is a link out of the export, or no regular file; do not use it")
 
 
 def open_export(path: Path | str) -> ExportReader:
     """Open the export in the folder `path`. Raises CheckpointError where its config.json is missing or damaged."""
     file = Path(path) / CONFIG_NAME
     try:
-        description = ExportDescription.model_validate_json(file.read_bytes())
+        description = ExportDescription.model_validate_json(read_regular(file))
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
         raise CheckpointError(f"{file} cannot be read ({reason}); export the checkpoint again") from None
     for name, entry in description.parameters.items():
-        if Path(entry.file).name != entry.file:
+        if Path(entry.file).name != entry.file or "\0" in entry.file:
             raise CheckpointError(f"{file}: {name} is said to be in {entry.file!r}, outside the folder; do not use it")
+    _require_own_files(Path(path), {CONFIG_NAME, TOKENIZER_NAME} | {e.file for e in description.parameters.values()})
     return ExportReader(Path(path), description)

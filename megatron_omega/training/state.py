@@ -5,39 +5,45 @@ Plain frozen data. No tensors, no engine: hooks, checkpoints and tools read thes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.errors import CheckpointError
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
 class TrainState:
     """Where a run stands; all that a checkpoint needs besides weights, optimizer and loss scale."""
 
-    step: int = 0
+    step: Count = 0
     """Optimizer steps done, skipped ones included."""
-    consumed_samples: int = 0
+    consumed_samples: Count = 0
     """Samples drawn or passed over so far: the position in the data."""
-    consumed_tokens: int = 0
+    consumed_tokens: Count = 0
     """Non-padding tokens of both streams so far."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps that changed nothing, because a gradient was not finite."""
     best_validation_loss: float | None = None
     """Lowest validation loss so far."""
-    validated_step: int = -1
+    validated_step: Annotated[int, Field(ge=-1)] = -1
     """Step of the last validation; -1 before the first."""
     recent_losses: tuple[float, ...] = ()
     """LM losses of the last accepted steps: what the next one is judged by."""
-    bad_steps: int = 0
+    bad_steps: Count = 0
     """Bad steps in a row, up to here."""
-    bad_since: int = 0
+    bad_since: Count = 0
     """First sample of the first of them."""
-    rollbacks: int = 0
+    rollbacks: Count = 0
     """How often the run went back to a checkpoint of its own accord."""
-    left_out: tuple[tuple[int, int], ...] = ()
+    left_out: tuple[tuple[Count, Count], ...] = ()
     """Samples [start, stop) that the run passes over."""
 
     def to_json(self) -> dict[str, Any]:
@@ -50,12 +56,20 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        """Read what `to_json` returned; names this version does not know are left out."""
+        """Read what `to_json` returned; names this version does not know are left out.
+
+        Raises CheckpointError where a value is of another type or below what it counts from.
+        """
         known = {field.name for field in fields(cls)}
         found = {name: value for name, value in values.items() if name in known}
-        found["recent_losses"] = tuple(found.get("recent_losses", ()))
-        found["left_out"] = tuple((start, stop) for start, stop in found.get("left_out", ()))
-        return cls(**found)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(
+                f"the training state of the checkpoint is damaged ({place}: {first['msg']}); use another checkpoint"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -136,3 +137,12 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path, prefix: str) -> Non
     (tmp_path / "x.idx").write_bytes(b"x" * 60)
     with pytest.raises(DataError, match="is not a Megatron index"):
         IndexedShard(tmp_path / "x")
+
+
+def test_open_shards_need_no_descriptors(tmp_path: Path) -> None:
+    for number in range(40):
+        write_shard(tmp_path / f"{number}", [[1, 2, number]], "<u2")
+    before = len(os.listdir("/proc/self/fd"))
+    shards = [IndexedShard(tmp_path / f"{number}") for number in range(40)]
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert [shard.document(0)[2] for shard in shards] == list(range(40))

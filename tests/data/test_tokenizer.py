@@ -44,7 +44,7 @@ def test_another_process_gets_the_same_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere.model cannot be read .*train_tokenizer"):
+    with pytest.raises(DataError, match=r"nowhere.model cannot be read .*train-tokenizer"):
         Tokenizer.open(tmp_path / "nowhere.model")
     (tmp_path / "other").write_bytes(b"no model")
     with pytest.raises(DataError, match="is not a SentencePiece model"):
