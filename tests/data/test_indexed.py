@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -142,7 +141,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path, prefix: str) -> Non
 def test_open_shards_need_no_descriptors(tmp_path: Path) -> None:
     for number in range(40):
         write_shard(tmp_path / f"{number}", [[1, 2, number]], "<u2")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     shards = [IndexedShard(tmp_path / f"{number}") for number in range(40)]
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     assert [shard.document(0)[2] for shard in shards] == list(range(40))
