@@ -154,7 +154,7 @@ def _engine(config: RunConfig, stage: int) -> Any:
     from megatron_omega.engine.start import start_distributed
     from megatron_omega.parallel.topology import create_topology
     from megatron_omega.planner.plan_files import ZERO
-    from megatron_omega.run.assembly import build_engine
+    from megatron_omega.run.construction import build_engine
 
     start_distributed(local_rank=int(os.environ["LOCAL_RANK"]), timeout_seconds=600)
     layout = layout_of(config, int(os.environ["WORLD_SIZE"]))

@@ -183,7 +183,7 @@ def train(
     Raises:
         OmegaError: what is wrong, every finding; Preempted if the run was asked to stop and has saved.
     """
-    from megatron_omega.run.assembly import train as train_run
+    from megatron_omega.run.train import train as train_run
 
     words = tuple(Override(name.replace("__", "."), _as_yaml(value)) for name, value in overrides.items())
     place = complete_environment()

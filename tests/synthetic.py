@@ -16,7 +16,7 @@ from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.results import MicroBatch
 from megatron_omega.engine.start import start_distributed
 from megatron_omega.parallel.topology import create_topology
-from megatron_omega.run.assembly import build_engine
+from megatron_omega.run.construction import build_engine
 
 ENCODER, DECODER, WIDTH = 48, 32, 8
 

@@ -29,6 +29,6 @@ def main(argv: Sequence[str]) -> None:
         if place.rank == 0:
             print(notice)
         return
-    from megatron_omega.run.assembly import train  # torch starts only now: what is wrong above is told at once
+    from megatron_omega.run.train import train  # torch starts only now: what is wrong above is told at once
 
     train(resolved, place)

@@ -22,7 +22,7 @@ _PRELOAD = [
     "torch._dynamo",  # what DeepSpeed and the hooks import late
     "torch._inductor.compile_fx",
     "matplotlib.backends.backend_agg",
-    "megatron_omega.run.assembly",
+    "megatron_omega.run.train",
 ]
 
 

@@ -16,7 +16,7 @@ from megatron_omega.data.samples import open_sources
 from megatron_omega.errors import ConfigError, Preempted
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import ProcessPlace
-from megatron_omega.run.assembly import train
+from megatron_omega.run.train import train
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport
 

@@ -180,7 +180,7 @@ def check_layout(
 
 def train_rank(arguments: Arguments) -> None:
     """Train as one rank of the run that `arguments` describe. DeepSpeed prints to stdout, which is the tool's own."""
-    from megatron_omega.run.assembly import train
+    from megatron_omega.run.train import train
 
     place = complete_environment()
     with redirect_stdout(sys.stderr):

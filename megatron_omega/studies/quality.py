@@ -39,7 +39,7 @@ MEASURES = "measures.jsonl"
 REFERENCES = "references.json"
 CLOCK = "clock.jsonl"
 _LABEL_SAMPLES = 64
-_PRELOAD = ("megatron_omega.run.assembly",)
+_PRELOAD = ("megatron_omega.run.train",)
 
 
 class Study(BaseModel):
@@ -133,7 +133,7 @@ class Clock(Hook):
 
 def train_trial(arguments: Arguments) -> None:
     """Train as the only rank of a trial. DeepSpeed prints to stdout, which is the tool's own."""
-    from megatron_omega.run.assembly import train
+    from megatron_omega.run.train import train
 
     place = complete_environment()
     resolved = resolve_run(arguments, place.world_size)

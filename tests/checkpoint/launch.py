@@ -20,7 +20,7 @@ PRELOADED = [
     "functorch.compile",
     "synthetic",
     "scenarios",
-    "megatron_omega.run.assembly",
+    "megatron_omega.run.train",
     "megatron_omega.checkpoint.store",
 ]
 

@@ -20,7 +20,7 @@ from megatron_omega.config.schema import CheckpointConfig, RunConfig
 from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.internals import base_optimizer, engine_holdings
 from megatron_omega.parallel.topology import Topology, create_topology
-from megatron_omega.run.assembly import build_engine
+from megatron_omega.run.construction import build_engine
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron_omega.launching.local_ranks import free_port
 from megatron_omega.monitoring.files import read_objects
 
 PR_SET_PDEATHSIG = 1
-PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.run.assembly", "faults.injection"]
+PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.run.train", "faults.injection"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def rank_main(arguments: list[str], environ: dict[str, str], log_path: str, faul
     from megatron_omega.config.arguments import parse_arguments
     from megatron_omega.config.load import resolve_run
     from megatron_omega.host.environment import complete_environment
-    from megatron_omega.run.assembly import train
+    from megatron_omega.run.train import train
 
     with exit_cleanly():
         place = complete_environment()

@@ -73,7 +73,7 @@ def leaky_run(arguments: Arguments, log: Path) -> None:
     from megatron_omega.config.load import resolve_run
     from megatron_omega.host.environment import complete_environment
     from megatron_omega.log import get_logger
-    from megatron_omega.run.assembly import train
+    from megatron_omega.run.train import train
     from megatron_omega.training.hooks import Hook
 
     class Leaky(Hook):

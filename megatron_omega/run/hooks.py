@@ -1,0 +1,113 @@
+"""The hooks of a run: which there are, in which order they are called, and why each stands where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+import torch
+
+from megatron_omega.config.load import ResolvedRun
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.inspection import documents_of
+from megatron_omega.data.samples import Sources
+from megatron_omega.health.stragglers import StragglerWatch
+from megatron_omega.host.lease import Lease
+from megatron_omega.monitoring import monitoring_hooks
+from megatron_omega.monitoring.epochs import EpochLog
+from megatron_omega.monitoring.files import EventsFile, MetricsFile
+from megatron_omega.monitoring.forecast import Forecast
+from megatron_omega.monitoring.goodput import GoodputLog
+from megatron_omega.monitoring.plot import LossPlot
+from megatron_omega.monitoring.progress import ProgressBar
+from megatron_omega.monitoring.trackers import TensorBoard, Wandb
+from megatron_omega.parallel.places import Places
+from megatron_omega.parallel.topology import Topology
+from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.run.claims import HoldsFolder
+from megatron_omega.training.hooks import Hook, Hooks
+from megatron_omega.training.state import Fault
+from megatron_omega.watchdog.guard import Sentinel
+from megatron_omega.watchdog.hook import Watch
+
+ORDER: tuple[tuple[type[Hook], str], ...] = (
+    (Watch, "first: the monitor must hear of a phase before another hook can hang in it"),
+    (StragglerWatch, "before what writes, so that a finding about a step is written with it; it communicates"),
+    (EventsFile, "before every other record: what happened is on disk if a later hook fails"),
+    (MetricsFile, "after the events, before what draws or sends the same figures"),
+    (ProgressBar, "after the files: it shows what they hold"),
+    (EpochLog, "behind the bar, whose line it would tear"),
+    (TensorBoard, "after the run's own files: optional"),
+    (Wandb, "after TensorBoard: optional, and its network may be slow"),
+    (LossPlot, "after everything that writes figures: it reads them back from the files"),
+    (Forecast, "behind the plot: its comparison is the last word on a run's time"),
+    (GoodputLog, "behind EventsFile, whose last line it reads"),
+    (HoldsFolder, "last of the run's own: when it ends the run, all others have begun and can close"),
+)
+"""Every hook of a run in the order of its calls, with the reason for its place. The caller's own come after these."""
+
+
+def run_hooks(
+    resolved: ResolvedRun,
+    sources: Sources,
+    topology: Topology,
+    sentinel: Sentinel,
+    *,
+    places: Places,
+    lease: Lease | None,
+    baseline: int,
+) -> list[Hook]:
+    """Return the hooks of a run on this rank, in the order of `ORDER`.
+
+    `lease` is that of the run folder, on rank 0; `baseline` is the process's memory before the engine.
+    """
+    config = resolved.config
+    monitoring = _monitoring(config, sources, topology)
+    return in_order(
+        [
+            Watch(sentinel, config),
+            *_straggler_hooks(config, places, tell=Hooks(monitoring).on_fault),
+            *monitoring,
+            *_forecast_hooks(resolved, topology, baseline),
+            *([GoodputLog()] if topology.rank == 0 else []),
+            *([HoldsFolder(lease)] if lease is not None else []),
+        ]
+    )
+
+
+def in_order(hooks: Iterable[Hook]) -> list[Hook]:
+    """Return `hooks` as `ORDER` has them. Raises ValueError for one that has no place there."""
+    places = {kind: place for place, (kind, _) in enumerate(ORDER)}
+    hooks = list(hooks)
+    homeless = [type(hook).__name__ for hook in hooks if type(hook) not in places]
+    if homeless:
+        raise ValueError(f"{homeless[0]} has no place in run.hooks.ORDER; give it one, with the reason")
+    return sorted(hooks, key=lambda hook: places[type(hook)])
+
+
+def _monitoring(config: RunConfig, sources: Sources, topology: Topology) -> list[Hook]:
+    return monitoring_hooks(
+        config.logging,
+        is_main=topology.rank == 0,
+        documents_of=lambda samples: documents_of(sources.train, chain.from_iterable(samples)),
+    )
+
+
+def _straggler_hooks(config: RunConfig, places: Places, tell: Callable[[Fault], None]) -> list[Hook]:
+    """Return what measures ranks against their peers, where they have any."""
+    window = config.resilience.straggler_window
+    if window == 0 or places.layout.data * places.layout.tensor == 1:
+        return []
+    return [StragglerWatch(places.layout, places, window=window, tell=tell)]
+
+
+def _forecast_hooks(resolved: ResolvedRun, topology: Topology, baseline: int) -> list[Hook]:
+    """Return what logs the planner's forecast, where the planner knows this machine.
+
+    `baseline` is the process's memory before the engine.
+    """
+    machine = machine_called(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    if topology.rank or machine is None or not machine.supports(resolved.config.precision.dtype):
+        return []
+    estimate = forecast(resolved.config, topology.layout.world_size, resolved.deepspeed.zero_stage, machine)
+    return [Forecast(estimate, baseline)]

@@ -1,0 +1,137 @@
+"""The whole of a training: preflight, process group, assembly, the loop, the mark of success."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_omega import accounting
+from megatron_omega.config.layout import layout_of
+from megatron_omega.config.load import ResolvedRun, dump_config
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.engine.start import (
+    check_precision,
+    start_distributed,
+    stop_distributed,
+    visible_devices,
+)
+from megatron_omega.errors import ConfigError, Preempted
+from megatron_omega.health.preflight import device_findings, disk_findings, fingerprint, gather_findings
+from megatron_omega.host import run_folder
+from megatron_omega.host.environment import ProcessPlace, network_findings, require_repeatable_libraries
+from megatron_omega.host.lease import Lease
+from megatron_omega.host.redaction import redact
+from megatron_omega.host.run_folder import SUCCESS
+from megatron_omega.log import configure_logging, get_logger
+from megatron_omega.model.kernels import apex_notice, select_kernels
+from megatron_omega.monitoring.files import mark_success
+from megatron_omega.parallel.topology import Topology, create_topology
+from megatron_omega.run.assembly import assemble
+from megatron_omega.run.claims import claim
+from megatron_omega.run.construction import stage_boundaries
+from megatron_omega.training.hooks import Hook
+from megatron_omega.training.state import RunContext, TrainState
+from megatron_omega.watchdog.guard import Sentinel
+
+log = get_logger(__name__)
+
+
+def train(
+    resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = (), *, log_level: int = logging.INFO
+) -> TrainState:
+    """Train the run that was asked for, as process `place`; return where it stands at the end.
+
+    What can be checked is checked before any process group exists, on all ranks together. `hooks` are called after
+    the run's own.
+
+    Raises:
+        OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
+    """
+    config = resolved.config
+    configure_logging(rank=place.rank, level=log_level)
+    logging.captureWarnings(capture=True)
+    for notice in (*resolved.notices, *filter(None, [apex_notice()])):
+        log.warning(notice)
+    with Sentinel(config, place) as sentinel:
+        sources, lease = _preflight(resolved, place, sentinel)
+        _seed_everything(config)
+        device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
+        topology = create_topology(layout_of(config, place.world_size))
+        kernels = select_kernels(device_type)
+        trainer = assemble(resolved, sources, topology, kernels, sentinel, lease=lease, hooks=hooks)
+        try:
+            state = trainer.run(_context(config, topology))
+        except Preempted:
+            stop_distributed()
+            raise
+        stop_distributed()
+        if topology.rank == 0:
+            mark_success(Path(config.logging.run_directory), state.step)
+    return state
+
+
+def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -> tuple[Sources, Lease | None]:
+    """Check what must hold on this rank, and hear of the others' findings.
+
+    Return the corpus and, on rank 0, the lease of the run folder, in which nothing is changed if anybody has a finding.
+    """
+    config, is_main = resolved.config, place.rank == 0
+    opened: list[Sources] = []
+    leases: list[Lease] = []
+
+    def hold_folder() -> None:
+        leases.append(claim(config))
+        sentinel.at_end(leases[0].release)
+
+    device_type, device_count = visible_devices()
+    findings, code = gather_findings(
+        {
+            "network": network_findings,
+            "precision": lambda: check_precision(config.precision.dtype),
+            "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
+            "corpus": lambda: opened.append(open_sources(config)),
+            "run folder": lambda: hold_folder() if is_main else None,
+            "disk": lambda: disk_findings(config) if is_main else None,
+        }
+    )
+    sentinel.arrive(findings, code, fingerprint(resolved))
+    if is_main:
+        _prepare_run_directory(config)
+    return opened[0], next(iter(leases), None)
+
+
+def _context(config: RunConfig, topology: Topology) -> RunContext:
+    directory = Path(config.logging.run_directory)
+    count = accounting.parameter_count(config.model)
+    log.info("%s, %s parameters, run folder %s", topology.layout, f"{count:,}", directory)
+    details = {"layout": str(topology.layout), "parameters": count, "stage_boundaries": list(stage_boundaries(config))}
+    return RunContext(config, directory, TrainState(), is_main=topology.rank == 0, details=details)
+
+
+def _prepare_run_directory(config: RunConfig) -> None:
+    directory = Path(config.logging.run_directory)
+    try:
+        (directory / SUCCESS).unlink(missing_ok=True)
+        (directory / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (directory / run_folder.CONFIG).write_text(redact(dump_config(config)))
+    except OSError as error:
+        raise ConfigError(
+            f"logging.run_directory={directory} cannot be written: {error.strerror}; choose another folder"
+        ) from None
+
+
+def _seed_everything(config: RunConfig) -> None:
+    """Weights and data are keyed by the seed already; libraries that draw on their own get it too."""
+    seed = config.training.seed
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if config.training.deterministic:
+        require_repeatable_libraries()
+        torch.use_deterministic_algorithms(mode=True)
