@@ -13,10 +13,11 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega.checkpoint.manifest import KINDS, EngineState, Kind, SavedLayout
+from megatron_omega.checkpoint.sharing import share_writing
 from megatron_omega.checkpoint.writer import Piece, Snapshot, write_checkpoint
 from megatron_omega.errors import CheckpointError
 from megatron_omega.parallel.exchange import Peers
-from megatron_omega.parallel.regions import Holding, Region, share_writing
+from megatron_omega.parallel.regions import Holding, Region
 
 SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
     "token_table.weight": ((37, 6), 0),

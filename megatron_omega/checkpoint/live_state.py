@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, ReadPlan
+from megatron_omega.checkpoint.sharing import Duty, share_writing
 from megatron_omega.checkpoint.tensor_file import copy_with_checksums
 from megatron_omega.checkpoint.writer import Piece
 from megatron_omega.engine.internals import (
@@ -27,7 +28,7 @@ from megatron_omega.engine.internals import (
 )
 from megatron_omega.errors import CheckpointError
 from megatron_omega.parallel.exchange import Peers
-from megatron_omega.parallel.regions import Duty, Holding, Region, share_writing
+from megatron_omega.parallel.regions import Holding, Region
 from megatron_omega.parallel.topology import Topology
 
 _READING_THREADS = 2

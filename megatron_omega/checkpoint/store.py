@@ -16,11 +16,12 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.catalogue import Keeper, check_structure, checkpoints_at, require_identity
+from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
 from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
 from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.checkpoint.retention import Keeper
 from megatron_omega.checkpoint.writer import Snapshot, remove_unfinished, step_folder, write_checkpoint
 from megatron_omega.config.schema import CheckpointConfig
 from megatron_omega.engine.engine import Engine

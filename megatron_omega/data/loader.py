@@ -6,10 +6,8 @@ sample indices over a socket and answers with batches. It ends when its socket c
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +20,7 @@ from typing_extensions import Self
 
 from megatron_omega.data.batch import Batch, Sample, stack
 from megatron_omega.errors import DataError, OmegaError
+from megatron_omega.host.child_process import start_python
 from megatron_omega.log import get_logger
 
 log = get_logger(__name__)
@@ -115,18 +114,12 @@ class _Worker:
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        environment["OMP_NUM_THREADS"] = "1"
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker ignores them by itself
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_omega.data.loader_worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._process = start_python(
+            "megatron_omega.data.loader_worker",
+            [theirs.fileno()],
+            blocked=STOP_SIGNALS,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
         theirs.close()
         with suppress(BrokenPipeError, ConnectionError):  # its death is met where its answer is waited for
             for message in (self._source, *self._pending):

@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from typing_extensions import Self
 from megatron_omega.config.layout import layout_of, ranks_per_replica
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import OmegaError, Preempted
+from megatron_omega.host.child_process import start_python
 from megatron_omega.host.environment import ProcessPlace, meeting_host, meeting_point
 from megatron_omega.host.redaction import redact
 from megatron_omega.watchdog.diagnosis import BUG_EXIT_CODE
@@ -137,16 +137,7 @@ class Sentinel:
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.beacon.descriptor, self._stacks.fileno())
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)  # until the monitor ignores them by itself
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_omega.watchdog.monitor", *map(str, descriptors)],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._process = start_python("megatron_omega.watchdog.monitor", descriptors, blocked=IGNORED_SIGNALS)
         theirs.close()
         ours.settimeout(None)
         self._line = Line(ours)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from megatron_omega.errors import HangError
+from megatron_omega.host.child_process import ignore_signals
 from megatron_omega.watchdog import meeting, sealing
 from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.diagnosis import LOST_EXIT_CODE
@@ -274,8 +275,6 @@ def _process_state(pid: int) -> str:
 
 
 if __name__ == "__main__":
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    ignore_signals(IGNORED_SIGNALS)
     socket_descriptor, beacon_descriptor, stacks_descriptor = map(int, sys.argv[1:4])
     Monitor(Line(socket.socket(fileno=socket_descriptor)), Beacon(beacon_descriptor), stacks_descriptor).run()

@@ -10,18 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import IDENTITY, Saved, full_tensors
 
-from megatron_omega.checkpoint import catalogue
+from megatron_omega.checkpoint import retention
 from megatron_omega.checkpoint.catalogue import (
-    Keeper,
-    Row,
     check_structure,
-    choose,
     identity_differences,
     list_checkpoints,
     require_identity,
-    strip_optimizer,
 )
 from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.checkpoint.retention import Keeper, Row, choose, strip_optimizer
 from megatron_omega.config.schema import CheckpointConfig
 from megatron_omega.errors import CheckpointError
 
@@ -41,13 +38,13 @@ CONFIGS = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(ROWS, CONFIGS)
 def test_the_rules_hold(rows: list[Row], config: CheckpointConfig) -> None:
-    verdict = choose(rows, config)
+    choice = choose(rows, config)
     steps = sorted((row.step for row in rows), reverse=True)
-    kept = set(steps) - verdict.delete
+    kept = set(steps) - choice.delete
     assert set(steps[: config.keep_last]) <= kept
-    assert not verdict.strip & set(steps[: config.keep_last])
-    assert verdict.strip <= kept
-    assert not verdict.strip or config.drop_optimizer_from_older
+    assert not choice.strip & set(steps[: config.keep_last])
+    assert choice.strip <= kept
+    assert not choice.strip or config.drop_optimizer_from_older
     if config.keep_every_steps:
         assert {step for step in steps if step % config.keep_every_steps == 0} <= kept
     scored = [row for row in rows if row.validation_loss is not None]
@@ -96,9 +93,9 @@ def test_an_interrupted_deletion_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Saved(tmp_path, tensor=1, data=1).write(10)
-    monkeypatch.setattr(catalogue.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    monkeypatch.setattr(retention.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
-        catalogue.delete_checkpoint(path)
+        retention.delete_checkpoint(path)
     assert list_checkpoints(tmp_path) == []
 
 
