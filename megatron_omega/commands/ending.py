@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_omega.errors import ConfigError, OmegaError, Preempted
+from megatron_omega.host.environment import speaking_rank
 from megatron_omega.host.redaction import redact
 
 GRACE_SECONDS = 3.0
@@ -30,7 +30,7 @@ def exit_cleanly() -> Iterator[None]:
     try:
         yield
     except OmegaError as error:
-        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+        rank = speaking_rank()
         if rank == 0 or _outlives_rank_0(rank, error):
             print(redact(_announced(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -37,6 +37,12 @@ class Setting:
         return self.field.annotation is bool
 
     @property
+    def is_text(self) -> bool:
+        """Whether its value is text, which is taken as it was typed."""
+        kinds = {_plain(kind) for kind in get_args(self.field.annotation) or (self.field.annotation,)}
+        return str in kinds and kinds <= {str, type(None)}
+
+    @property
     def help(self) -> str:
         return f"{self.field.description} (default: {shown_value(self.field.get_default(call_default_factory=True))})"
 

@@ -159,9 +159,10 @@ def _read(
     except ConfigError as error:
         findings += error.findings
         faulty.add("")
+    texts = {setting.name: setting.field.default is None for setting in settings() if setting.is_text}
     for override in overrides:
         try:
-            value = yaml_text.parse(override.text, f"--{override.name} {override.text}")
+            value = _typed(override, texts)
             _set(values, override.name.split("."), value)
         except ConfigError as error:
             findings += error.findings
@@ -187,6 +188,13 @@ def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _names(value, f"{prefix}{name}.")
+
+
+def _typed(override: Override, texts: Mapping[str, bool]) -> Any:
+    """Return the value of `--section.field value`: text as it stands (`texts` says which may be null), else YAML."""
+    if override.name not in texts:
+        return yaml_text.parse(override.text, f"--{override.name} {_shown(override.text)}")
+    return None if texts[override.name] and override.text == "null" else override.text
 
 
 def _read_file(path: ConfigSource) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import yaml
 
 from megatron_omega.errors import ConfigError
 
+_MOST_VALUES = 1_000_000
+
 
 class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader without its YAML 1.1 surprises: `off` is a word and `1e-3` a number."""
@@ -25,14 +27,28 @@ class _PlainLoader(yaml.SafeLoader):
             keys.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Read an integer of YAML 1.2: 0100 is one hundred, 0o100 is sixty-four."""
+        text = self.construct_scalar(node)
+        try:
+            return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+        except ValueError:  # Python reads no more than some thousand digits
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(text)} digits is too long", node.start_mark
+            ) from None
 
-_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_REPLACED_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp", "value"))
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
 )
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -69,14 +85,33 @@ def parse(text: str, source: str) -> Any:
         ConfigError: the text is not YAML, holds a tag, or gives a key twice; names `source`, line and column.
     """
     try:
-        return yaml.load(text, Loader=_PlainLoader)  # a subclass of SafeLoader
+        data = yaml.load(text, Loader=_PlainLoader)  # a subclass of SafeLoader
+        _require_tree(data, [_MOST_VALUES], ())
+        return data
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not plain YAML: {_where(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is not plain YAML: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source} is not plain YAML: {' '.join(str(error).split())}") from None
+
+
+def _require_tree(data: Any, left: list[int], inside: tuple[int, ...]) -> None:
+    """Raise ValueError where anchors make data contain itself, or repeat it without end."""
+    if not isinstance(data, dict | list):
+        return
+    left[0] -= len(data) + 1
+    if id(data) in inside:
+        raise ValueError("it contains itself")
+    if left[0] < 0:
+        raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+    for value in data.values() if isinstance(data, dict) else data:
+        _require_tree(value, left, (*inside, id(data)))
 
 
 def _where(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
+    problem = " ".join((getattr(error, "problem", None) or str(error)).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark is not None else problem
 
 

@@ -53,6 +53,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; what was given as a bare word counts as its option."""
+        self._require_text(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         for name, (dest, required) in self._bare.items():
             bare = vars(found).pop(f"bare_{name}")
@@ -65,3 +66,9 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; {self.prog} --help lists the options")
+
+    def _require_text(self, words: Sequence[str]) -> None:
+        for word in words:
+            shown = word.encode(errors="backslashreplace").decode()
+            if shown != word:
+                self.error(f"{shown} is not text in UTF-8")

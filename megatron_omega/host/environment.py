@@ -45,7 +45,33 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     environ.setdefault("LOCAL_RANK", "0")
     environ.setdefault("MASTER_ADDR", "127.0.0.1")
     environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
-    return ProcessPlace(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
+    place = ProcessPlace(*(_number(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    if not max(place.rank, place.local_rank) < place.world_size:
+        raise ConfigError(
+            f"RANK={place.rank} and LOCAL_RANK={place.local_rank} do not fit WORLD_SIZE={place.world_size}: ranks count "
+            "from 0; start with deepspeed, torchrun or srun, or unset all three for one process"
+        )
+    return place
+
+
+def speaking_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Return this process's rank as far as it can be told; 0 where nobody said it, or said no number."""
+    text = environ.get("RANK") or environ.get("SLURM_PROCID") or "0"
+    return int(text) if _is_number(text) else 0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name) or default
+    if not _is_number(text):
+        raise ConfigError(
+            f"{name}={text} in the environment is not a number; launchers set it: start with deepspeed, torchrun or "
+            "srun, or unset it"
+        )
+    return int(text)
 
 
 def meeting_host(environ: Mapping[str, str] = os.environ) -> str:
@@ -71,7 +97,7 @@ def require_repeatable_libraries(environ: MutableMapping[str, str] = os.environ)
 def announced_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
     """Return the number of processes that a launcher, or a user who asks what would run, has set; None: nobody did."""
     text = environ.get("WORLD_SIZE", "")
-    return int(text) if text.isdecimal() and int(text) else None
+    return int(text) or None if _is_number(text) else None
 
 
 def network_findings(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -144,10 +170,10 @@ def _leave_old_store(environ: MutableMapping[str, str]) -> None:
     Its agent keeps the store of the first start open, with the addresses of ranks that are gone (torch 2.13). Where
     there are several agents they count restarts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed.
     """
-    restarts = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = _number(environ, "TORCHELASTIC_RESTART_COUNT", "0")
     is_one_agent = environ.get("GROUP_WORLD_SIZE", "1") == "1"
     if restarts and is_one_agent and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        port = int(environ["MASTER_PORT"]) + restarts
+        port = _number(environ, "MASTER_PORT") + restarts
         environ["MASTER_PORT"] = str(port if port < 2**16 else port - 2 * restarts)
         environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
@@ -158,7 +184,7 @@ def _map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
     # Jobs that share a node must not meet: the port follows from the job.
-    environ.setdefault("MASTER_PORT", str(20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 10_000))
+    environ.setdefault("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID", "0") % 10_000))
 
 
 def first_host(nodelist: str) -> str:

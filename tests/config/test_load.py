@@ -124,24 +124,39 @@ def test_missing_file() -> None:
     assert "no/such/run.yaml cannot be read" in finding
 
 
-@pytest.mark.parametrize("text", ["off", "no", "yes", "12e", "e5"])
+@pytest.mark.parametrize("text", ["off", "no", "yes", "12e", "e5", "1:30", "2024-01-01", "0b11", "1_000", "="])
 def test_words_stay_words(text: str) -> None:
     assert yaml_text.parse(text, "test") == text
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1.", 1.0), ("-.5e+2", -50.0), ("7", 7), ("true", True)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("0100", 100),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1.", 1.0),
+        ("-.5e+2", -50.0),
+        ("7", 7),
+        ("true", True),
+    ],
+)
 def test_numbers_are_numbers(text: str, value: object) -> None:
     parsed = yaml_text.parse(text, "test")
     assert parsed == value and type(parsed) is type(value)
+
+
+NO_NUL = st.characters(codec="utf-8", exclude_characters="\0")
 
 
 @settings(max_examples=30, deadline=None)
 @example(1.0, "0E0", [], False)
 @example(1.0, "\x85", [("a\u2028b", 1.0), ("\r", 1.0)], False)
 @given(
-    st.floats(min_value=1e-12, max_value=1e12),
-    st.text(max_size=12),
-    st.lists(st.tuples(st.text(max_size=8), st.floats(min_value=1e-6, max_value=1e6)), max_size=3),
+    st.floats(min_value=1e-12, max_value=1e3),
+    st.text(NO_NUL, max_size=12),
+    st.lists(st.tuples(st.text(NO_NUL, max_size=8), st.floats(min_value=1e-6, max_value=1e6)), max_size=3),
     st.booleans(),
 )
 def test_dump_and_load_are_inverse(
@@ -234,3 +249,41 @@ def test_configuration_needs_no_tensor_library() -> None:
     program = "import sys, megatron_omega.config.load as _; sys.exit(' '.join({'torch', 'numpy', 'deepspeed'} & {*sys.modules}))"
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/exp #1", "runs: 2", "'quoted'", "0100", "*", "{x", "1:30", "- a", "true", "", "null"]
+)
+def test_text_is_taken_as_it_was_typed(text: str) -> None:
+    config = load_config(None, {"logging.run_directory": text, "data.tokenizer": text})
+    assert (config.logging.run_directory, config.data.tokenizer) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("training.seed", str(2**64)),
+        ("training.seed", "9" * 6000),
+        ("model.decoder_layers", "1000000000000"),
+        ("optimizer.learning_rate", "1e300"),
+        ("data.split", "[1e300, 1, 1]"),
+        ("model.local_window", "100000000"),
+        ("data.tokenizer", "a\udcff"),
+        ("data.corpora", '[{prefix: "a\\0b"}]'),
+        ("model.encoder_branches", "[" * 5000),
+        ("model.encoder_branches", "&a [*a]"),
+        ("model.encoder_branches", "{[full]: 1}"),
+        ("model.encoder_branches", "<<: 1"),
+    ],
+)
+def test_values_beyond_sense_are_refused_at_once(name: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {name: text})
+    assert all(len(finding) < 400 and "\n" not in finding for finding in caught.value.findings)
+
+
+def test_anchors_cannot_grow_without_end() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(ConfigError, match="it holds more than"):
+        yaml_text.parse("\n".join(lines), "bomb")

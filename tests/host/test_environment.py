@@ -108,3 +108,27 @@ def test_a_port_that_was_left_a_moment_ago_is_free() -> None:
             connection.close()
             assert client.recv(1) == b""
     assert network_findings(place(MASTER_PORT=str(port))) == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "word"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1 and LOCAL_RANK=0 do not fit WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK="),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 99}, "WORLD_SIZE=9"),
+        ({"SLURM_PROCID": "x", "SLURM_STEP_NODELIST": "n1"}, "RANK=x"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "a"}, "SLURM_JOB_ID=a"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "a"}, "TORCHELASTIC_RESTART_COUNT=a"),
+    ],
+)
+def test_variables_that_are_no_numbers_are_one_sentence(environ: dict[str, str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        complete_environment(environ)
+
+
+def test_an_empty_job_number_is_none() -> None:
+    environ = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": ""}
+    assert complete_environment(environ).rank == 0 and environ["MASTER_PORT"] == "20000"
