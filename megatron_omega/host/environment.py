@@ -48,7 +48,7 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     place = ProcessPlace(*(_number(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     if not max(place.rank, place.local_rank) < place.world_size:
         raise ConfigError(
-            f"RANK={place.rank} and LOCAL_RANK={place.local_rank} do not fit WORLD_SIZE={place.world_size}: ranks count "
+            f"RANK={place.rank} and LOCAL_RANK={place.local_rank} do not fit WORLD_SIZE={place.world_size}; they count "
             "from 0; start with deepspeed, torchrun or srun, or unset all three for one process"
         )
     return place
