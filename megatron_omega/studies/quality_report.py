@@ -72,25 +72,37 @@ def _cell(values: Sequence[float], name: str) -> str:
 
 
 def paired_table(rows: Rows) -> str:
-    """Return the paired difference of each arm's loss from the first arm's, at equal budgets of every kind."""
+    """Return the paired difference of each arm's loss from the first arm's, at equal budgets of every kind.
+
+    A budget ends where the shortest run has spent it.
+    """
     arms = list(_by_arm(rows))
-    titles = " | ".join(f"at equal {title}" for title in BUDGETS.values())
-    lines = [
-        f"| loss minus that of {arms[0]} | {titles} | context gain, difference |",
-        "|---" * (len(BUDGETS) + 2) + "|",
-    ]
+    ends = {budget: _common_end(rows, budget) for budget in BUDGETS}
+    titles = " | ".join(f"{ends[budget]:,.0f} {title}" for budget, title in BUDGETS.items())
+    lines = [f"| loss minus that of {arms[0]}, after | {titles} | context gain, difference |"]
+    lines.append("|---" * (len(BUDGETS) + 2) + "|")
     for arm in arms[1:]:
-        cells = [_difference(rows, arms[0], arm, budget, "loss") for budget in BUDGETS]
-        cells.append(_difference(rows, arms[0], arm, "step", "gain"))
+        cells = [_difference(rows, arms[0], arm, budget, "loss", end) for budget, end in ends.items()]
+        cells.append(_difference(rows, arms[0], arm, "step", "gain", ends["step"]))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _difference(rows: Rows, first: str, second: str, budget: str, value: str) -> str:
-    curves = {arm: curves_of(rows, arm, budget, value) for arm in (first, second)}
-    end = min(points[-1][0] for seeds in curves.values() for points in seeds.values())
-    ends = {arm: {seed: at_budget(points, end) for seed, points in seeds.items()} for arm, seeds in curves.items()}
-    mean, error, count = paired(ends[second], ends[first])
+def _common_end(rows: Rows, budget: str) -> float:
+    """Return the budget that the shortest run of any arm has spent."""
+    spent: dict[tuple[str, int], float] = defaultdict(float)
+    for row in rows:
+        key = row["arm"], row["seed"]
+        spent[key] = max(spent[key], row[budget])
+    return min(spent.values())
+
+
+def _difference(rows: Rows, first: str, second: str, budget: str, value: str, end: float) -> str:
+    first_ends, second_ends = (
+        {seed: at_budget(points, end) for seed, points in curves_of(rows, arm, budget, value).items()}
+        for arm in (first, second)
+    )
+    mean, error, count = paired(second_ends, first_ends)
     return f"{mean:+.3f} ± {error:.3f}" if count > 1 else f"{mean:+.3f} (one seed)"
 
 
