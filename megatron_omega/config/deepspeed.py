@@ -184,7 +184,11 @@ def _owned(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
             "use_reentrant": False,
             "activation_checkpoint_interval": 0,  # recomputation is the layers' own
         },
-        "bf16": {"enabled": precision.dtype == "bf16"},
+        "bf16": {
+            "enabled": precision.dtype == "bf16",
+            # A stage's optimizer takes a gradient when it is there, instead of all after every backward pass.
+            "immediate_grad_update": precision.dtype == "bf16" and config.parallel.pipeline_parallel_size > 1,
+        },
         "fp16": {
             "enabled": precision.dtype == "fp16",
             "loss_scale": 0,  # dynamic
@@ -194,6 +198,7 @@ def _owned(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
             "min_loss_scale": precision.min_loss_scale,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
         "optimizer": {
             "type": "AdamW",
             "params": {

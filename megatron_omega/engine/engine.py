@@ -23,7 +23,7 @@ from megatron_omega.engine.internals import engine_parts
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
 from megatron_omega.engine.pipeline import initialize
-from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken
+from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken, stop_timers
 from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
 from megatron_omega.engine.start import accelerator
 from megatron_omega.parallel.cross_entropy import IGNORED
@@ -55,6 +55,7 @@ class Engine:
         self.deepspeed: Any = initialize(model, inner, values, None if is_pipeline else ModelParallelUnit(topology))
         if isinstance(inner, Muon):
             inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)
+        stop_timers(self.deepspeed)
         if is_pipeline:
             agree_on_norm_groups(self.deepspeed.optimizer, topology)
             clear_gradients_once_taken(self.deepspeed.optimizer)
@@ -102,7 +103,7 @@ class Engine:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         taken = self._take(batches, self.num_micro_batches)
         lm_tokens, mlm_tokens, num_tokens = self._global_counts(taken)
-        weighted = self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens]))
+        weighted = self._staged(self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens])))
         skipped_before = self.deepspeed.skipped_steps
         loss, parts = (
             self._train_pipeline(weighted, accept) if self.is_pipeline else self._train_plain(weighted, accept)
@@ -120,7 +121,8 @@ class Engine:
         """Return the mean losses over the next `num_micro_batches` of `batches` on every replica. Collective."""
         taken = self._take(batches, num_micro_batches)
         counts = self._global_counts(taken)
-        summed = [(batch.inputs, (*batch.labels, torch.ones(2))) for batch in taken]
+        ones = torch.ones(2)
+        summed = self._staged([(batch.inputs, (*batch.labels, ones, batch.masked_rows)) for batch in taken])
         with torch.no_grad():
             sums = (
                 self._evaluate_pipeline(summed, num_micro_batches) if self.is_pipeline else self._evaluate_plain(summed)
@@ -145,7 +147,11 @@ class Engine:
         """Add to the labels the factors that turn summed losses into means over the global batch."""
         scale = len(batches) * self.topology.data.size  # the engine averages over micro-batches and replicas
         factors = torch.where(counts > 0, scale / counts, 0.0).float()
-        return [(batch.inputs, (*batch.labels, factors)) for batch in batches]
+        return [(batch.inputs, (*batch.labels, factors, batch.masked_rows)) for batch in batches]
+
+    def _staged(self, batches: Sequence[Weighted]) -> list[Weighted]:
+        """Start to copy all micro-batches of a step to the device: the few integers they are, nothing waits for."""
+        return [(self._to_device(inputs), self._to_device(labels)) for inputs, labels in batches]
 
     def _total(self, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if group is None:
@@ -157,7 +163,7 @@ class Engine:
     def _train_plain(self, batches: Sequence[Weighted], accept: Accept | None) -> tuple[float, tuple[float, float]]:
         totals = torch.zeros(3, dtype=torch.float32, device=self.device)
         for number, (inputs, labels) in enumerate(batches, start=1):
-            loss = self.deepspeed(self._to_device(inputs), self._to_device(labels))
+            loss = self.deepspeed(inputs, labels)
             totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
             if accept is not None and number == len(batches):
                 loss = self._judged(loss, totals[1], accept)
@@ -179,11 +185,12 @@ class Engine:
 
         self.module.loss_fn = judging
         try:
-            loss = self.deepspeed.train_batch(iter(batches)).item()
+            loss = self.deepspeed.train_batch(iter(batches))
         finally:
             self.module.loss_fn = loss_function
         parts = cast(Mapping[str, Tensor], self.deepspeed.get_additional_losses())
-        return loss, (parts["lm_loss"].item(), parts["mlm_loss"].item())
+        total, lm, mlm = torch.stack([loss, *(parts[name] for name in LOSS_PARTS)]).tolist()
+        return total, (lm, mlm)
 
     def _judged(self, loss: Tensor, total: Tensor, accept: Accept) -> Tensor:
         """Return the last micro-batch's `loss`; one whose gradient is not a number where the step is refused.
@@ -197,22 +204,22 @@ class Engine:
 
     def _evaluate_plain(self, batches: Iterable[Weighted]) -> Tensor:
         """Return the summed losses of this rank's replica: [LM, MLM]."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.deepspeed.eval()
         for inputs, labels in batches:
-            self.deepspeed(self._to_device(inputs), self._to_device(labels))
-            sums += self._parts().double().cpu()
+            self.deepspeed(inputs, labels)
+            sums += self._parts()
         self.deepspeed.train()
-        return sums
+        return sums.cpu()
 
     def _evaluate_pipeline(self, batches: Sequence[Weighted], count: int) -> Tensor:
         """The same; zeros on ranks that are not the loss stage."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         loss_function = self.module.loss_fn
 
         def add_parts(outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
             loss = loss_function(outputs, labels)  # pyright: ignore[reportCallIssue]
-            sums.add_(self._parts().double().cpu())
+            sums.add_(self._parts())
             return loss
 
         self.module.loss_fn = add_parts
@@ -220,7 +227,7 @@ class Engine:
             self.deepspeed.eval_batch(iter(batches), reduce_output=None, bcast_loss=False, num_micro_batches=count)
         finally:
             self.module.loss_fn = loss_function
-        return sums
+        return sums.cpu()
 
     def _parts(self) -> Tensor:
         parts = cast(Mapping[str, Tensor], self.module.loss_parts)
@@ -236,6 +243,9 @@ class Engine:
         return values.cpu()
 
     def _to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copy from pinned memory, behind what the device computes."""
+        if self.device.type == "cuda":
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
 

@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
 from megatron_omega.parallel.topology import Topology
@@ -44,13 +45,19 @@ def agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
+def stop_timers(engine: Any) -> None:
+    """Let the engine's own timers rest unless they are asked for: each step would leave two events behind for ever."""
+    if not engine.wall_clock_breakdown():
+        engine.timers = NoopTimer()
+
+
 def clear_gradients_once_taken(optimizer: Any) -> None:
     """Let bf16 gradients be cleared after the optimizer added them to its own, and not before the next backward pass.
 
     "Before" is when that pass reaches what the module returned. The loss is outside of it: what it gives straight to a
     parameter (the token table, where the last stage needs it for the loss only) comes earlier, and would be lost.
     """
-    if not isinstance(optimizer, BF16_Optimizer):
+    if not isinstance(optimizer, BF16_Optimizer) or optimizer.immediate_grad_update:
         return
     take = optimizer.update_hp_grads
     optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)

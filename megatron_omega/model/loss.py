@@ -34,25 +34,22 @@ class PretrainingLoss:
         )
 
     def __call__(self, outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...], table: Tensor) -> Tensor:
-        """outputs: what `Head` returns; labels: (lm [b, s_d], mlm [b, s_e], factors [2] fp32); table [V/tp, d]."""
-        lm_labels, mlm_labels, factors = labels
+        """outputs: what `Head` returns; table [V/tp, d]; labels: (lm [b, s_d], mlm [b, s_e], factors [2] fp32, rows).
+
+        `rows` [n] are the places of the MLM labels in [b * s_e]; without them all are taken, labelled or not.
+        """
+        lm_labels, mlm_labels, factors, *rows = labels
         hidden = outputs[0].flatten(0, 1)
         lm, lm_loss = self._vocabulary(hidden, table, lm_labels.flatten())
         loss, mlm_loss = lm * factors[0], torch.zeros_like(lm_loss)
         if len(outputs) == 3:
-            hidden, wanted = _labelled_rows(outputs[1].flatten(0, 1), mlm_labels.flatten())
+            hidden, wanted = outputs[1].flatten(0, 1), mlm_labels.flatten()
+            if rows:
+                hidden, wanted = hidden[rows[0]], wanted[rows[0]]
             mlm, mlm_loss = self._vocabulary(hidden, table, wanted, outputs[2])
             loss = loss + self.mlm_weight * mlm * factors[self._mlm_factor]
         self.parts = {"lm_loss": lm_loss * factors[0], "mlm_loss": mlm_loss * factors[1]}
         return loss
-
-
-def _labelled_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the rows that have a label: a few per cent of the encoder's tokens do."""
-    if labels.is_meta:
-        return hidden, labels
-    rows = (labels >= 0).nonzero().flatten()
-    return hidden[rows], labels[rows]
 
 
 class VocabularyHeads(nn.Module):

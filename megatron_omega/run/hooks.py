@@ -25,6 +25,7 @@ from megatron_omega.parallel.places import Places
 from megatron_omega.parallel.topology import Topology
 from megatron_omega.planner.forecast import forecast, machine_called
 from megatron_omega.run.claims import HoldsFolder
+from megatron_omega.training.garbage import GarbageCollection
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.state import Fault
 from megatron_omega.watchdog.guard import Sentinel
@@ -42,6 +43,7 @@ ORDER: tuple[tuple[type[Hook], str], ...] = (
     (LossPlot, "after everything that writes figures: it reads them back from the files"),
     (Forecast, "behind the plot: its comparison is the last word on a run's time"),
     (GoodputLog, "behind EventsFile, whose last line it reads"),
+    (GarbageCollection, "behind all that make garbage: what is frozen at the start includes theirs"),
     (HoldsFolder, "last of the run's own: when it ends the run, all others have begun and can close"),
 )
 """Every hook of a run in the order of its calls, with the reason for its place. The caller's own come after these."""
@@ -69,6 +71,7 @@ def run_hooks(
             *_straggler_hooks(config, places, tell=Hooks(monitoring).on_fault),
             *monitoring,
             *_forecast_hooks(resolved, topology, baseline),
+            GarbageCollection(),
             *([GoodputLog()] if topology.rank == 0 else []),
             *([HoldsFolder(lease)] if lease is not None else []),
         ]
