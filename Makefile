@@ -15,7 +15,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos clean
+.PHONY: help setup demo test check docs lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -38,6 +38,15 @@ demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and le
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
 
 test: lint unit distributed ## Check everything: lint, types, unit tests, then tests of several ranks
+
+check: setup ## The fast half of test: lint, types, and the unit tests of what was changed (SINCE=main)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q -n 2 -m "not distributed" $$($(BIN)/python tests/affected.py $(SINCE))
+
+docs: setup ## Make the documentation site in build/site
+	$(PIP_INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_omega.interface import Hook, Model, Tokenizer, load, open_shard, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Hook", "Model", "Tokenizer", "__version__", "load", "open_shard", "train"]
 
 

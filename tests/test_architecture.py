@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -44,8 +45,10 @@ HEAVY = {"torch", "numpy", "deepspeed", "transformers", "datasets", "matplotlib"
 PRINTING_ROOMS = {"commands"}
 FACES = {"__init__.py", "__main__.py", "interface.py"}
 """What the package shows to others; no rooms."""
-MOST_FUNCTION_LINES = 69
+MOST_FUNCTION_LINES = 60
 MOST_FILE_LINES = 400
+MOST_FILES = 20
+MOST_LOOSE_MODULES = 2
 MOST_ENTRY_LINES = 60
 
 
@@ -214,9 +217,18 @@ def global_statements(files: list[Source]) -> list[str]:
     return [f"{f.path}:{n.lineno}" for f in files for n in ast.walk(f.tree) if isinstance(n, ast.Global)]
 
 
+def crowded_rooms(files: list[Source]) -> list[str]:
+    """Return each folder with too many files; commands/ has a file for each verb."""
+    folders = Counter(file.path.rpartition("/")[0] for file in files if not file.path.endswith("__init__.py"))
+    loose = folders.pop("", 0)
+    found = [f"{folder}/ has {count} files" for folder, count in folders.items() if count > MOST_FILES]
+    found = [line for line in found if not line.startswith("commands/ ")]
+    return found + ([f"{loose} loose modules"] if loose > MOST_LOOSE_MODULES else [])
+
+
 RULES = [
     table_findings, unused_entries, heavy_findings, deepspeed_findings, cycle_finding, long_functions, prints, swallowed_errors,
-    unannotated, global_statements,
+    unannotated, global_statements, crowded_rooms,
 ]  # fmt: skip
 
 
@@ -245,11 +257,16 @@ LONG = "def f() -> None:\n" + "    x = 1\n" * MOST_FUNCTION_LINES
         (swallowed_errors, "log.py", "try:\n    f()\nexcept Exception:\n    pass"),
         (unannotated, "log.py", "def f(x) -> None: ..."),
         (unannotated, "log.py", "def f(x: int): ..."),
+        (crowded_rooms, "one_more.py", ""),
         (global_statements, "log.py", "def f() -> None:\n    global x\n    x = 1"),
     ],
 )
 def test_a_broken_rule_is_noticed(rule, path: str, text: str) -> None:  # noqa: ANN001
-    neighbours = [source("errors.py", "from megatron_omega.log import get_logger"), source("data/__init__.py", "")]
+    neighbours = [
+        source("errors.py", "from megatron_omega.log import get_logger"),
+        source("data/__init__.py", ""),
+        source("two_more.py", ""),
+    ]
     assert rule([source(path, text), *neighbours])
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_omega.corpus.finding import expand_inputs
-from megatron_omega.corpus.hugging_face import hub_blocks, line_blocks, local_files
-from megatron_omega.corpus.input_file import InputFile
 from megatron_omega.corpus.options import Options, Result, Stream, Tally
 from megatron_omega.corpus.preprocess import preprocess
+from megatron_omega.corpus.reading.finding import expand_inputs
+from megatron_omega.corpus.reading.hugging_face import hub_blocks, line_blocks, local_files
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.errors import ConfigError, Preempted
 from megatron_omega.host.command_line import CommandLine
 from megatron_omega.log import configure_logging

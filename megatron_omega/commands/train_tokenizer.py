@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_omega.corpus.finding import expand_inputs
-from megatron_omega.corpus.input_file import InputFile
+from megatron_omega.corpus.reading.finding import expand_inputs
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.sampling import RecordCount, TextSampler
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_omega.errors import ConfigError, DataError

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_omega.corpus.compressed_source import Note, ignore_note
-from megatron_omega.corpus.input_file import InputFile, Unit
-from megatron_omega.corpus.lines import read_jsonl, read_rows, read_text
-from megatron_omega.corpus.records import Record
-from megatron_omega.corpus.tables import read_columns, row_groups
+from megatron_omega.corpus.reading.compressed_source import Note, ignore_note
+from megatron_omega.corpus.reading.input_file import InputFile, Unit
+from megatron_omega.corpus.reading.lines import read_jsonl, read_rows, read_text
+from megatron_omega.corpus.reading.records import Record
+from megatron_omega.corpus.reading.tables import read_columns, row_groups
 from megatron_omega.errors import DataError
 
 

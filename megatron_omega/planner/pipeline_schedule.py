@@ -12,7 +12,7 @@ v interleaved stages a rank, where rank r holds r, r + P, ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -269,55 +269,69 @@ def execute(
     reached it and what was sent the same way before has arrived. `transfer_seconds[i]` is how long one between stages i
     and i + 1 lasts (default: no time). Raises ValueError if the ranks wait for each other in a circle.
     """
-    seconds = {"F": forward_seconds, "B": backward_seconds}
-    travelling = _Travelling(len(schedule), transfer_seconds)
-    clocks = [0.0] * len(schedule)
+    clocks = _Clocks(len(schedule), {"F": forward_seconds, "B": backward_seconds}, transfer_seconds)
     places = [0] * len(schedule)
-    intervals: list[list[Interval]] = [[] for _ in schedule]
-    arrivals: dict[Transfer, dict[int, float]] = {}
-    runnable = list(range(len(schedule)))
-    waiting: dict[Transfer, int] = {}
-    while runnable:
-        rank = runnable.pop()
-        mine = schedule[rank]
-        while places[rank] < len(mine):
-            instruction = mine[places[rank]]
-            if isinstance(instruction, Compute):
-                start = clocks[rank]
-                clocks[rank] = start + seconds[instruction.direction][instruction.stage]
-                intervals[rank].append(Interval(instruction, start, clocks[rank]))
-                places[rank] += 1
-                continue
-            if isinstance(instruction, Send):
-                travelling.start(rank, instruction.transfer, clocks[rank])
-                places[rank] += 1
-                if (partner := waiting.pop(instruction.transfer, None)) is not None:
-                    runnable.append(partner)
-                continue
-            if isinstance(instruction, Receive):
-                arrival = travelling.arrivals.get(instruction.transfer)
-                if arrival is None:
-                    waiting[instruction.transfer] = rank
-                    break
-                clocks[rank] = max(clocks[rank], arrival)
-                places[rank] += 1
-                continue
-            for transfer in instruction:
-                sides = arrivals.setdefault(transfer, {})
-                if rank not in sides:
-                    sides[rank] = clocks[rank]
-                    if (partner := waiting.pop(transfer, None)) is not None:
-                        runnable.append(partner)
-            missing = next((transfer for transfer in instruction if len(arrivals[transfer]) < 2), None)
-            if missing is not None:
-                waiting[missing] = rank
+    while clocks.runnable:
+        rank = clocks.runnable.pop()
+        while places[rank] < len(schedule[rank]):
+            awaited = clocks.advance(rank, schedule[rank][places[rank]])
+            if awaited is not None:
+                clocks.waiting[awaited] = rank
                 break
-            lasts = max(_lasts(transfer, transfer_seconds) for transfer in instruction)
-            clocks[rank] = max(max(arrivals[transfer].values()) for transfer in instruction) + lasts
             places[rank] += 1
     if any(place < len(mine) for place, mine in zip(places, schedule, strict=True)):
         raise ValueError("the ranks of this schedule wait for each other in a circle")
-    return Timeline(tuple(map(tuple, intervals)), max(clocks))
+    return Timeline(tuple(map(tuple, clocks.intervals)), max(clocks.now))
+
+
+class _Clocks:
+    """The clock of every rank, and who waits for what."""
+
+    def __init__(
+        self, ranks: int, seconds: Mapping[Direction, Sequence[float]], transfer_seconds: Sequence[float] | None
+    ) -> None:
+        self.now = [0.0] * ranks
+        self.intervals: list[list[Interval]] = [[] for _ in range(ranks)]
+        self.runnable = list(range(ranks))
+        self.waiting: dict[Transfer, int] = {}
+        self._seconds, self._transfer_seconds = seconds, transfer_seconds
+        self._travelling = _Travelling(ranks, transfer_seconds)
+        self._sides: dict[Transfer, dict[int, float]] = {}
+
+    def advance(self, rank: int, instruction: Instruction) -> Transfer | None:
+        """Do one instruction of `rank`; return the transfer it has to wait for if it cannot be done yet."""
+        if isinstance(instruction, Compute):
+            start = self.now[rank]
+            self.now[rank] = start + self._seconds[instruction.direction][instruction.stage]
+            self.intervals[rank].append(Interval(instruction, start, self.now[rank]))
+            return None
+        if isinstance(instruction, Send):
+            self._travelling.start(rank, instruction.transfer, self.now[rank])
+            self._wake(instruction.transfer)
+            return None
+        if isinstance(instruction, Receive):
+            arrival = self._travelling.arrivals.get(instruction.transfer)
+            if arrival is None:
+                return instruction.transfer
+            self.now[rank] = max(self.now[rank], arrival)
+            return None
+        return self._exchange(rank, instruction)
+
+    def _exchange(self, rank: int, transfers: tuple[Transfer, ...]) -> Transfer | None:
+        for transfer in transfers:
+            sides = self._sides.setdefault(transfer, {})
+            if rank not in sides:
+                sides[rank] = self.now[rank]
+                self._wake(transfer)
+        missing = next((transfer for transfer in transfers if len(self._sides[transfer]) < 2), None)
+        if missing is None:
+            lasts = max(_lasts(transfer, self._transfer_seconds) for transfer in transfers)
+            self.now[rank] = max(max(self._sides[transfer].values()) for transfer in transfers) + lasts
+        return missing
+
+    def _wake(self, transfer: Transfer) -> None:
+        if (partner := self.waiting.pop(transfer, None)) is not None:
+            self.runnable.append(partner)
 
 
 class _Travelling:

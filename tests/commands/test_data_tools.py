@@ -79,7 +79,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bytes(folder: Path) -> Non
         "        seen += 1\n"
         "        if seen == limit: os.kill(parent, signal.SIGKILL)\n"
         "sys.argv = sys.argv[1:]\n"
-        "import tqdm, sentencepiece, numpy, megatron_omega.corpus.preprocess, megatron_omega.corpus.hugging_face\n"
+        "import tqdm, sentencepiece, numpy, megatron_omega.corpus.preprocess, megatron_omega.corpus.reading.hugging_face\n"
         "sys.addaudithook(hook)\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_omega.corpus.compressed_source import Compression
-from megatron_omega.corpus.compression import open_binary, uncompressed_size
+from megatron_omega.corpus.reading.compressed_source import Compression
+from megatron_omega.corpus.reading.compression import open_binary, uncompressed_size
 from megatron_omega.errors import DataError
 
 

@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_omega.corpus.finding import expand_inputs
+from megatron_omega.corpus.reading.finding import expand_inputs
 from megatron_omega.corpus.inputs import read_unit, units_of
-from megatron_omega.corpus.recognition import describe
-from megatron_omega.corpus.records import BadRecord, Document
+from megatron_omega.corpus.reading.recognition import describe
+from megatron_omega.corpus.reading.records import BadRecord, Document
 from megatron_omega.errors import DataError
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'

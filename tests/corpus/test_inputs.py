@@ -13,11 +13,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_omega.corpus.finding import expand_inputs
-from megatron_omega.corpus.input_file import InputFile
+from megatron_omega.corpus.reading.finding import expand_inputs
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.inputs import plan_units, read_unit
-from megatron_omega.corpus.recognition import describe
-from megatron_omega.corpus.records import BadRecord, BlankLine, Document, Record
+from megatron_omega.corpus.reading.recognition import describe
+from megatron_omega.corpus.reading.records import BadRecord, BlankLine, Document, Record
 from megatron_omega.errors import DataError
 
 LIMIT = 1000

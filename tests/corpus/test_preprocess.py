@@ -13,8 +13,8 @@ import pytest
 import zstandard
 
 from megatron_omega.corpus import preprocess as engine
-from megatron_omega.corpus.hugging_face import line_blocks
-from megatron_omega.corpus.finding import expand_inputs
+from megatron_omega.corpus.reading.hugging_face import line_blocks
+from megatron_omega.corpus.reading.finding import expand_inputs
 from megatron_omega.corpus.merge import merge_shards
 from megatron_omega.corpus.options import Options, Result, Stream
 from megatron_omega.corpus.parts import PartMaker, PartReport, Task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_omega.corpus.finding import expand_inputs
+from megatron_omega.corpus.reading.finding import expand_inputs
 from megatron_omega.corpus.sampling import RecordCount, TextSampler
 from megatron_omega.errors import DataError
 

@@ -6,10 +6,10 @@ import csv
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from megatron_omega.corpus.compressed_source import Note, ignore_note
-from megatron_omega.corpus.compression import open_binary
-from megatron_omega.corpus.input_file import WHOLE, InputFile, Unit
-from megatron_omega.corpus.records import BYTE_ORDER_MARK, BadRecord, Document, Record, check_texts, parse_line
+from megatron_omega.corpus.reading.compressed_source import Note, ignore_note
+from megatron_omega.corpus.reading.compression import open_binary
+from megatron_omega.corpus.reading.input_file import WHOLE, InputFile, Unit
+from megatron_omega.corpus.reading.records import BYTE_ORDER_MARK, BadRecord, Document, Record, check_texts, parse_line
 from megatron_omega.errors import DataError
 
 _BLOCK = 1 << 20

@@ -8,8 +8,8 @@ from typing import IO
 
 import orjson
 
-from megatron_omega.corpus.finding import expand_inputs, saved_splits
-from megatron_omega.corpus.input_file import InputFile
+from megatron_omega.corpus.reading.finding import expand_inputs, saved_splits
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.errors import DataError
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from megatron_omega.corpus.compression import SUFFIXES
-from megatron_omega.corpus.input_file import Format, InputFile
-from megatron_omega.corpus.recognition import FORMATS, describe
+from megatron_omega.corpus.reading.compression import SUFFIXES
+from megatron_omega.corpus.reading.input_file import Format, InputFile
+from megatron_omega.corpus.reading.recognition import FORMATS, describe
 from megatron_omega.errors import DataError
 from megatron_omega.log import get_logger
 

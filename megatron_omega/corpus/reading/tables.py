@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_omega.corpus.input_file import InputFile, Unit
-from megatron_omega.corpus.records import BadRecord, Document, check_texts
+from megatron_omega.corpus.reading.input_file import InputFile, Unit
+from megatron_omega.corpus.reading.records import BadRecord, Document, check_texts
 from megatron_omega.errors import DataError
 
 _BATCH_ROWS = 256

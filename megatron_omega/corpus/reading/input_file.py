@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_omega.corpus.compressed_source import Compression
+from megatron_omega.corpus.reading.compressed_source import Compression
 
 Format = Literal["jsonl", "csv", "tsv", "parquet", "arrow", "text"]
 WHOLE = -1

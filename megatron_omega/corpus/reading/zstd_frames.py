@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_omega.corpus.compressed_source import INPUT_BYTES, CompressedSource, Note
+from megatron_omega.corpus.reading.compressed_source import INPUT_BYTES, CompressedSource, Note
 
 _WINDOW_LOG = 31
 _MAGIC, _FIRST_SKIPPABLE, _LAST_SKIPPABLE = 0xFD2FB528, 0x184D2A50, 0x184D2A5F

@@ -14,8 +14,8 @@ from typing import IO, Protocol
 
 from typing_extensions import Buffer
 
-from megatron_omega.corpus.compressed_source import INPUT_BYTES, Compression, CompressedSource, Note, ignore_note
-from megatron_omega.corpus.zstd_frames import content_size, zstd_blocks
+from megatron_omega.corpus.reading.compressed_source import INPUT_BYTES, Compression, CompressedSource, Note, ignore_note
+from megatron_omega.corpus.reading.zstd_frames import content_size, zstd_blocks
 
 SUFFIXES: dict[str, Compression] = {".gz": "gz", ".tgz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
 _BLOCK = 1 << 20

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import orjson
 
-from megatron_omega.corpus.compressed_source import Compression
-from megatron_omega.corpus.compression import SUFFIXES, open_binary
-from megatron_omega.corpus.input_file import Format, InputFile
-from megatron_omega.corpus.records import BYTE_ORDER_MARK
+from megatron_omega.corpus.reading.compressed_source import Compression
+from megatron_omega.corpus.reading.compression import SUFFIXES, open_binary
+from megatron_omega.corpus.reading.input_file import Format, InputFile
+from megatron_omega.corpus.reading.records import BYTE_ORDER_MARK
 from megatron_omega.errors import DataError
 
 FORMATS: dict[str, Format] = {
