@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -49,14 +50,19 @@ class CheckpointStore:
         run_config: Mapping[str, JSON],
         timeout: timedelta = timedelta(minutes=30),
         on_failure: Callable[[CheckpointError], None] | None = None,
+        attachments: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """`timeout` bounds how long a rank waits for another; `on_failure` is told, on every rank, of failed saves."""
+        """`attachments` are further files of each checkpoint, by name, such as the tokenizer.
+
+        `timeout` bounds how long a rank waits for another; `on_failure` is told, on every rank, of failed saves.
+        """
         self.directory = Path(directory)
         self._config = config
         self._topology = topology
         self._identity = dict(identity)
         self._run_config = dict(run_config)
         self._on_failure = on_failure
+        self._attachments = attachments
         self.peers = Peers(timeout=timeout)
         self._token = str(self.peers.agree(secrets.token_hex(4)))
         self._keeper = Keeper(self.directory, config)
@@ -88,7 +94,7 @@ class CheckpointStore:
         in_background = self._config.asynchronous if asynchronous is None else asynchronous
         binding = self._bind(engine)
         head = self._head(engine, state, step, validation_loss)
-        snapshot = Snapshot(binding.pieces(copy=in_background), head)
+        snapshot = Snapshot(binding.pieces(copy=in_background), head, self._attachments)
         if not in_background:
             self._write(snapshot)
             return

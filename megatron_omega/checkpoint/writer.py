@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,6 +72,8 @@ class Snapshot:
     pieces: Sequence[Piece]
     head: dict[str, Any]
     """Every field of the manifest that is not about files; the first rank's counts."""
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files by name, which the first rank writes; no reader of the format needs them."""
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, peers: Peers, *, token: str) -> Path:
@@ -88,7 +90,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, peers: Peers, *, token
         outcome = None
         if peers.is_first:
             shards = [cast(dict[str, Any], part)["result"] for part in parts]
-            outcome = _attempt(lambda: _commit(staging, directory / name, _assemble(snapshot, shards)))
+            outcome = _attempt(lambda: _finish(staging, directory / name, snapshot, shards))
         _raise_failure([peers.agree(outcome)], staging, peers)
     except RuntimeError as error:
         if peers.is_first:  # it alone renames the folder: another rank might empty one that has just become whole
@@ -188,6 +190,12 @@ def _assemble(snapshot: Snapshot, parts: Sequence[dict[str, Any]]) -> Manifest:
 
 def _tuples(blocks: dict[Kind, list[str]]) -> dict[Kind, tuple[str, ...]]:
     return {kind: tuple(sums) for kind, sums in blocks.items()}
+
+
+def _finish(staging: Path, target: Path, snapshot: Snapshot, shards: Sequence[dict[str, Any]]) -> JsonValue:
+    for name, data in snapshot.attachments.items():
+        write_durably(staging / name, data)
+    return _commit(staging, target, _assemble(snapshot, shards))
 
 
 def _commit(staging: Path, target: Path, manifest: Manifest) -> JsonValue:

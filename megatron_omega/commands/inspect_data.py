@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.host import run_folder
 from megatron_omega.host.command_line import CommandLine
-from megatron_omega.host.run_folder import EVENTS
 from megatron_omega.monitoring.files import read_objects
-from megatron_omega.training.batch_size import Interval, consumed_after, samples_of_step
+from megatron_omega.monitoring.history import Stretch, stretch_of, stretches
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -122,46 +119,40 @@ def show_document(shard: IndexedShard, arguments: argparse.Namespace) -> None:
         print(f"document {arguments.show}, {len(ids):,} tokens, from {source}\n{text}")
 
 
-def last_data_parallel_size(run: Path) -> int:
-    """Return the number of replicas the run last had, from its events."""
-    path = run / run_folder.EVENTS
-    found = re.findall(r"\bDP (\d+)\b", path.read_text()) if path.exists() else []
-    return int(found[-1]) if found else 1
-
-
-def left_out_by(run: Path) -> tuple[Interval, ...]:
-    """Return the samples that the run last passed over, from its events."""
-    found = [event["left_out"] for event in read_objects(run / EVENTS) if event.get("left_out") is not None]
-    return tuple((start, stop) for start, stop in found[-1]) if found else ()
-
-
-def open_run(run: Path) -> tuple[RunConfig, Sources]:
+def open_history(run: Path) -> list[Stretch]:
+    """Return what the run read, as it was configured when it did."""
     path = run / run_folder.CONFIG
     if not path.exists():
         raise DataError(f"{path} is missing; {run} is not the folder of a run")
-    config = load_config(path)
-    return config, open_sources(config)
+    return stretches(read_objects(run / run_folder.EVENTS), load_config(path))
 
 
-def examples_of_step(arguments: argparse.Namespace, config: RunConfig, sources: Sources) -> Iterator[SeenExample]:
-    replicas = arguments.data_parallel_size or last_data_parallel_size(arguments.run)
-    left_out = left_out_by(arguments.run)
-    consumed = consumed_after(config.batch, arguments.step - 1, left_out)
-    pieces = samples_of_step(config.batch, consumed, left_out)
+def open_corpus(run: Path, config: RunConfig) -> Sources:
+    """Open the corpus of a stretch, with the run's own copy of the tokenizer."""
+    own = run / run_folder.TOKENIZER
+    if own.exists():
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(own)})})
+    return open_sources(config)
+
+
+def examples_of_step(arguments: argparse.Namespace) -> Iterator[SeenExample]:
+    stretch = stretch_of(open_history(arguments.run), arguments.step)
+    sources = open_corpus(arguments.run, stretch.config)
+    replicas = arguments.data_parallel_size or stretch.replicas or 1
+    pieces = stretch.samples_of(arguments.step)
     size = sum(map(len, pieces))
-    micro = config.batch.micro_batch_size
+    micro = stretch.config.batch.micro_batch_size
     if size % (micro * replicas):
         raise ConfigError(f"a batch of {size} cannot be dealt to --data-parallel-size {replicas} in parts of {micro}")
     for rank in range(replicas):
-        batches = micro_batch_indices(consumed, lambda _: pieces, micro, rank, replicas)
+        batches = micro_batch_indices(pieces[0].start, lambda _: pieces, micro, rank, replicas)
         for _ in range(size // (micro * replicas)):
             for index in next(batches):
                 yield from render_sample(sources.train[index], rank, sources.train, sources.tokenizer)
 
 
 def show_step(arguments: argparse.Namespace) -> None:
-    config, sources = open_run(arguments.run)
-    for seen in examples_of_step(arguments, config, sources):
+    for seen in examples_of_step(arguments):
         if arguments.json:
             print(json.dumps(dataclasses.asdict(seen)))
             continue
@@ -173,28 +164,45 @@ def show_step(arguments: argparse.Namespace) -> None:
         print(f"   decoder: {seen.decoder!r}")
 
 
-def show_steps_of_document(arguments: argparse.Namespace) -> None:
-    config, sources = open_run(arguments.run)
-    if not 0 <= arguments.corpus < len(sources.train.corpora):
-        raise ConfigError(f"--corpus {arguments.corpus}: the run has corpora 0 to {len(sources.train.corpora) - 1}")
+def steps_of_document(arguments: argparse.Namespace, history: Sequence[Stretch]) -> tuple[str, list[dict[str, int]]]:
+    """Return where a document comes from, and every step and sample that held text of it."""
+    last = arguments.steps or history[-1].config.training.train_steps
+    found: list[dict[str, int]] = []
+    source = ""
+    for stretch in history:
+        sources = open_corpus(arguments.run, stretch.config)
+        up_to = min(last, stretch.up_to_step)
+        if up_to <= stretch.after_step or arguments.corpus >= len(sources.train.corpora):
+            continue
+        source = _source_in(sources, arguments)
+        end = stretch.consumed_before(up_to + 1)
+        found += [
+            {"step": stretch.step_of(sample, up_to), "sample": sample}
+            for sample in sources.train.samples_of(arguments.corpus, arguments.find, end)
+            if sample >= stretch.consumed_samples
+            and not any(start <= sample < stop for start, stop in stretch.left_out)
+        ]
+    if not source:
+        most = max(len(stretch.config.data.corpora) for stretch in history) - 1
+        raise ConfigError(f"--corpus {arguments.corpus}: the run has corpora 0 to {most}")
+    return source, found
+
+
+def _source_in(sources: Sources, arguments: argparse.Namespace) -> str:
     shard = sources.train.corpora[arguments.corpus].shard
     if not 0 <= arguments.find < len(shard):
         raise DataError(f"{shard.prefix} has documents 0 to {len(shard) - 1}, no {arguments.find}")
-    steps = arguments.steps or config.training.train_steps
-    left_out = left_out_by(arguments.run)
-    end = consumed_after(config.batch, steps, left_out)
-    found: list[dict[str, Any]] = [
-        {
-            "step": bisect_right(range(steps), sample, key=lambda step: consumed_after(config.batch, step, left_out)),
-            "sample": sample,
-        }
-        for sample in sources.train.samples_of(arguments.corpus, arguments.find, end)
-        if not any(start <= sample < stop for start, stop in left_out)
-    ]
+    return source_of(shard, arguments.find)
+
+
+def show_steps_of_document(arguments: argparse.Namespace) -> None:
+    history = open_history(arguments.run)
+    steps = arguments.steps or history[-1].config.training.train_steps
+    source, found = steps_of_document(arguments, history)
     if arguments.json:
-        print(json.dumps({"document": arguments.find, "source": source_of(shard, arguments.find), "seen": found}))
+        print(json.dumps({"document": arguments.find, "source": source, "seen": found}))
         return
-    print(f"document {arguments.find} ({source_of(shard, arguments.find)}): {len(found)} samples in {steps} steps")
+    print(f"document {arguments.find} ({source}): {len(found)} samples in {steps} steps")
     for one in found:
         print(f"step {one['step']}, sample {one['sample']}")
 

@@ -200,8 +200,8 @@ def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
 def _source(part: Part, config: RunConfig, shards: Sequence[IndexedShard], recipe: Recipe) -> SampleSource:
     number = PARTS.index(part)
     parts = [split_documents(len(shard), config.data.split)[number] for shard in shards]
-    changes = [(change.from_sample, change.weights) for change in config.data.reweight] if part == "train" else []
-    blend = Blend([corpus.weight for corpus in config.data.corpora], changes)
+    (_, weights), *changes = config.data.phases
+    blend = Blend(weights, changes if part == "train" else [])  # validation stays as it began: its losses compare
     if config.data.order == "megatron":
         corpora: list[WindowSource] = _megatron_windows(part, config, shards, parts, recipe, blend)
     else:

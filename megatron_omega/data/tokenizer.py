@@ -56,6 +56,7 @@ class Tokenizer:
 
     def __init__(self, model: bytes, path: str = "<memory>") -> None:
         self.path = path
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.processor = sentencepiece.SentencePieceProcessor()
         try:

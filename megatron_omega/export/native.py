@@ -31,10 +31,11 @@ from megatron_omega.checkpoint.tensor_file import checksum
 from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, sync_folder, write_durably
 from megatron_omega.errors import CheckpointError
 from megatron_omega.export.card import model_card
+from megatron_omega.host import run_folder
 from megatron_omega.host.regular_files import read_regular
 
 CONFIG_NAME = "config.json"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAME = run_folder.TOKENIZER
 CARD_NAME = "README.md"
 INDEX_NAME = "model.safetensors.index.json"
 FORMAT = "megatron-omega-export"

@@ -10,6 +10,7 @@ stacks/          watchdog    where the ranks stood when they hung
 .monitor/        watchdog    where the monitors of a running run meet; closed to other users
 .lease           run         who writes here; lapses by itself
 stop             the user    asks for a stop; removed when it is obeyed
+tokenizer.model  run         the tokenizer; each checkpoint has its own copy too
 checkpoints/     checkpoint  step-00000100/ and so on
 SUCCESS          monitoring  written last of all: the run is complete
 """
@@ -25,4 +26,5 @@ MONITOR = ".monitor"
 LEASE = ".lease"
 STOP = "stop"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.model"
 SUCCESS = "SUCCESS"

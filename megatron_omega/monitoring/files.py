@@ -18,6 +18,7 @@ from megatron_omega.errors import OmegaError
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
 from megatron_omega.monitoring.epochs import EpochsAt
+from megatron_omega.monitoring.history import reading
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
@@ -159,7 +160,7 @@ class EventsFile(Hook):
         self.write(
             "start", **(context.details or {}), startup_seconds=round(startup, 3), last_sign=last_sign(directory),
             is_fresh=not context.config.checkpoint.resume, **self._lost(context.state.step),
-            **_passed_over(context.state),
+            **_passed_over(context.state), **reading(context.config, context.state),
         )  # fmt: skip
 
     def _lost(self, step: int) -> dict[str, Any]:
@@ -188,6 +189,7 @@ class EventsFile(Hook):
         self.write(
             "rollback", reason=rollback.reason, to_step=rollback.to_step, number=rollback.number,
             **self._lost(rollback.to_step), **_passed_over(rollback.state),
+            consumed_samples=rollback.state.consumed_samples,
         )  # fmt: skip
         self._step = rollback.to_step
 

@@ -56,6 +56,7 @@ def assemble(
         topology=topology,
         identity=model_identity(config, sources.tokenizer.fingerprint),
         run_config=redacted(config.model_dump(mode="json")),
+        attachments={run_folder.TOKENIZER: sources.tokenizer.model},
     )
     _refuse_foreign_checkpoint(config, store)
     baseline = peak_bytes()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from megatron_omega import accounting
 from megatron_omega.config.layout import layout_of
 from megatron_omega.config.load import ResolvedRun, dump_config
+from megatron_omega.config.paths import with_absolute_paths
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.engine.start import (
     check_precision,
     start_distributed,
@@ -32,9 +35,10 @@ from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.kernels import apex_notice, select_kernels
 from megatron_omega.monitoring.files import mark_success
 from megatron_omega.parallel.topology import Topology, create_topology
-from megatron_omega.run.assembly import assemble
+from megatron_omega.run.assembly import assemble, model_identity
 from megatron_omega.run.claims import claim
 from megatron_omega.run.construction import stage_boundaries
+from megatron_omega.run.resuming import changes_on_resuming
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, TrainState
 from megatron_omega.watchdog.guard import Sentinel
@@ -53,13 +57,15 @@ def train(
     Raises:
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
+    facts = fingerprint(resolved)
+    resolved = replace(resolved, config=with_absolute_paths(resolved.config))
     config = resolved.config
     configure_logging(rank=place.rank, level=log_level)
     logging.captureWarnings(capture=True)
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
     with Sentinel(config, place) as sentinel:
-        sources, lease = _preflight(resolved, place, sentinel)
+        sources, lease = _preflight(config, place, sentinel, facts)
         _seed_everything(config)
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size))
@@ -76,18 +82,24 @@ def train(
     return state
 
 
-def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -> tuple[Sources, Lease | None]:
+def _preflight(
+    config: RunConfig, place: ProcessPlace, sentinel: Sentinel, facts: Mapping[str, str]
+) -> tuple[Sources, Lease | None]:
     """Check what must hold on this rank, and hear of the others' findings.
 
     Return the corpus and, on rank 0, the lease of the run folder, in which nothing is changed if anybody has a finding.
     """
-    config, is_main = resolved.config, place.rank == 0
+    is_main = place.rank == 0
     opened: list[Sources] = []
     leases: list[Lease] = []
+    told: list[str] = []
 
     def hold_folder() -> None:
         leases.append(claim(config))
         sentinel.at_end(leases[0].release)
+
+    def compare() -> None:
+        told.extend(changes_on_resuming(config, model_identity(config, opened[0].tokenizer.fingerprint)))
 
     device_type, device_count = visible_devices()
     findings, code = gather_findings(
@@ -98,11 +110,14 @@ def _preflight(resolved: ResolvedRun, place: ProcessPlace, sentinel: Sentinel) -
             "corpus": lambda: opened.append(open_sources(config)),
             "run folder": lambda: hold_folder() if is_main else None,
             "disk": lambda: disk_findings(config) if is_main else None,
+            "checkpoint": lambda: compare() if is_main and opened else None,
         }
     )
-    sentinel.arrive(findings, code, fingerprint(resolved))
+    sentinel.arrive(findings, code, facts)
     if is_main:
-        _prepare_run_directory(config)
+        _prepare_run_directory(config, opened[0].tokenizer)
+    for notice in told:
+        log.info("not as in the checkpoint: %s", notice)
     return opened[0], next(iter(leases), None)
 
 
@@ -114,11 +129,12 @@ def _context(config: RunConfig, topology: Topology) -> RunContext:
     return RunContext(config, directory, TrainState(), is_main=topology.rank == 0, details=details)
 
 
-def _prepare_run_directory(config: RunConfig) -> None:
+def _prepare_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
     directory = Path(config.logging.run_directory)
     try:
         (directory / SUCCESS).unlink(missing_ok=True)
         (directory / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (directory / run_folder.TOKENIZER).write_bytes(tokenizer.model)
         (directory / run_folder.CONFIG).write_text(redact(dump_config(config)))
     except OSError as error:
         raise ConfigError(

@@ -84,6 +84,9 @@ def as_evaluation(
         "logging.tensorboard": "false",
         "logging.wandb": "off",
     }
+    carried = weights.path / run_folder.TOKENIZER
+    if carried.exists():
+        first["data.tokenizer"] = json.dumps(str(carried))
     if shard is not None:
         last |= {"data.corpora": f"[{{prefix: {json.dumps(shard)}}}]", "data.split": "[0, 1, 0]"}
     overrides = (*_overrides(first), *arguments.overrides, *_overrides(last))

@@ -38,9 +38,9 @@ def samples_of_step(batch: BatchConfig, consumed_samples: int, left_out: Sequenc
     return tuple(pieces)
 
 
-def consumed_after(batch: BatchConfig, steps: int, left_out: Sequence[Interval] = ()) -> int:
-    """Return the samples consumed by the first `steps` steps."""
-    consumed = 0
+def consumed_after(batch: BatchConfig, steps: int, left_out: Sequence[Interval] = (), *, begin: int = 0) -> int:
+    """Return the samples consumed by `steps` steps, the first of which starts at `begin`."""
+    consumed = begin
     while steps > 0:
         ahead = next((start for start, stop in left_out if stop > consumed), sys.maxsize)
         is_growing = batch.ramp_up is not None and consumed < batch.ramp_up.samples

@@ -72,7 +72,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"data__corpora": []}, "data.corpora is empty"),
     ({"data__tokenizer": ""}, "data.tokenizer is not set"),
     ({"data__reweight": [{"from_sample": 5, "weights": [1, 2]}]}, "data.reweight from sample 5 has 2 weights for 1 corpora"),
-    ({"data__reweight": [{"from_sample": 5, "weights": [0]}]}, "leaves out every corpus"),
+    ({"data__reweight": [{"from_sample": 5, "weights": [0]}]}, "has a weight from sample 5 on"),
     ({"data__reweight": [{"from_sample": 5, "weights": [1]}] * 2}, "not ascending in from_sample"),
     ({"data__split": [0, 1, 0]}, "has no train part"),
     ({"data__split": [1, 0, 0]}, "has no validation part"),

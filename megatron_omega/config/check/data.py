@@ -62,12 +62,16 @@ def corpus(config: RunConfig, *, needs_training_text: bool) -> Iterator[str]:
 def _reweights(config: RunConfig) -> Iterator[str]:
     data = config.data
     for change in data.reweight:
-        if len(change.weights) != len(data.corpora):
+        known = sum(corpus.from_sample <= change.from_sample for corpus in data.corpora)
+        if not known <= len(change.weights) <= len(data.corpora):
             yield (
                 f"data.reweight from sample {change.from_sample} has {len(change.weights)} weights for "
                 f"{len(data.corpora)} corpora; give one for each entry of data.corpora"
             )
-        elif sum(change.weights) == 0:
-            yield f"data.reweight from sample {change.from_sample} leaves out every corpus; keep one above 0"
     if any(first.from_sample >= second.from_sample for first, second in pairwise(data.reweight)):
         yield "data.reweight is not ascending in from_sample; sort its entries"
+    yield from (
+        f"no corpus of data.corpora has a weight from sample {start} on; keep one above 0"
+        for start, weights in data.phases
+        if data.corpora and sum(weights) == 0
+    )

@@ -15,8 +15,10 @@ class Corpus(Section):
 
     prefix: str
     """Path of the indexed shard without .bin / .idx, as megatron-omega preprocess-data wrote it."""
-    weight: PositiveFloat = 1.0
-    """Share of samples drawn from this corpus, relative to the other weights."""
+    weight: NonNegativeFloat = 1.0
+    """Share of samples drawn from this corpus, relative to the other weights; 0 until data.reweight gives it one."""
+    from_sample: NonNegative = 0
+    """First global sample that may be drawn from it: a corpus that joins in mid-run takes no sample from the others."""
 
 
 class Reweight(Section):
@@ -34,7 +36,7 @@ class DataConfig(Section):
     tokenizer: str = ""
     """Path of the SentencePiece model."""
     corpora: tuple[Corpus, ...] = ()
-    """Corpora to blend: a list of {prefix, weight}."""
+    """Corpora to blend: a list of {prefix, weight, from_sample}."""
     reweight: tuple[Reweight, ...] = ()
     """Later weights of the blend, each {from_sample, weights}, ascending. No corpus repeats or loses a sample by it."""
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (969.0, 30.0, 1.0)
@@ -49,6 +51,31 @@ class DataConfig(Section):
     """Loader processes for each rank that reads data; 0 reads in the training process."""
     prefetch_batches: Positive = 2
     """Micro-batches each loader process keeps ready."""
+
+    @property
+    def phases(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Weights of the blend: (first sample, a weight for each corpus), ascending, the first from sample 0.
+
+        Before its `from_sample` a corpus has weight 0; afterwards the last entry of `reweight` that knows it decides.
+        """
+        starts = {
+            0,
+            *(corpus.from_sample for corpus in self.corpora),
+            *(change.from_sample for change in self.reweight),
+        }
+        return tuple((start, self._weights_at(start)) for start in sorted(starts))
+
+    def _weights_at(self, sample: int) -> tuple[float, ...]:
+        changes = [change for change in self.reweight if change.from_sample <= sample]
+        last = max(changes, key=lambda change: change.from_sample, default=None)
+        return tuple(
+            0.0
+            if corpus.from_sample > sample
+            else last.weights[place]
+            if last is not None and place < len(last.weights) and last.from_sample >= corpus.from_sample
+            else corpus.weight
+            for place, corpus in enumerate(self.corpora)
+        )
 
 
 class ObjectiveConfig(Section):
