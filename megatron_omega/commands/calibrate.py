@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_omega.config import yaml_text
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import CommandLine
-from megatron_omega.planner.forecast import CALIBRATED
+from megatron_omega.planner.machine import CALIBRATED
 
 
 def build_parser() -> argparse.ArgumentParser:

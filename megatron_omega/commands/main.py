@@ -19,6 +19,7 @@ from megatron_omega.host.command_line import COMMAND
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "start": {
         "demo": ("demo", "train a tiny model on this machine's CPU and let it write"),
+        "configure": ("configure", "write a commented run.yaml for a number of parameters, tokens and devices"),
         "settings": ("settings", "print every setting with its meaning and default"),
         "plan": ("plan", "rank every layout of a configuration on a number of accelerators, without a GPU"),
         "calibrate": ("calibrate", "measure this machine, so that plans and forecasts are about it"),

@@ -7,12 +7,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from megatron_omega.config.arguments import parse_arguments
 from megatron_omega.config.load import resolve_run
-from megatron_omega.host.environment import announced_world_size, complete_environment
+from megatron_omega.host.environment import announced_world_size, complete_environment, has_gpu
 from megatron_omega.run.claims import notice_of_completion
+
+
+def measure_machine() -> None:
+    """Measure this machine for the forecast, once; the other ranks wait for rank 0 meanwhile."""
+    from megatron_omega.studies.quick_calibration import calibrate_once
+
+    if (seconds := calibrate_once()) is not None:
+        print(f"measured this machine for the forecast, once, in {seconds:.0f} s", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,4 +40,6 @@ def main(argv: Sequence[str]) -> None:
         return
     from megatron_omega.run.train import train  # torch starts only now: what is wrong above is told at once
 
+    if place.rank == 0 and not has_gpu():
+        measure_machine()
     train(resolved, place)

@@ -40,6 +40,8 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in environ]
     if len(missing) == 1:
         raise ConfigError(f"{missing[0]} is not set but its counterpart is; start with deepspeed, torchrun or srun")
+    if not has_gpu(environ):
+        environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on every rank that it looked for one
     environ.setdefault("RANK", "0")
     environ.setdefault("WORLD_SIZE", "1")
     environ.setdefault("LOCAL_RANK", "0")

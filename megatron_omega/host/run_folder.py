@@ -4,6 +4,7 @@ config.yaml      run         the settings, resolved
 metrics.jsonl    monitoring  one object for each step
 events.jsonl     monitoring  starts, validations, checkpoints, faults (the watchdog adds a hang)
 loss.png         monitoring  the curves
+deepspeed.log    run         what DeepSpeed prints while it is set up
 launches.jsonl   launching   each start with its end
 exit-codes/      launching   what the ranks of a launch returned
 stacks/          watchdog    where the ranks stood when they hung
@@ -19,6 +20,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 PLOT = "loss.png"
+ENGINE_LOG = "deepspeed.log"
 LAUNCHES = "launches.jsonl"
 EXIT_CODES = "exit-codes"
 STACKS = "stacks"

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.candidates import of_config
 from megatron_omega.planner.estimate import Estimate, Planner
-from megatron_omega.planner.hardware import GIB, Hardware, find_hardware, read_hardware
+from megatron_omega.planner.hardware import GIB, Hardware
+from megatron_omega.planner.machine import Machine
 
-CALIBRATED = Path("runs/hardware.yaml")
-"""Where megatron-omega calibrate leaves what it measured, relative to the working directory."""
+PROCESS = int(0.30 * GIB)
+"""What a CPU process holds once torch, DeepSpeed and this package are imported, where nobody has measured it."""
+LATER = int(0.13 * GIB)
+"""What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
 
 
-def machine_called(device_name: str) -> Hardware | None:
-    """Return the machine called `device_name` ("cpu", or what the driver calls a GPU); None: not listed.
+@dataclass(frozen=True)
+class RunForecast:
+    """What a run is expected to take on this machine."""
 
-    A calibration in the working directory goes before the built-in list.
-    """
-    file = read_hardware(CALIBRATED) if CALIBRATED.exists() else read_hardware()
-    wanted = device_name.lower()
-    for name in file.accelerators:
-        if name == wanted or (name != "cpu" and name.partition("-")[0] in wanted):
-            return find_hardware(name, file=file)
-    return None
+    estimate: Estimate
+    machine: Machine
+    process_bytes: int = PROCESS
+    """What a process holds beside tensors when the engine is about to be built."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory of rank 0 at its peak: on a CPU with the process itself, on a GPU what the device holds."""
+        tensors = self.estimate.ranks[0].total
+        return tensors + self.process_bytes + LATER if self.machine.hardware.facts.is_cpu else tensors
+
+    @property
+    def ranks_per_core(self) -> float:
+        """Ranks of this host that take turns on a core; 1 where each has its own."""
+        facts = self.machine.hardware.facts
+        ranks = min(self.estimate.candidate.world_size, facts.per_node)
+        return max(1.0, ranks / facts.cores) if facts.cores else 1.0
 
 
 def forecast(config: RunConfig, world_size: int, zero_stage: int, hardware: Hardware) -> Estimate:
@@ -33,15 +46,24 @@ def forecast(config: RunConfig, world_size: int, zero_stage: int, hardware: Hard
     return Planner(config, hardware).estimate(candidate, exact=True)
 
 
-def forecast_lines(estimate: Estimate) -> Iterator[str]:
+def forecast_lines(run: RunForecast) -> Iterator[str]:
     """Yield a forecast in a few lines."""
+    estimate, facts = run.estimate, run.machine.hardware.facts
     low, high = estimate.interval
-    fullest = max(range(len(estimate.ranks)), key=lambda rank: estimate.ranks[rank].total)
-    memory = estimate.ranks[fullest]
+    where = f"{facts.cores} cores" if facts.is_cpu and facts.cores else run.machine.hardware.name
+    ranks = estimate.candidate.world_size
+    sharing = f", {ranks} ranks share them" if run.ranks_per_core > 1 else ""
     yield (
-        f"forecast for {estimate.hardware.name}: {estimate.step_seconds:.3g} s a step ({low:.3g} to {high:.3g}), "
-        f"{estimate.tokens_per_second:,.0f} tokens/s, MFU {estimate.mfu:.1%}, bubble {estimate.bubble:.0%}"
+        f"forecast for this machine ({where}{sharing}; {run.machine.origin}): {estimate.step_seconds:.3g} s a step "
+        f"({low:.3g} to {high:.3g}), {estimate.tokens_per_second:,.0f} tokens/s"
     )
+    yield f"forecast of memory: {' + '.join(_memory_parts(run))} = {run.memory_bytes / GIB:.2f} GiB on rank 0"
+
+
+def _memory_parts(run: RunForecast) -> Iterator[str]:
+    memory = run.estimate.ranks[0]
+    if run.machine.hardware.facts.is_cpu:
+        yield f"{(run.process_bytes + LATER) / GIB:.2f} the process and its libraries"
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -49,5 +71,4 @@ def forecast_lines(estimate: Estimate) -> Iterator[str]:
         "activations": memory.activations + memory.working,
         "other": memory.buffers + memory.runtime,
     }
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    yield f"forecast of memory: {memory.total / GIB:.2f} GiB on pipeline rank {fullest} ({shown})"
+    yield from (f"{size / GIB:.2f} {name}" for name, size in parts.items() if size >= 0.005 * GIB)

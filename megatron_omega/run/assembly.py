@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,9 @@ def assemble(
     )
     _refuse_foreign_checkpoint(config, store)
     baseline = peak_bytes()
-    engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
-    for choice in (*kernels.choices, engine.optimizer_choice):
-        log.info(choice)
+    with _engine_output(config, topology):
+        engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
+    log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     places = gather_places(topology.layout, store.peers)
     own = run_hooks(resolved, sources, topology, sentinel, places=places, lease=lease, baseline=baseline)
@@ -96,6 +98,14 @@ def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, A
         "tokenizer": tokenizer_fingerprint,
         "initialization": DRAWING_VERSION,
     }
+
+
+@contextmanager
+def _engine_output(config: RunConfig, topology: Topology) -> Iterator[None]:
+    """Send what DeepSpeed prints while it is set up, tables of memory most of it, to a file of the run folder."""
+    path = Path(config.logging.run_directory) / run_folder.ENGINE_LOG if topology.rank == 0 else Path(os.devnull)
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file):
+        yield
 
 
 def _refuse_foreign_checkpoint(config: RunConfig, store: CheckpointStore) -> None:

@@ -14,7 +14,7 @@ from megatron_omega.data.samples import Sources
 from megatron_omega.health.stragglers import StragglerWatch
 from megatron_omega.host.lease import Lease
 from megatron_omega.monitoring import monitoring_hooks
-from megatron_omega.monitoring.epochs import EpochLog
+from megatron_omega.monitoring.epochs import EpochLog, Epochs
 from megatron_omega.monitoring.files import EventsFile, MetricsFile
 from megatron_omega.monitoring.forecast import Forecast
 from megatron_omega.monitoring.goodput import GoodputLog
@@ -23,7 +23,8 @@ from megatron_omega.monitoring.progress import ProgressBar
 from megatron_omega.monitoring.trackers import TensorBoard, Wandb
 from megatron_omega.parallel.places import Places
 from megatron_omega.parallel.topology import Topology
-from megatron_omega.planner.forecast import forecast, machine_called
+from megatron_omega.planner.forecast import RunForecast, forecast
+from megatron_omega.planner.machine import this_machine
 from megatron_omega.run.claims import HoldsFolder
 from megatron_omega.training.garbage import GarbageCollection
 from megatron_omega.training.hooks import Hook, Hooks
@@ -93,6 +94,7 @@ def _monitoring(config: RunConfig, sources: Sources, topology: Topology) -> list
         config.logging,
         is_main=topology.rank == 0,
         documents_of=lambda samples: documents_of(sources.train, chain.from_iterable(samples)),
+        epochs_at=lambda samples: Epochs(*sources.train.epochs(samples)),
     )
 
 
@@ -109,8 +111,9 @@ def _forecast_hooks(resolved: ResolvedRun, topology: Topology, baseline: int) ->
 
     `baseline` is the process's memory before the engine.
     """
-    machine = machine_called(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    if topology.rank or machine is None or not machine.supports(resolved.config.precision.dtype):
+    machine = this_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    if topology.rank or machine is None or not machine.hardware.supports(resolved.config.precision.dtype):
         return []
-    estimate = forecast(resolved.config, topology.layout.world_size, resolved.deepspeed.zero_stage, machine)
-    return [Forecast(estimate, baseline)]
+    world_size, stage = topology.layout.world_size, resolved.deepspeed.zero_stage
+    estimate = forecast(resolved.config, world_size, stage, machine.hardware)
+    return [Forecast(RunForecast(estimate, machine, baseline))]

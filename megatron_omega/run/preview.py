@@ -1,7 +1,7 @@
 """What `pretrain_omega.py --dry-run` prints: the run as it would start, and what it would cost. Imports no torch.
 
-The estimate is the planner's, for a common machine: a calculation, not a measurement. `megatron-omega plan` does it for
-others, and compares layouts.
+The estimate is the planner's, for this machine first: a calculation, not a measurement. `megatron-omega plan` does it
+for others, and compares layouts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.samples import open_sources
 from megatron_omega.health.preflight import disk_findings, gather_findings
+from megatron_omega.host.environment import has_gpu
 from megatron_omega.host.redaction import redact, redacted
 from megatron_omega.planner import report
 from megatron_omega.planner.candidates import Candidate, of_config
 from megatron_omega.planner.estimate import Estimate, Planner
-from megatron_omega.planner.hardware import find_hardware, read_hardware
+from megatron_omega.planner.forecast import RunForecast, forecast_lines
+from megatron_omega.planner.hardware import Hardware, find_hardware, read_hardware
+from megatron_omega.planner.machine import this_machine
 from megatron_omega.planner.operations import Assumptions
 
-GPU, CPU = "h100-80g", "cpu"
+GPU = "h100-80g"
+"""What a 16-bit run is usually meant for."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,22 @@ class Preview:
         return of_config(self.config, replicas * ranks_per_replica(self.config), settings.zero_stage)
 
     @cached_property
+    def here(self) -> RunForecast | None:
+        """What the run would take on this machine; None if that has a GPU, which only torch could name."""
+        machine = None if has_gpu() else this_machine()
+        if machine is None or not machine.hardware.supports(self.config.precision.dtype):
+            return None
+        return RunForecast(self._estimate(machine.hardware), machine)
+
+    @cached_property
     def estimate(self) -> Estimate:
-        """What the layout costs on a common machine: fp32 runs on CPU cores, other formats on a GPU."""
-        machine = CPU if self.config.precision.dtype == "fp32" else GPU
-        return Planner(self.config, find_hardware(machine, file=read_hardware())).estimate(self.candidate, exact=True)
+        """What the layout costs: on this machine if it would run here, else on a common GPU."""
+        if self.here is not None and self.config.precision.dtype == "fp32":
+            return self.here.estimate
+        return self._estimate(find_hardware(GPU, file=read_hardware()))
+
+    def _estimate(self, hardware: Hardware) -> Estimate:
+        return Planner(self.config, hardware).estimate(self.candidate, exact=True)
 
     @property
     def assumptions(self) -> Assumptions:
@@ -156,7 +172,6 @@ def _layout_lines(preview: Preview) -> Iterator[str]:
 def _cost_lines(preview: Preview) -> Iterator[str]:
     config, estimate = preview.config, preview.estimate
     low, high = estimate.interval
-    machine = "CPU core" if estimate.hardware.facts.is_cpu else estimate.hardware.name
     yield "# cost"
     yield f"{preview.parameters:,} parameters"
     yield (
@@ -164,7 +179,12 @@ def _cost_lines(preview: Preview) -> Iterator[str]:
         f"{config.batch.global_batch_size * accounting.tokens_per_sample(config):,} tokens per step, "
         f"{preview.assumptions.tokens:,.0f} in {config.training.train_steps:,} steps"
     )
-    yield f"calculated for {preview.candidate.world_size} x {machine} (others: megatron-omega plan), not measured:"
+    if preview.here is not None:
+        yield from forecast_lines(preview.here)
+    if estimate.hardware.facts.is_cpu:
+        yield "calculated, not measured; for other machines: megatron-omega plan"
+    else:
+        yield f"calculated for {preview.candidate.world_size} x {estimate.hardware.name} (others: megatron-omega plan):"
     yield (
         f"  step {estimate.step_seconds:.3g} s ({low:.3g} to {high:.3g}), {estimate.tokens_per_second:,.0f} tokens/s, "
         f"MFU {estimate.mfu:.1%}, bubble {estimate.bubble:.1%}"

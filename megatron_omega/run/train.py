@@ -62,6 +62,8 @@ def train(
     config = resolved.config
     configure_logging(rank=place.rank, level=log_level)
     logging.captureWarnings(capture=True)
+    if resolved.derived:
+        log.info("derived: %s", ", ".join(f"{one.name}={one.value}" for one in resolved.derived))
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
     with Sentinel(config, place) as sentinel:

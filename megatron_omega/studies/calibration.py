@@ -57,11 +57,11 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rates = {dtype: _product_rates(device, DTYPES[dtype]) for dtype in _formats(device)}
+        rates = {dtype: product_rates(device, DTYPES[dtype]) for dtype in _formats(device)}
         reference = next(iter(rates))
         peak, half = _fit(rates[reference])
-        attention = _attention_rate(device, DTYPES[reference])
-        bandwidth, launch = _bandwidth(device), _launch_seconds(device)
+        attention = attention_rate(device, DTYPES[reference])
+        bandwidth, launch = bandwidth_of(device), launch_cost(device)
     finally:
         torch.set_num_threads(threads)
     link = Link(bytes_per_second=_link_rate(ranks), latency=0.0) if device == "cpu" else _known_link()
@@ -74,7 +74,7 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
     is_cpu = device == "cpu"
     cores = len(os.sched_getaffinity(0)) if is_cpu else None
     facts = AcceleratorFacts(
-        memory_gib=_memory_gib(device) / (cores or 1),
+        memory_gib=memory_of(device) / (cores or 1),
         peak_flops=peaks,
         memory_bandwidth=bandwidth,
         link="measured",
@@ -168,16 +168,16 @@ def _time_layers(rank: int, barrier: Any, results: dict[int, list[float]]) -> No
     torch.set_num_threads(1)
     found: list[float] = []
     for shape, recompute in product(LAYERS, ("none", "full")):
-        for layers in _layers(layer_config(shape, recompute=recompute), SERIAL):
+        for layers in timed_layers(layer_config(shape, recompute=recompute), SERIAL):
             for layer in layers:  # the first pass allocates
-                _forward_and_backward(layer)
+                forward_and_backward(layer)
             barrier.wait()
-            times = [_forward_and_backward(layer) for _ in range(LAYER_ROUNDS) for layer in layers]
+            times = [forward_and_backward(layer) for _ in range(LAYER_ROUNDS) for layer in layers]
             found += np.median(times, axis=0).tolist()
     results[rank] = found
 
 
-def _layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callable[[], torch.Tensor]]]:
+def timed_layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callable[[], torch.Tensor]]]:
     """Yield encoder, then decoder layers of one shape, ready to be called."""
     context = ModelContext.of(config, parallel)
     tokens, hidden = config.data.encoder_seq_length, config.model.hidden_size
@@ -193,7 +193,7 @@ def _layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callab
         yield [partial(layer, state, stream, *rest) for layer in layers]
 
 
-def _forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:
+def forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:
     begin = time.process_time()
     output = layer()
     middle = time.process_time()
@@ -229,7 +229,7 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def _product_rates(device: str, dtype: torch.dtype) -> dict[tuple[int, int, int], float]:
+def product_rates(device: str, dtype: torch.dtype) -> dict[tuple[int, int, int], float]:
     scale = 1 if device == "cpu" else 8
     rates = {}
     for m, n, k in PRODUCTS if dtype == torch.float32 or device != "cpu" else PRODUCTS[:1]:
@@ -252,14 +252,14 @@ def _fit(rates: dict[tuple[int, int, int], float]) -> tuple[float, float]:
     return best[1], best[2]
 
 
-def _attention_rate(device: str, dtype: torch.dtype, length: int = 256, heads: int = 8, head_dim: int = 20) -> float:
+def attention_rate(device: str, dtype: torch.dtype, length: int = 256, heads: int = 8, head_dim: int = 20) -> float:
     query, key, value = (torch.rand(1, heads, length, head_dim, device=device).to(dtype) for _ in range(3))
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
     seconds = _seconds(lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
     return 4 * heads * length * length * head_dim / seconds
 
 
-def _bandwidth(device: str) -> float:
+def bandwidth_of(device: str) -> float:
     """Bytes per second of a chain of element-wise kernels like a layer's, forward: a norm, a gate, a residual sum.
 
     Counted as the planner counts them: `FORWARD_TRAFFIC` times the bytes that autograd keeps.
@@ -279,7 +279,7 @@ def _bandwidth(device: str) -> float:
     return FORWARD_TRAFFIC * kept / _seconds(chain, device)
 
 
-def _launch_seconds(device: str, length: int = 50) -> float:
+def launch_cost(device: str, length: int = 50) -> float:
     """Seconds of one small kernel in a chain run forward and backward, autograd's work included."""
     tiny = torch.ones(16, device=device, requires_grad=True)
 
@@ -292,7 +292,7 @@ def _launch_seconds(device: str, length: int = 50) -> float:
     return _seconds(chain, device) / (4 * length)
 
 
-def _memory_gib(device: str) -> float:
+def memory_of(device: str) -> float:
     if device != "cpu":
         return torch.cuda.get_device_properties(0).total_memory / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -344,11 +344,11 @@ def _time_shared_layers(rank: int, group: dist.ProcessGroup, barrier: Any, resul
     found: list[float] = []
     for config in _shared_configs(group.size()):
         parallel = TensorParallel(group, rank, group.size(), config.parallel.sequence_parallel)
-        for layers in _layers(config, parallel):
+        for layers in timed_layers(config, parallel):
             for layer in layers:  # the first pass allocates
-                _forward_and_backward(layer)
+                forward_and_backward(layer)
             barrier.wait()
-            times = [_wall(partial(_forward_and_backward, layer)) for _ in range(LAYER_ROUNDS) for layer in layers]
+            times = [_wall(partial(forward_and_backward, layer)) for _ in range(LAYER_ROUNDS) for layer in layers]
             found.append(float(np.median(times)))
     results[rank] = found
 

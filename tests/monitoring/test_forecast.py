@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,9 +14,10 @@ import numpy as np
 import pytest
 
 from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, PrecisionConfig, RunConfig
-from megatron_omega.monitoring.forecast import WARM_UP_STEPS, Forecast, peak_bytes
-from megatron_omega.planner.forecast import forecast
-from megatron_omega.planner.hardware import find_hardware
+from megatron_omega.monitoring.forecast import WARM_UP_STEPS, Forecast, comparison, peak_bytes
+from megatron_omega.planner.forecast import RunForecast, forecast
+from megatron_omega.planner.hardware import find_hardware, read_hardware
+from megatron_omega.planner.machine import Machine, cores, keep, this_machine
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -24,9 +29,17 @@ CONFIG = RunConfig(
 )
 
 
+def run_forecast(**machine: Any) -> RunForecast:
+    hardware = find_hardware("cpu")
+    known = Machine(
+        hardware, machine.get("origin", "quickly calibrated 2 hours ago"), machine.get("is_calibrated", True)
+    )
+    return RunForecast(forecast(CONFIG, 1, 1, hardware), known, process_bytes=2**28)
+
+
 def test_the_log_has_the_forecast_first_and_the_measurement_beside_it_last(caplog: pytest.LogCaptureFixture) -> None:
-    estimate = forecast(CONFIG, 1, 1, find_hardware("cpu"))
-    hook = Forecast(estimate, peak_bytes() - 2**30)  # as if a GiB had been taken since
+    run = run_forecast()
+    hook = Forecast(run)
     package = logging.getLogger("megatron_omega")
     was_propagated, package.propagate = package.propagate, True
     try:
@@ -38,10 +51,41 @@ def test_the_log_has_the_forecast_first_and_the_measurement_beside_it_last(caplo
             hook.on_close()
     finally:
         package.propagate = was_propagated
-    assert "forecast for cpu" in first and "forecast of memory" in first
-    last = caplog.messages[-1]
-    assert f"median step 0.5 s (forecast {estimate.step_seconds:.3g})" in last
-    assert f"rank 0 1 GiB (forecast {estimate.ranks[0].total / 2**30:.3g}" in last
+    assert "forecast for this machine" in first and "quickly calibrated 2 hours ago" in first
+    assert "the process and its libraries" in first and f"= {run.memory_bytes / 2**30:.2f} GiB on rank 0" in first
+    assert f"median step 0.5 s (forecast {run.estimate.step_seconds:.3g}, " in caplog.messages[-1]
+
+
+def test_a_gap_is_told_with_its_reason() -> None:
+    run = run_forecast()
+    seconds, size = run.estimate.step_seconds, run.memory_bytes
+    assert ". " not in comparison(run, 1.1 * seconds, int(0.9 * size), 0.5)
+    assert "other programs took 50% of the cores" in comparison(run, 2 * seconds, size, 0.5)
+    assert "may run at another speed now" in comparison(run, 2 * seconds, size, 0.0)
+    assert "memory: the allocator" in comparison(run, seconds, 2 * size, 0.0)
+    unknown = run_forecast(is_calibrated=False, origin="not calibrated: figures of another CPU")
+    assert "time: not calibrated" in comparison(unknown, 0.5 * seconds, size, 0.0)
+
+
+def test_ranks_that_share_cores_take_turns() -> None:
+    facts = find_hardware("cpu").facts.model_copy(update={"cores": 2})
+    hardware = replace(find_hardware("cpu"), facts=facts)
+    alone, eight = (forecast(CONFIG, ranks, 1, hardware) for ranks in (1, 4))
+    assert RunForecast(eight, Machine(hardware, "", is_calibrated=True)).ranks_per_core == 2
+    assert RunForecast(alone, Machine(hardware, "", is_calibrated=True)).ranks_per_core == 1
+
+
+def test_a_quick_calibration_is_kept_and_its_age_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = this_machine()
+    assert found is not None and not found.is_calibrated and found.hardware.facts.cores == cores()
+    path = keep(read_hardware())
+    os.utime(path, (time.time() - 7200, time.time() - 7200))
+    found = this_machine()
+    assert found is not None and found.is_calibrated and found.origin == "quickly calibrated 2 hours ago"
+    path.write_text("nonsense: [")
+    assert (again := this_machine()) is not None and not again.is_calibrated
 
 
 def test_memory_that_is_touched_raises_the_peak() -> None:
