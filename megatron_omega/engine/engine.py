@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import OptimizerConfig
@@ -32,6 +33,13 @@ from megatron_omega.parallel.topology import Topology
 
 Weighted = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 LOSS_PARTS = ("lm_loss", "mlm_loss")
+
+
+def gather_whole(model: nn.Module, classes: Sequence[type[nn.Module]]) -> None:
+    """Let ZeRO-3 gather all weights of each module of `classes` before its call, since a compiled one has no inside."""
+    present = [kind for kind in classes if any(isinstance(module, kind) for module in model.modules())]
+    if present:
+        set_z3_leaf_modules(model, present)
 
 
 class Engine:

@@ -199,3 +199,8 @@ def first_host(nodelist: str) -> str:
     if first is None:
         raise ConfigError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; set MASTER_ADDR")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
+
+
+def host_name() -> str:
+    """Return what this host calls itself."""
+    return socket.gethostname()

@@ -12,6 +12,7 @@ stacks/          watchdog    where the ranks stood when they hung
 .lease           run         who writes here; lapses by itself
 stop             the user    asks for a stop; removed when it is obeyed
 tokenizer.model  run         the tokenizer; each checkpoint has its own copy too
+.compiled/       run         compiled layers, a folder for each host
 checkpoints/     checkpoint  step-00000100/ and so on
 SUCCESS          monitoring  written last of all: the run is complete
 """
@@ -29,4 +30,5 @@ LEASE = ".lease"
 STOP = "stop"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
+COMPILED = ".compiled"
 SUCCESS = "SUCCESS"

@@ -80,15 +80,15 @@ class EncoderLayer(nn.Module):
         """hidden [b, s, d] ([b, s/tp, d] under sequence parallelism) of the documents of `stream` -> hidden."""
         facts = self._facts(stream, hidden.dtype)
         if self.recompute == "full":
-            return recomputed(self._layer, hidden, facts)
-        return self._layer(hidden, facts)
+            return recomputed(self.compute, hidden, facts)
+        return self.compute(hidden, facts)
 
     def _facts(self, stream: Stream, dtype: torch.dtype) -> LayerFacts:
         return LayerFacts(
             self.attention.facts(stream, dtype), None if self.positions is None else stream.once(positions)
         )
 
-    def _layer(self, hidden: Tensor, facts: LayerFacts) -> Tensor:
+    def compute(self, hidden: Tensor, facts: LayerFacts) -> Tensor:
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)
@@ -126,8 +126,8 @@ class DecoderLayer(nn.Module):
         """hidden [b, s_d, d] of the documents of `stream`, memory [b, s_e, d] of those of `memory_stream` -> hidden."""
         facts = self._facts(stream, memory_stream, hidden.dtype)
         if self.recompute == "full":
-            return recomputed(self._layer, hidden, facts, memory)
-        return self._layer(hidden, facts, memory)
+            return recomputed(self.compute, hidden, facts, memory)
+        return self.compute(hidden, facts, memory)
 
     def _facts(self, stream: Stream, memory_stream: Stream | None, dtype: torch.dtype) -> LayerFacts:
         return LayerFacts(
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
             None if self.cross is None or memory_stream is None else self.cross.facts(stream, memory_stream, dtype),
         )
 
-    def _layer(self, hidden: Tensor, facts: LayerFacts, memory: Tensor | None) -> Tensor:
+    def compute(self, hidden: Tensor, facts: LayerFacts, memory: Tensor | None) -> Tensor:
         parallel, a = self.parallel, self.residual
         if self.positions is not None and facts.positions is not None:
             hidden = self.positions(hidden, facts.positions)

@@ -10,10 +10,11 @@ import torch
 from megatron_omega import accounting
 from megatron_omega.config.layout import num_stages
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.engine import Engine, gather_whole
 from megatron_omega.engine.start import (
     construction,
 )
+from megatron_omega.model.compilation import LAYERS, compile_layers
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE, Kernels
 from megatron_omega.model.omega import Omega
@@ -44,4 +45,8 @@ def build_engine(
     """Build model and engine. `values` is the resolved DeepSpeed configuration. Collective."""
     with construction(values, topology):
         model = build_model(config, topology, kernels)
+    if config.training.compile == "layers":
+        compile_layers(model)
+        if values["zero_optimization"]["stage"] == 3:
+            gather_whole(model, LAYERS)
     return Engine(model, values, config.optimizer, topology)

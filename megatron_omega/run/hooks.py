@@ -26,6 +26,7 @@ from megatron_omega.parallel.topology import Topology
 from megatron_omega.planner.forecast import RunForecast, forecast
 from megatron_omega.planner.machine import this_machine
 from megatron_omega.run.claims import HoldsFolder
+from megatron_omega.run.compilation import CompiledLayers, compilation_hooks
 from megatron_omega.training.garbage import GarbageCollection
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.state import Fault
@@ -45,6 +46,7 @@ ORDER: tuple[tuple[type[Hook], str], ...] = (
     (Forecast, "behind the plot: its comparison is the last word on a run's time"),
     (GoodputLog, "behind EventsFile, whose last line it reads"),
     (GarbageCollection, "behind all that make garbage: what is frozen at the start includes theirs"),
+    (CompiledLayers, "behind what reports a step: its warnings belong under that step's line"),
     (HoldsFolder, "last of the run's own: when it ends the run, all others have begun and can close"),
 )
 """Every hook of a run in the order of its calls, with the reason for its place. The caller's own come after these."""
@@ -74,6 +76,7 @@ def run_hooks(
             *_forecast_hooks(resolved, topology, baseline),
             GarbageCollection(),
             *([GoodputLog()] if topology.rank == 0 else []),
+            *compilation_hooks(config),
             *([HoldsFolder(lease)] if lease is not None else []),
         ]
     )

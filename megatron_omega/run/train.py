@@ -37,6 +37,7 @@ from megatron_omega.monitoring.files import mark_success
 from megatron_omega.parallel.topology import Topology, create_topology
 from megatron_omega.run.assembly import assemble, model_identity
 from megatron_omega.run.claims import claim
+from megatron_omega.run.compilation import share_cache
 from megatron_omega.run.construction import stage_boundaries
 from megatron_omega.run.resuming import changes_on_resuming
 from megatron_omega.training.hooks import Hook
@@ -68,6 +69,8 @@ def train(
         log.warning(notice)
     with Sentinel(config, place) as sentinel:
         sources, lease = _preflight(config, place, sentinel, facts)
+        if config.training.compile == "layers":
+            share_cache(Path(config.logging.run_directory), place)
         _seed_everything(config)
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size))

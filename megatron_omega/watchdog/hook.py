@@ -49,6 +49,8 @@ class Watch(Hook):
         self._sentinel = sentinel
         self._patience = Patience(config.resilience.hang_timeout_seconds, config.resilience.start_timeout_seconds)
         self._long = float(config.parallel.timeout_seconds)
+        self._validates_first = config.training.compile == "layers"
+        self._unknown = config.resilience.start_timeout_seconds
 
     def on_start(self, context: RunContext) -> None:
         self._sentinel.arm()
@@ -56,6 +58,8 @@ class Watch(Hook):
     def on_phase(self, phase: str, step: int) -> None:
         is_step_like = phase in ("in a step", "validating")
         allowed = self._patience.allowed_seconds if is_step_like else self._long
+        if phase == "validating" and self._validates_first:  # it compiles, which is no hang
+            allowed, self._validates_first = max(allowed, self._unknown), False
         self._sentinel.beacon.beat(phase, step=step, allowed_seconds=allowed)
 
     def on_step_end(self, report: StepReport) -> None:

@@ -89,3 +89,5 @@ class TrainingConfig(Section):
     """Seed of weights and data; the only source of randomness."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing."""
+    compile: Literal["off", "layers"] = "off"
+    """layers: torch.compile fuses what each encoder and decoder layer computes; the first steps take a minute more."""
