@@ -34,7 +34,7 @@ from megatron_omega.engine.start import start_distributed
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.parallel.topology import create_topology
 from megatron_omega.planner.pipeline_schedule import execute, instructions
-from megatron_omega.run.assembly import build_engine, stage_boundaries
+from megatron_omega.run.construction import build_engine, stage_boundaries
 
 RANKS, MICRO_BATCHES, LENGTH = 2, 2, 256
 

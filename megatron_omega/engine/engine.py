@@ -20,7 +20,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import OptimizerConfig
-from megatron_omega.engine.internals import engine_parts
+from megatron_omega.engine.internals import engine_parts, loss_scaler_state, set_loss_scaler_state
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
 from megatron_omega.engine.pipeline import initialize
@@ -51,7 +51,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, values: Mapping[str, Any], optimizer: OptimizerConfig, topology: Topology
     ) -> None:
-        device_type = accelerator().device_name()
+        device_type = "cpu" if _is_offloaded(values) else accelerator().device_name()
         stage = values["zero_optimization"]["stage"]
         clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
         self._own_clipping = Clipper(topology, optimizer.gradient_clipping) if clips else None
@@ -112,11 +112,16 @@ class Engine:
         taken = self._take(batches, self.num_micro_batches)
         lm_tokens, mlm_tokens, num_tokens = self._global_counts(taken)
         weighted = self._staged(self._weighted(taken, torch.tensor([lm_tokens, mlm_tokens])))
-        skipped_before = self.deepspeed.skipped_steps
+        skipped_before, self._refused = self.deepspeed.skipped_steps, False
+        scale = loss_scaler_state(self.deepspeed.optimizer) if accept is not None else {}
+        if scale:  # a refused step is none that the loss scale is to blame for
+            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
         loss, parts = (
             self._train_pipeline(weighted, accept) if self.is_pipeline else self._train_plain(weighted, accept)
         )
         skipped = self.deepspeed.skipped_steps > skipped_before
+        if skipped and scale and self._was_refused():
+            set_loss_scaler_state(self.deepspeed.optimizer, scale)
         norm = self.deepspeed.get_global_grad_norm()
         if self._own_clipping is not None:
             skipped, norm = self._own_clipping.skipped, self._own_clipping.global_norm
@@ -208,7 +213,12 @@ class Engine:
         needs nothing of the engine but that.
         """
         mean = self._total(total / (self.num_micro_batches * self.topology.data.size), self.topology.data.handle)
-        return loss if accept(mean.item()) else cast(Tensor, _Refused.apply(loss))
+        self._refused = not accept(mean.item())
+        return cast(Tensor, _Refused.apply(loss)) if self._refused else loss
+
+    def _was_refused(self) -> bool:
+        """Whether the ranks that know the loss refused this step. Collective."""
+        return bool(self._from_loss_stage(torch.tensor([float(self._refused)])).item())
 
     def _evaluate_plain(self, batches: Iterable[Weighted]) -> Tensor:
         """Return the summed losses of this rank's replica: [LM, MLM]."""
@@ -255,6 +265,12 @@ class Engine:
         if self.device.type == "cuda":
             tensors = tuple(tensor.pin_memory() for tensor in tensors)
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+def _is_offloaded(values: Mapping[str, Any]) -> bool:
+    """Whether the optimizer works on tensors of the host, which a CUDA library's cannot."""
+    offload = values["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 class _Refused(torch.autograd.Function):

@@ -183,7 +183,9 @@ def _leave_old_store(environ: MutableMapping[str, str]) -> None:
 def _map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["WORLD_SIZE"] = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+    # With --gpus-per-task=1 every task sees one device, its own, as the first.
+    sees_its_own = environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
+    environ["LOCAL_RANK"] = "0" if sees_its_own else environ.get("SLURM_LOCALID", "0")
     environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
     # Jobs that share a node must not meet: the port follows from the job.
     environ.setdefault("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID", "0") % 10_000))

@@ -42,10 +42,20 @@ def select_kernels(device_type: str) -> Kernels:
     """Return the fastest implementations found for `device_type` ("cpu", "cuda")."""
     if device_type != "cuda":
         return PORTABLE
+    pin_attention()
     norm, norm_choice = _norm()
     activation, activation_choice = _gated_activation()
     attention, attention_choice = _variable_length_attention()
     return Kernels(norm, activation, attention, (attention_choice, norm_choice, activation_choice))
+
+
+def pin_attention() -> None:
+    """Keep torch's masked attention off cuDNN, which torch prefers on an H100.
+
+    Its backward pass gives NaN for lengths of 64 modulo 128 when a row's scores are all very low (torch 2.11 to 2.13,
+    issue 196678): the axial branch's columns are such rows.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
 
 
 def apex_notice() -> str | None:
@@ -95,15 +105,19 @@ def _gated_activation() -> tuple[Callable[[Tensor], Tensor], str]:
 def _variable_length_attention() -> tuple[VariableLengthAttention | None, str]:
     flash = getattr(_import("flash_attn"), "flash_attn_varlen_func", None)
     if flash is not None:
-        return _variable_length(flash, "softmax_scale"), "attention: flash-attn for all but the axial branch"
+        return _variable_length(flash, "softmax_scale"), "attention: flash-attn for all but axial (SDPA without cuDNN)"
     function = getattr(_import("torch.nn.attention.varlen"), "varlen_attn", None)
     if function is None or "window_size" not in inspect.signature(function).parameters:
-        return None, "attention: torch SDPA"
-    return _variable_length(function, "scale"), "attention: torch varlen for all but the axial branch"
+        return None, "attention: torch SDPA without cuDNN"
+    return _variable_length(function, "scale"), "attention: torch varlen for all but axial (SDPA without cuDNN)"
 
 
 def _variable_length(function: Callable[..., Tensor], scale: str) -> VariableLengthAttention:
-    """Wrap a flash kernel, which takes head sizes that are multiples of 8: others are padded, with the scale kept."""
+    """Wrap a flash kernel, which takes head sizes that are multiples of 8: others are padded, with the scale kept.
+
+    Its backward pass adds up in any order unless it is asked not to (training.deterministic).
+    """
+    can_repeat = "deterministic" in inspect.signature(function).parameters
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor,
@@ -113,6 +127,8 @@ def _variable_length(function: Callable[..., Tensor], scale: str) -> VariableLen
         if head_dim % 8:
             query, key, value = (F.pad(part, (0, -head_dim % 8)) for part in (query, key, value))
         options = {"window_size": window, scale: head_dim**-0.5}
+        if can_repeat and torch.are_deterministic_algorithms_enabled():
+            options["deterministic"] = True
         attended = function(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
         return attended[..., :head_dim]
 

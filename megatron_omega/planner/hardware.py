@@ -66,6 +66,8 @@ class AcceleratorFacts(Section):
     """Name of the connection between nodes."""
     per_node: Positive
     """Accelerators of a node."""
+    driver_names: tuple[str, ...] = ()
+    """Words that all stand in what the driver calls it ("A100", "80GB"); with most of them, the entry is meant."""
     watts: PositiveFloat
     """Power of one accelerator under load."""
     launch_seconds: PositiveFloat

@@ -91,11 +91,13 @@ def _readable(path: Path) -> HardwareFile | None:
 
 
 def _name_in(file: HardwareFile, device_name: str) -> str | None:
+    """Return the entry whose driver names all stand in `device_name`: the one with most of them."""
     wanted = device_name.lower()
-    for name in file.accelerators:
-        if name == wanted or (name != CPU and name.partition("-")[0] in wanted):
-            return name
-    return None
+    if wanted in file.accelerators:
+        return wanted
+    words = {name: [word.lower() for word in facts.driver_names] for name, facts in file.accelerators.items()}
+    found = [name for name in words if words[name] and all(word in wanted for word in words[name])]
+    return max(found, key=lambda name: (len(words[name]), sum(map(len, words[name]))), default=None)
 
 
 def age(seconds: float) -> str:

@@ -156,3 +156,4 @@ def _seed_everything(config: RunConfig) -> None:
     if config.training.deterministic:
         require_repeatable_libraries()
         torch.use_deterministic_algorithms(mode=True)
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")

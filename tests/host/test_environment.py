@@ -132,3 +132,11 @@ def test_variables_that_are_no_numbers_are_one_sentence(environ: dict[str, str],
 def test_an_empty_job_number_is_none() -> None:
     environ = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": ""}
     assert complete_environment(environ).rank == 0 and environ["MASTER_PORT"] == "20000"
+
+
+def test_a_task_that_sees_its_own_device_only_takes_the_first() -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-4]"}
+    assert complete_environment(dict(slurm)).local_rank == 1
+    assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
+    assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "a100:1"}).local_rank == 0
+    assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "2"}).local_rank == 1

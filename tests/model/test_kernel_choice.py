@@ -93,3 +93,26 @@ def test_another_package_called_apex_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert notice is not None and "0.9.10" in notice and "not NVIDIA's" in notice
     install(monkeypatch, "apex.optimizers")
     assert kernels.apex_notice() is None
+
+
+def test_attention_keeps_off_cudnn_and_repeats_itself_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def attention(query: torch.Tensor, *_: object, deterministic: bool = False, **__: object) -> torch.Tensor:
+        asked.append(deterministic)
+        return query
+
+    install(monkeypatch, "flash_attn", flash_attn_varlen_func=attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        chosen = kernels.select_kernels("cuda").variable_length_attention
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and chosen is not None
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    query, bounds = torch.randn(5, 2, 16), torch.tensor([0, 5])
+    for is_repeatable in (False, True):
+        with torch.random.fork_rng():
+            torch.use_deterministic_algorithms(is_repeatable)
+            chosen(query, query, query, bounds, bounds, 5, 5, (-1, -1))
+            torch.use_deterministic_algorithms(mode=False)
+    assert asked == [False, True]

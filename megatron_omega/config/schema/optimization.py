@@ -36,6 +36,8 @@ class PrecisionConfig(Section):
 
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Working format of weights and activations; master weights, moments and reductions are fp32."""
+    tf32: bool = False
+    """fp32 on CUDA: let products round their inputs to TF32 (10 bits), for several times the speed."""
     initial_loss_scale_power: NonNegative = 16
     """fp16: the first loss scale is 2 to this power."""
     loss_scale_window: Positive = 1000
