@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with the exit code of the command that ends with it.
+"""The errors a user can meet, each with the exit code of the command that ends with it: all exit codes are here.
 
 An `OmegaError` is a sentence for the user: what was found, what is needed, what to do. commands/ending turns it into
 that sentence on stderr and its exit code; everything else that is raised is a bug of ours.
@@ -7,12 +7,19 @@ that sentence on stderr and its exit code; everything else that is raised is a b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+DONE: Final = 0
+BUG: Final = 1
+"""Anything raised that is no `OmegaError`."""
+LOST: Final = 137
+"""A rank was killed, or lost a peer that was; as a shell writes SIGKILL."""
 
 
 class OmegaError(Exception):
     """A failure the user can mend. Carries one or several independent findings."""
 
-    exit_code = 1
+    exit_code = BUG
 
     def __init__(self, *findings: str) -> None:
         super().__init__("\n".join(findings))

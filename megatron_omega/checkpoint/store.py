@@ -211,26 +211,26 @@ class CheckpointStore:
     def _usable(self, paths: Sequence[Path], damage: list[str], *, needs_optimizer: bool = True) -> Iterator[Path]:
         """Yield those of `paths` that are structurally whole and of this model; append what is wrong with others."""
         for path in paths:
-            verdict = cast(dict[str, Any], self.peers.agree(self._judge(path) if self.peers.is_first else None))
-            if verdict["foreign"]:
-                raise CheckpointError(*verdict["foreign"])
-            damage += verdict["damage"]
-            for finding in verdict["damage"]:
+            found = cast(dict[str, Any], self.peers.agree(self._judge(path) if self.peers.is_first else None))
+            if found["foreign"]:
+                raise CheckpointError(*found["foreign"])
+            damage += found["damage"]
+            for finding in found["damage"]:
                 self._warn("passing over a damaged checkpoint: %s", finding)
-            if not verdict["damage"] and (verdict["has_optimizer"] or not needs_optimizer):
+            if not found["damage"] and (found["has_optimizer"] or not needs_optimizer):
                 yield path
 
     def _judge(self, path: Path) -> Any:
-        verdict: dict[str, Any] = {"damage": [], "foreign": [], "has_optimizer": False}
+        found: dict[str, Any] = {"damage": [], "foreign": [], "has_optimizer": False}
         try:
             manifest = check_structure(path)
         except CheckpointError as error:
-            return verdict | {"damage": list(error.findings)}
+            return found | {"damage": list(error.findings)}
         try:
             require_identity(path, manifest, self._identity)
         except CheckpointError as error:
-            return verdict | {"foreign": list(error.findings)}
-        return verdict | {"has_optimizer": manifest.has_optimizer}
+            return found | {"foreign": list(error.findings)}
+        return found | {"has_optimizer": manifest.has_optimizer}
 
     def _give_up_if(self, condition: object, path: Path | str, damage: Sequence[str]) -> None:
         if condition:

@@ -22,7 +22,7 @@ from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import COMMAND, CommandLine
 from megatron_omega.host.shipped import located, presets
 from megatron_omega.launching import scripts
-from megatron_omega.launching.outcome import LOST, Verdict
+from megatron_omega.launching.outcome import LOST, Outcome
 from megatron_omega.launching.turns import MAX_RESTARTS, Turn, next_step
 from megatron_omega.launching.words import require_hosts, require_port
 from megatron_omega.log import configure_logging, get_logger
@@ -136,8 +136,8 @@ def begin(arguments: argparse.Namespace, run: list[str]) -> int:
         log.error("an earlier job of this chain ended with exit code %d; this one has nothing to do", final)
         return final
     if not turn.may_start():
-        verdict = Verdict(LOST, "starts came to no end (did nodes fail?)")
-        log.error("%s", next_step(turn, verdict, goes_on_when_stopped=True)[1])
+        outcome = Outcome(LOST, "starts came to no end (did nodes fail?)")
+        log.error("%s", next_step(turn, outcome, goes_on_when_stopped=True)[1])
         return LOST
     turn.begin(hosts=hosts)
     log.info("job %s, restart %d, on %s", turn.job, turn.restart, hosts)
@@ -148,12 +148,12 @@ def begin(arguments: argparse.Namespace, run: list[str]) -> int:
 def end(arguments: argparse.Namespace, run: list[str]) -> int:
     """Judge a turn; print `again` where another is to follow; return the run's exit code."""
     turn = _turn(run)
-    verdict = turn.end(arguments.code)
-    again, sentence = next_step(turn, verdict, goes_on_when_stopped=not arguments.stop_is_final)
-    log.log(logging.WARNING if verdict.code else logging.INFO, "%s", sentence)
+    outcome = turn.end(arguments.code)
+    again, sentence = next_step(turn, outcome, goes_on_when_stopped=not arguments.stop_is_final)
+    log.log(logging.WARNING if outcome.code else logging.INFO, "%s", sentence)
     if again:
         print("again")
-    return verdict.code
+    return outcome.code
 
 
 def _turn(run: list[str]) -> Turn:

@@ -33,8 +33,8 @@ from megatron_omega.host.command_line import CommandLine
 from megatron_omega.studies.layouts import (
     COMPARED,
     FP32_TOLERANCE,
+    Comparison,
     LayoutUnderTest,
-    Verdict,
     check_layout,
     compare,
     every_layout,
@@ -65,14 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def verify(options: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> list[Verdict]:
-    """Run the reference and every layout; return one verdict a layout."""
+def verify(options: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> list[Comparison]:
+    """Run the reference and every layout; return one comparison a layout."""
     overrides = read_overrides(rest, parser)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps} must be at least 1")
     model = load_config(options.config, overrides).model
     labels = options.layouts.split(",") if options.layouts else every_layout(model)
-    verdicts = []
+    comparisons = []
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         arguments = {"steps": options.steps, "folder": Path(folder)}
         config = check_layout(options.config, parse_layout(REFERENCE), overrides, **arguments)
@@ -82,8 +82,8 @@ def verify(options: argparse.Namespace, rest: list[str], parser: argparse.Argume
         reference = measure(options.config, parse_layout(REFERENCE), overrides, **arguments)
         for layout in tqdm(layouts, unit="layout", disable=not sys.stderr.isatty()):
             rows = measure(options.config, layout, overrides, **arguments)
-            verdicts.append(compare(layout.label, reference, rows, tolerance))
-    return verdicts
+            comparisons.append(compare(layout.label, reference, rows, tolerance))
+    return comparisons
 
 
 def fitting(
@@ -105,16 +105,16 @@ def fitting(
     return fit
 
 
-def print_table(verdicts: list[Verdict], steps: int) -> None:
+def print_table(comparisons: list[Comparison], steps: int) -> None:
     """Print one line a layout, and the sum of all."""
-    width = max(len(verdict.label) for verdict in verdicts)
-    print(f"largest relative difference from {REFERENCE} over {steps} steps, tolerance {verdicts[0].tolerance:.2g}")
+    width = max(len(comparison.label) for comparison in comparisons)
+    print(f"largest relative difference from {REFERENCE} over {steps} steps, tolerance {comparisons[0].tolerance:.2g}")
     print(f"{'layout':<{width}}  " + "  ".join(f"{name:>9}" for name in COMPARED))
-    for verdict in verdicts:
-        figures = "  ".join(f"{verdict.differences[name]:9.1e}" for name in COMPARED)
-        print(f"{verdict.label:<{width}}  {figures}  {'PASS' if verdict.passed else 'FAIL'}")
-    failed = sum(not verdict.passed for verdict in verdicts)
-    print(f"FAIL: {failed} of {len(verdicts)} layouts" if failed else f"PASS: all {len(verdicts)} layouts agree")
+    for comparison in comparisons:
+        figures = "  ".join(f"{comparison.differences[name]:9.1e}" for name in COMPARED)
+        print(f"{comparison.label:<{width}}  {figures}  {'PASS' if comparison.passed else 'FAIL'}")
+    failed = sum(not comparison.passed for comparison in comparisons)
+    print(f"FAIL: {failed} of {len(comparisons)} layouts" if failed else f"PASS: all {len(comparisons)} layouts agree")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -122,12 +122,12 @@ def main(argv: Sequence[str]) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     try:
-        verdicts = verify(options, rest, parser)
+        comparisons = verify(options, rest, parser)
     except TimeoutError as error:
         raise HangError(f"{error} ({options.timeout_seconds:g} s); give --timeout-seconds more") from None
     if options.json:
-        rows = [{"layout": v.label, **v.differences, "tolerance": v.tolerance, "passed": v.passed} for v in verdicts]
+        rows = [{"layout": v.label, **v.differences, "tolerance": v.tolerance, "passed": v.passed} for v in comparisons]
         print(json.dumps(rows, indent=2))
     else:
-        print_table(verdicts, options.steps)
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+        print_table(comparisons, options.steps)
+    return 0 if all(comparison.passed for comparison in comparisons) else 1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omega.data.objectives import IGNORED_LABEL, Example, Kind
+from megatron_omega.config.labels import IGNORED_LABEL
+from megatron_omega.data.objectives import Example, Kind
 
 IntArray = NDArray[np.int64]
 

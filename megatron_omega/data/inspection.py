@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.batch import Origin, Sample
 from megatron_omega.data.indexed import IndexedShard
-from megatron_omega.data.objectives import IGNORED_LABEL
 from megatron_omega.data.origins import Origins, load_origins
 from megatron_omega.data.samples import SampleSource
 from megatron_omega.data.sidecar import check_sidecar, read_sidecar

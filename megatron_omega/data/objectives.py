@@ -13,9 +13,9 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
-IGNORED_LABEL: Final = -100
 Kind = Literal["prefix", "span", "extreme", "mask", "causal"]
 DecoderStart = Literal["prefix", "begin"]
 Ids = NDArray[np.int64]

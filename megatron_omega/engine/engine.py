@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.config.schema import OptimizerConfig
 from megatron_omega.engine.internals import engine_parts, loss_scaler_state, set_loss_scaler_state
 from megatron_omega.engine.muon import Muon
@@ -27,7 +28,6 @@ from megatron_omega.engine.pipeline import initialize
 from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken, stop_timers
 from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
 from megatron_omega.engine.start import accelerator
-from megatron_omega.parallel.cross_entropy import IGNORED
 from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
 
@@ -152,7 +152,7 @@ class Engine:
         """Return LM labels, MLM labels and tokens of the global batch; zeros on ranks that read no data."""
         if not self.reads_data:
             return [0.0, 0.0, 0.0]
-        labels = [sum(int((batch.labels[part] != IGNORED).sum()) for batch in batches) for part in range(2)]
+        labels = [sum(int((batch.labels[part] != IGNORED_LABEL).sum()) for batch in batches) for part in range(2)]
         counts = torch.tensor([*labels, sum(batch.num_tokens for batch in batches)], dtype=torch.float64)
         return self._total(counts, self.topology.data.handle).tolist()
 

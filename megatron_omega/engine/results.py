@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_omega.parallel.cross_entropy import IGNORED
+from megatron_omega.config.labels import IGNORED_LABEL
 
 Accept = Callable[[float], bool]
 """From the LM loss of a global batch to whether the step may be taken. Pure: ranks ask it apart and must agree."""
@@ -21,14 +21,14 @@ class MicroBatch:
     inputs: tuple[Tensor, ...]
     """What the first layer takes."""
     labels: tuple[Tensor, Tensor]
-    """LM and MLM labels; `IGNORED` where there is nothing to predict."""
+    """LM and MLM labels; `IGNORED_LABEL` where there is nothing to predict."""
     num_tokens: int = 0
     """Tokens that are not padding."""
 
     @property
     def masked_rows(self) -> Tensor:
         """Places of the MLM labels among all tokens of the encoder's side: found here, before the device has them."""
-        return (self.labels[1] != IGNORED).flatten().nonzero().flatten()
+        return (self.labels[1] != IGNORED_LABEL).flatten().nonzero().flatten()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What must hold before the first collective: devices, disk, corpus, meeting point, and that all ranks run the same.
 
-Every check returns findings; the sentinel gathers those of all ranks in one list.
+Every check returns findings; the guard gathers those of all ranks in one list.
 """
 
 from __future__ import annotations

@@ -10,12 +10,16 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_omega.errors import DONE, LOST, CheckpointError, ConfigError, DataError, HangError, Preempted
 from megatron_omega.host.run_folder import SUCCESS
 
-"""File of the run folder that rank 0 writes last."""
-DONE, BUG, STOPPED, HANG, LOST = 0, 1, 75, 76, 137
+STOPPED, HANG = Preempted.exit_code, HangError.exit_code
 _REQUESTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
-USERS = {2: "the configuration", 3: "the data", 4: "a checkpoint"}
+USERS = {
+    ConfigError.exit_code: "the configuration",
+    DataError.exit_code: "the data",
+    CheckpointError.exit_code: "a checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class End:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """What follows from the end of a run."""
 
     code: int
@@ -52,17 +56,17 @@ def shell_code(returned: int) -> int:
     return 128 + number if 0 < number <= 64 else returned
 
 
-def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = False) -> Verdict:
-    """Return the verdict on ranks that ended in the order of `ends`; ranks that a launcher lost are absent.
+def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = False) -> Outcome:
+    """Return the outcome on ranks that ended in the order of `ends`; ranks that a launcher lost are absent.
 
     `succeeded`: the marker stands and is no left-over. `launcher_code` counts where no rank's code is known.
     """
     failed = [end for end in ends if end.code != DONE]
     users = [end for end in failed if end.code in USERS]
     if succeeded and not users:
-        return Verdict(DONE, "the run is done")
+        return Outcome(DONE, "the run is done")
     if users:
-        return Verdict(
+        return Outcome(
             users[0].code, f"rank {users[0].rank} says that {USERS[users[0].code]} is wrong (its words are above)"
         )
     if failed:
@@ -70,23 +74,23 @@ def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = Fals
         return _of_first(next((end for end in failed if end.code not in _REQUESTED), failed[0]))
     if launcher_code:
         return _of_first(End(-1, shell_code(launcher_code)))
-    return Verdict(
+    return Outcome(
         LOST, f"every rank that was heard of ended well, but there is no {SUCCESS} in the run folder: ranks were lost"
     )
 
 
-def _of_first(end: End) -> Verdict:
+def _of_first(end: End) -> Outcome:
     who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
     if end.code == STOPPED:
-        return Verdict(STOPPED, "the run was asked to stop and has saved")
+        return Outcome(STOPPED, "the run was asked to stop and has saved")
     if end.code in _REQUESTED:
-        return Verdict(STOPPED, "the run was asked to stop, before its start or on its way out")
+        return Outcome(STOPPED, "the run was asked to stop, before its start or on its way out")
     if end.code == HANG:
-        return Verdict(HANG, f"{who} found that ranks hang")
+        return Outcome(HANG, f"{who} found that ranks hang")
     if end.code == LOST and end.rank >= 0:
-        return Verdict(LOST, f"{who} was killed, or lost a peer that was")
+        return Outcome(LOST, f"{who} was killed, or lost a peer that was")
     if end.code > 128:
-        return Verdict(LOST, f"{who} was ended by signal {end.code - 128}")
+        return Outcome(LOST, f"{who} was ended by signal {end.code - 128}")
     if end.code in USERS:
-        return Verdict(end.code, f"{USERS[end.code]} is wrong (the words are above)")
-    return Verdict(end.code, f"{who} failed with exit code {end.code}")
+        return Outcome(end.code, f"{USERS[end.code]} is wrong (the words are above)")
+    return Outcome(end.code, f"{who} failed with exit code {end.code}")

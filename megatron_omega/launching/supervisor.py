@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import psutil
 
 from megatron_omega.host.environment import free_port
-from megatron_omega.launching.outcome import DONE, STOPPED, End, Verdict, shell_code
+from megatron_omega.launching.outcome import DONE, STOPPED, End, Outcome, shell_code
 from megatron_omega.launching.turns import Turn, next_step
 from megatron_omega.log import get_logger
 
@@ -48,7 +48,7 @@ class Job:
     grace_seconds: float = GRACE_SECONDS
 
 
-def supervise(job: Job, turn: Turn) -> Verdict:
+def supervise(job: Job, turn: Turn) -> Outcome:
     """Run `job` until it is done, is asked to stop, or fails in a way that another start does not mend.
 
     A request to stop (SIGTERM, SIGUSR1, Ctrl-C) is passed on and ends the supervisor too; Ctrl-C again kills.
@@ -59,13 +59,13 @@ def supervise(job: Job, turn: Turn) -> Verdict:
         while True:
             turn.begin(ranks=job.ranks)
             ends, is_asked_to_stop = _Ranks(job).run()
-            verdict = turn.end(next((end.code for end in ends if end.code), 0), ends)
-            if is_asked_to_stop and verdict.is_failure:
-                verdict = Verdict(STOPPED, f"the run was asked to stop before it could save ({verdict.cause})")
-            again, sentence = next_step(turn, verdict, goes_on_when_stopped=False)
-            (log.info if verdict.code == DONE else log.warning)("%s", sentence)
+            outcome = turn.end(next((end.code for end in ends if end.code), 0), ends)
+            if is_asked_to_stop and outcome.is_failure:
+                outcome = Outcome(STOPPED, f"the run was asked to stop before it could save ({outcome.cause})")
+            again, sentence = next_step(turn, outcome, goes_on_when_stopped=False)
+            (log.info if outcome.code == DONE else log.warning)("%s", sentence)
             if not again:
-                return verdict
+                return outcome
             turn = replace(turn, restart=turn.restart + 1)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)

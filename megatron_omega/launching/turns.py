@@ -18,7 +18,7 @@ from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.run_folder import SUCCESS
-from megatron_omega.launching.outcome import STOPPED, End, Verdict, judge
+from megatron_omega.launching.outcome import STOPPED, End, Outcome, judge
 
 MAX_RESTARTS = 20
 """Failures in a row without a new checkpoint between them, after which a run is not started again."""
@@ -62,14 +62,14 @@ class Turn:
                 f"logging.run_directory={self.run_directory} cannot be written: {error.strerror}; choose another folder"
             ) from None
 
-    def end(self, launcher_code: int = 0, ends: Sequence[End] | None = None) -> Verdict:
+    def end(self, launcher_code: int = 0, ends: Sequence[End] | None = None) -> Outcome:
         """Judge and record the end. `ends`: of the ranks, in their order; read from `codes` where it is not given."""
-        verdict = judge(self._ends() if ends is None else ends, launcher_code, succeeded=self._succeeded(launcher_code))
-        self._record("end", code=verdict.code, cause=verdict.cause)
+        outcome = judge(self._ends() if ends is None else ends, launcher_code, succeeded=self._succeeded(launcher_code))
+        self._record("end", code=outcome.code, cause=outcome.cause)
         shutil.rmtree(self.codes, ignore_errors=True)
         if self.codes.parent.is_dir() and not any(self.codes.parent.iterdir()):
             self.codes.parent.rmdir()
-        return verdict
+        return outcome
 
     def fruitless_starts(self) -> int:
         """Return how many of the job's last starts came no further than the checkpoint that is the newest now.
@@ -90,7 +90,7 @@ class Turn:
     def last_final_code(self) -> int | None:
         """Return the exit code of the job's last turn where it was one that no other start mends, or success."""
         ends = [line["code"] for line in self._lines() if line["event"] == "end"]
-        return ends[-1] if ends and not Verdict(ends[-1], "").is_failure and ends[-1] != STOPPED else None
+        return ends[-1] if ends and not Outcome(ends[-1], "").is_failure and ends[-1] != STOPPED else None
 
     def may_start(self) -> bool:
         """Return whether the limit of failures leaves another start."""
@@ -130,22 +130,22 @@ class Turn:
         return [line for line in map(json.loads, text.splitlines()) if line["job"] == self.job]
 
 
-def next_step(turn: Turn, verdict: Verdict, *, goes_on_when_stopped: bool) -> tuple[bool, str]:
+def next_step(turn: Turn, outcome: Outcome, *, goes_on_when_stopped: bool) -> tuple[bool, str]:
     """Return whether the run is to be started again, and the sentence that says what happens.
 
     `goes_on_when_stopped`: a stop was the scheduler's wish, not the user's.
     """
     place = turn.newest_checkpoint or "the beginning"
     where = f"job {turn.job}, restart {turn.restart}" if turn.restart else f"job {turn.job}"
-    if verdict.code == STOPPED and goes_on_when_stopped:
-        return True, f"{where}: {verdict.cause}; it is started again, from {place}"
-    if not verdict.is_failure:
-        return False, f"{where}: {verdict.cause} (exit code {verdict.code})"
+    if outcome.code == STOPPED and goes_on_when_stopped:
+        return True, f"{where}: {outcome.cause}; it is started again, from {place}"
+    if not outcome.is_failure:
+        return False, f"{where}: {outcome.cause} (exit code {outcome.code})"
     failures = turn.fruitless_starts()
     if turn.may_start():
         count = f"failure {failures} of at most {turn.max_restarts}" if failures else "it had made progress"
-        return True, f"{where}: {verdict.cause} (exit code {verdict.code}); started again, from {place} ({count})"
+        return True, f"{where}: {outcome.cause} (exit code {outcome.code}); started again, from {place} ({count})"
     return False, (
-        f"{where}: {verdict.cause} (exit code {verdict.code}); not started again: {failures} starts in a row came to "
+        f"{where}: {outcome.cause} (exit code {outcome.code}); not started again: {failures} starts in a row came to "
         f"no new checkpoint after {place}. Look for the cause above, then start it by hand"
     )

@@ -15,7 +15,7 @@ import orjson
 import psutil
 
 from megatron_omega.errors import OmegaError
-from megatron_omega.host.redaction import redacted
+from megatron_omega.host.events import append_event, encode_line
 from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
 from megatron_omega.monitoring.epochs import EpochsAt
 from megatron_omega.monitoring.history import reading
@@ -27,7 +27,7 @@ def mark_success(run_directory: Path, step: int) -> None:
     """Say that the run is complete: everything else is on disk by now."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     unfinished = run_directory / f".{SUCCESS}"
-    unfinished.write_bytes(_encode({"step": step, "time": now}))
+    unfinished.write_bytes(encode_line({"step": step, "time": now}))
     unfinished.replace(run_directory / SUCCESS)
 
 
@@ -58,11 +58,6 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield end, value
 
 
-def _encode(value: dict[str, Any]) -> bytes:
-    """Return one line; numbers that are not finite become null, since JSON has none."""
-    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE, default=str)
-
-
 def last_sign(run_directory: Path) -> float | None:
     """Return when a run last wrote one of its files, seconds since the epoch; None where it never did."""
     files = [run_directory / name for name in (METRICS, EVENTS)]
@@ -84,7 +79,7 @@ class MetricsFile(Hook):
 
     def on_step_end(self, report: StepReport) -> None:
         if self._file is not None:
-            self._file.write(_encode(asdict(report) | self._epochs(report.consumed_samples)))
+            self._file.write(encode_line(asdict(report) | self._epochs(report.consumed_samples)))
 
     def _epochs(self, samples: int) -> dict[str, Any]:
         if self._epochs_at is None:
@@ -145,12 +140,8 @@ class EventsFile(Hook):
         """Append one event with the time and the step."""
         if self._path is None:
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         uptime = round(time.monotonic() - self._born, 3)
-        with self._path.open("ab") as file:
-            file.write(
-                _encode({"time": now, "event": event, "step": self._step, "uptime_seconds": uptime, **redacted(fields)})
-            )
+        append_event(self._path.parent, event, self._step, {"uptime_seconds": uptime, **fields})
 
     def on_start(self, context: RunContext) -> None:
         directory = context.run_directory

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.parallel.tensor_parallel import TensorParallel
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class VocabularyLoss:
     ) -> tuple[Tensor, Tensor]:
         """Return (sum of cross-entropy + weighted z-loss, sum of cross-entropy without gradient), both 0-dim fp32.
 
-        hidden [n, d] inside the tensor-parallel region; table [V / tp, d]; bias [V / tp]; labels [n], `IGNORED` where
-        there is nothing to predict. Empty input gives zeros that still carry (zero) gradients.
+        hidden [n, d] inside the tensor-parallel region; table [V / tp, d]; bias [V / tp]; labels [n], `IGNORED_LABEL`
+        if there is nothing to predict. Empty input gives zeros that still carry (zero) gradients.
         """
         return _ChunkedLoss.apply(hidden, table, bias, labels, self)  # pyright: ignore[reportReturnType]
 
@@ -101,7 +100,7 @@ def _loss_and_logit_gradient(logits: Tensor, labels: Tensor, loss: VocabularyLos
     logits.sub_(maximum.unsqueeze(1)).exp_()
     sums = parallel.all_reduce(torch.stack((logits.sum(dim=1), label_logit)))  # both sums in one message
     log_partition = sums[0].log() + maximum
-    counts = (labels != IGNORED).float()
+    counts = (labels != IGNORED_LABEL).float()
     cross_entropy = ((log_partition - sums[1]) * counts).sum()
     z_loss = loss.z_loss_weight * (log_partition.square() * counts).sum()
     scale = (1 + 2 * loss.z_loss_weight * log_partition) * counts / sums[0]

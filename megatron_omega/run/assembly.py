@@ -31,7 +31,7 @@ from megatron_omega.run.hooks import run_hooks
 from megatron_omega.run.stopping import StopRequests
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.loop import Batches, Trainer
-from megatron_omega.watchdog.guard import Sentinel
+from megatron_omega.watchdog.guard import Guard
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ def assemble(
     sources: Sources,
     topology: Topology,
     kernels: Kernels,
-    sentinel: Sentinel,
+    guard: Guard,
     *,
     lease: Lease | None,
     hooks: Sequence[Hook] = (),
@@ -67,7 +67,7 @@ def assemble(
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     places = gather_places(topology.layout, store.peers)
-    own = run_hooks(resolved, sources, topology, sentinel, places=places, lease=lease, baseline=baseline)
+    own = run_hooks(resolved, sources, topology, guard, places=places, lease=lease, baseline=baseline)
     return Trainer(
         config,
         engine,
@@ -79,13 +79,13 @@ def assemble(
         Hooks([*own, *hooks]),
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
-        guard=_integrity(config, engine, places),
+        weight_check=_integrity(config, engine, places),
         stop_requested=StopRequests(
             Path(config.logging.run_directory),
             is_main=topology.rank == 0,
             max_minutes=config.resilience.max_minutes,
-            stop_signal=lambda: sentinel.stop_signal,
-            started=sentinel.started,
+            stop_signal=lambda: guard.stop_signal,
+            started=guard.started,
             device=engine.device,
         ).agreed,
     )

@@ -30,7 +30,7 @@ from megatron_omega.run.compilation import CompiledLayers, compilation_hooks
 from megatron_omega.training.garbage import GarbageCollection
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.state import Fault
-from megatron_omega.watchdog.guard import Sentinel
+from megatron_omega.watchdog.guard import Guard
 from megatron_omega.watchdog.hook import Watch
 
 ORDER: tuple[tuple[type[Hook], str], ...] = (
@@ -56,7 +56,7 @@ def run_hooks(
     resolved: ResolvedRun,
     sources: Sources,
     topology: Topology,
-    sentinel: Sentinel,
+    guard: Guard,
     *,
     places: Places,
     lease: Lease | None,
@@ -70,7 +70,7 @@ def run_hooks(
     monitoring = _monitoring(config, sources, topology)
     return in_order(
         [
-            Watch(sentinel, config),
+            Watch(guard, config),
             *_straggler_hooks(config, places, tell=Hooks(monitoring).on_fault),
             *monitoring,
             *_forecast_hooks(resolved, topology, baseline),

@@ -42,7 +42,7 @@ from megatron_omega.run.construction import stage_boundaries
 from megatron_omega.run.resuming import changes_on_resuming
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, TrainState
-from megatron_omega.watchdog.guard import Sentinel
+from megatron_omega.watchdog.guard import Guard
 
 log = get_logger(__name__)
 
@@ -67,15 +67,15 @@ def train(
         log.info("derived: %s", ", ".join(f"{one.name}={one.value}" for one in resolved.derived))
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
-    with Sentinel(config, place) as sentinel:
-        sources, lease = _preflight(config, place, sentinel, facts)
+    with Guard(config, place) as guard:
+        sources, lease = _preflight(config, place, guard, facts)
         if config.training.compile == "layers":
             share_cache(Path(config.logging.run_directory), place)
         _seed_everything(config)
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size))
         kernels = select_kernels(device_type)
-        trainer = assemble(resolved, sources, topology, kernels, sentinel, lease=lease, hooks=hooks)
+        trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks)
         try:
             state = trainer.run(_context(config, topology))
         except Preempted:
@@ -88,7 +88,7 @@ def train(
 
 
 def _preflight(
-    config: RunConfig, place: ProcessPlace, sentinel: Sentinel, facts: Mapping[str, str]
+    config: RunConfig, place: ProcessPlace, guard: Guard, facts: Mapping[str, str]
 ) -> tuple[Sources, Lease | None]:
     """Check what must hold on this rank, and hear of the others' findings.
 
@@ -101,7 +101,7 @@ def _preflight(
 
     def hold_folder() -> None:
         leases.append(claim(config))
-        sentinel.at_end(leases[0].release)
+        guard.at_end(leases[0].release)
 
     def compare() -> None:
         told.extend(changes_on_resuming(config, model_identity(config, opened[0].tokenizer.fingerprint)))
@@ -118,7 +118,7 @@ def _preflight(
             "checkpoint": lambda: compare() if is_main and opened else None,
         }
     )
-    sentinel.arrive(findings, code, facts)
+    guard.arrive(findings, code, facts)
     if is_main:
         _prepare_run_directory(config, opened[0].tokenizer)
     for notice in told:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.config.schema import ModelConfig, OptimizerConfig
 from megatron_omega.engine.optimizer import parameter_groups, set_learning_rate
 from megatron_omega.model.context import ModelContext
@@ -67,7 +68,7 @@ def made_up_batch(model: ModelConfig) -> tuple[tuple[Tensor, ...], tuple[Tensor,
     encoder, decoder = ids[:, :_LENGTH], ids[:, _LENGTH - 1 : -1]
     segments = torch.ones_like(encoder)
     masked = torch.rand(encoder.shape, generator=generator) < 0.15
-    mlm = torch.where(masked, encoder, -100)
+    mlm = torch.where(masked, encoder, IGNORED_LABEL)
     factor = torch.full((2,), 1 / decoder.numel())
     return (encoder.masked_fill(masked, 0), segments, decoder, segments), (ids[:, _LENGTH:], mlm, factor)
 

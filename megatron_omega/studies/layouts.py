@@ -87,7 +87,7 @@ class LayoutUnderTest:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """How far a layout is from the reference, over all steps: the largest relative differences."""
 
     label: str
@@ -206,7 +206,7 @@ def measure(
 
 def compare(
     label: str, reference: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], tolerance: float
-) -> Verdict:
+) -> Comparison:
     """Return the largest relative difference of each figure over all steps; infinite where one is missing."""
     differences: dict[str, float] = dict.fromkeys(COMPARED, 0.0 if len(reference) == len(rows) else math.inf)
     for expected, found in zip(reference, rows, strict=False):
@@ -214,7 +214,7 @@ def compare(
             if name == "mlm_loss" and expected[name] is None and found[name] is None:
                 continue  # the step had no masked token
             differences[name] = max(differences[name], _relative(expected[name], found[name]))
-    return Verdict(label, differences, tolerance)
+    return Comparison(label, differences, tolerance)
 
 
 def _relative(expected: Any, found: Any) -> float:

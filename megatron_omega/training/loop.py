@@ -60,7 +60,7 @@ class Store(Protocol):
     def load(self, engine: Any, path: Path | str, weights_only: bool = False) -> Any: ...
 
 
-class Guard(Protocol):
+class WeightCheck(Protocol):
     """What the loop asks of the one that compares weights."""
 
     interval_steps: int
@@ -97,18 +97,18 @@ class Trainer:
         flops_per_sample: float,
         peak_flops: float,
         stop_requested: StopRequested = lambda: None,
-        guard: Guard | None = None,
+        weight_check: WeightCheck | None = None,
     ) -> None:
         """`flops_per_sample`: of forward and backward; `peak_flops`: of all devices together, FLOP/s.
 
-        `guard` compares weights between ranks; None where there is nothing to compare, or it is not wanted.
+        `weight_check` compares weights between ranks; None where there is nothing to compare, or it is not wanted.
         """
         self.config = config
         self.engine = engine
         self.store = store
         self.batches = batches
         self.hook = hook
-        self.guard = guard
+        self.weight_check = weight_check
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._stop_requested = stop_requested
@@ -262,14 +262,14 @@ class Trainer:
             return self._roll_back(state, reason, window=(state.bad_since, state.consumed_samples))
         saves = self.config.checkpoint.interval_steps
         is_due = state.step == self.config.training.train_steps or (saves > 0 and state.step % saves == 0)
-        if self.guard is None or not (is_due or state.step % self.guard.interval_steps == 0):
+        if self.weight_check is None or not (is_due or state.step % self.weight_check.interval_steps == 0):
             return None
         fault = self._find_fault()
         return None if fault is None else self._roll_back(state, f"after step {state.step}: {fault.message}")
 
     def _find_fault(self) -> Fault | None:
         """Compare the weights that were used since the last time: at an interval, and before every save. Collective."""
-        fault = None if self.guard is None else self.guard.find_fault()
+        fault = None if self.weight_check is None else self.weight_check.find_fault()
         if fault is not None:
             self.hook.on_fault(fault)
         return fault
@@ -299,8 +299,8 @@ class Trainer:
         else:
             raise OmegaError(f"{reason}; there is no checkpoint to go back to: start again, from the initial weights")
         back = replace(back, rollbacks=state.rollbacks + 1)
-        if self.guard is not None:
-            self.guard.forget()
+        if self.weight_check is not None:
+            self.weight_check.forget()
         self.hook.on_rollback(Rollback(reason, state.step, back.step, back.rollbacks, back))
         return back
 

@@ -4,7 +4,7 @@
     running    a failure: others get a moment to tell theirs, then the first cause is named
                a rank overdue: every stack is dumped, then who is waited for is named
                a monitor silent: its host is named
-    ending     all ranks but 0 are ended, the verdict is printed, rank 0 is ended: so it is the last word
+    ending     all ranks but 0 are ended, the diagnosis is printed, rank 0 is ended: so it is the last word
 
 One thread, one selector, one connection for each rank.
 """
@@ -12,20 +12,29 @@ One thread, one selector, one connection for each rank.
 from __future__ import annotations
 
 import contextlib
-import json
 import selectors
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_omega.errors import ConfigError
+from megatron_omega.errors import LOST, ConfigError
 from megatron_omega.host import run_folder
-from megatron_omega.watchdog import diagnosis as verdicts
-from megatron_omega.watchdog.diagnosis import Failure, Member, Standing, Verdict
+from megatron_omega.host.events import append_event
+from megatron_omega.watchdog.diagnosis import (
+    Diagnosis,
+    Failure,
+    Member,
+    Standing,
+    diagnose_absence,
+    diagnose_failure,
+    diagnose_hang,
+    diagnose_refusal,
+    diagnose_silence,
+    disagreements,
+)
 from megatron_omega.watchdog.messages import FROM_MONITOR, Line, Message, is_well_formed
 from megatron_omega.watchdog.reception import Reception
 from megatron_omega.watchdog.stack_files import StackFiles
@@ -106,8 +115,8 @@ class Hub:
     def serve(self) -> None:
         """Run until the end of all ranks."""
         begin = last = time.monotonic()
-        verdict = None
-        while verdict is None and not self._is_over():
+        diagnosis = None
+        while diagnosis is None and not self._is_over():
             self._listen()
             now = time.monotonic()
             if now - last > _OWN_PAUSE_SECONDS:  # this process slept, not the others: count from here
@@ -116,10 +125,10 @@ class Hub:
             last = now
             self._reception.look_around(now)
             self._greet(now)
-            verdict = self._judge(now, begin)
+            diagnosis = self._judge(now, begin)
         self._reception.close()
-        if verdict is not None:
-            self._end(verdict)
+        if diagnosis is not None:
+            self._end(diagnosis)
         for line in [seat.line for seat in self._seats.values()]:
             line.close()
         self._selector.close()
@@ -191,7 +200,7 @@ class Hub:
         elif kind == "failed":
             self._fail(Failure(seat.member, *(message[k] for k in ("phase", "message", "error", "trace", "code"))))
         elif kind == "lost":
-            self._fail(Failure(seat.member, message["phase"], code=verdicts.LOST_EXIT_CODE))
+            self._fail(Failure(seat.member, message["phase"], code=LOST))
         elif kind == "done":
             seat.is_done = True
 
@@ -199,7 +208,7 @@ class Hub:
         """A monitor is gone. Where its rank had not said that it was done, the host or both processes were killed."""
         seat.is_open = False
         if not seat.is_done:
-            self._fail(Failure(seat.member, seat.phase, code=verdicts.LOST_EXIT_CODE))
+            self._fail(Failure(seat.member, seat.phase, code=LOST))
 
     def _fail(self, failure: Failure) -> None:
         self._failures.append(failure)
@@ -211,9 +220,9 @@ class Hub:
     def _is_over(self) -> bool:
         return len(self._seats) == self._world_size and all(seat.is_done for seat in self._seats.values())
 
-    def _judge(self, now: float, begin: float) -> Verdict | None:
+    def _judge(self, now: float, begin: float) -> Diagnosis | None:
         if self._deadline is not None and (now >= self._deadline or len(self._failures) == self._world_size):
-            return verdicts.failure_verdict(self._failures)
+            return diagnose_failure(self._failures)
         if self._deadline is not None:
             return None
         seats = list(self._seats.values())
@@ -221,27 +230,27 @@ class Hub:
             return self._judge_start(seats, now - begin)
         silent = [seat.member for seat in seats if not seat.is_done and now - seat.heard > self._limits.silence_seconds]
         if silent:
-            return verdicts.silence_verdict(silent, self._limits.silence_seconds)
+            return diagnose_silence(silent, self._limits.silence_seconds)
         return self._judge_progress([seat for seat in seats if not seat.is_done], now)
 
-    def _judge_start(self, seats: list[_Seat], waited: float) -> Verdict | None:
+    def _judge_start(self, seats: list[_Seat], waited: float) -> Diagnosis | None:
         findings = any(seat.findings for seat in seats)
         if len(seats) < self._world_size and not (findings and waited > FINDINGS_SECONDS):
             limit = self._limits.start_seconds
             if waited < limit:
                 return None
-            return verdicts.absence_verdict([seat.member for seat in seats], self._world_size, limit)
+            return diagnose_absence([seat.member for seat in seats], self._world_size, limit)
         findings = [(text, seat.finding_code) for seat in seats for text in seat.findings]
         prints = {seat.member.rank: seat.fingerprint for seat in seats}
-        findings += [(text, ConfigError.exit_code) for text in verdicts.disagreements(prints)]
+        findings += [(text, ConfigError.exit_code) for text in disagreements(prints)]
         if findings:
-            return verdicts.refusal_verdict(findings)
+            return diagnose_refusal(findings)
         self._has_started = True
         for seat in seats:
             seat.line.send("go")
         return None
 
-    def _judge_progress(self, seats: list[_Seat], now: float) -> Verdict | None:
+    def _judge_progress(self, seats: list[_Seat], now: float) -> Diagnosis | None:
         if self._dumps_until is None:
             if any(seat.is_overdue for seat in seats):
                 self._dumps_until = now + self._limits.dump_seconds
@@ -257,7 +266,7 @@ class Hub:
                 seat.dump = None
             return None
         self._resume_stopped([seat for seat in seats if seat.dump is not None and seat.dump.state == "T"])
-        return verdicts.hang_verdict([_standing_of(seat) for seat in seats], str(self._stack_folder()))
+        return diagnose_hang([_standing_of(seat) for seat in seats], str(self._stack_folder()))
 
     def _resume_stopped(self, seats: list[_Seat]) -> None:
         """Let stopped processes go on for the moment in which they write their stacks; others have written theirs."""
@@ -272,19 +281,19 @@ class Hub:
 
     # ---- ending
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, diagnosis: Diagnosis) -> None:
         others = [seat for rank, seat in self._seats.items() if rank and seat.is_open]
         for seat in others:
-            seat.line.send("end", code=verdict.code)
+            seat.line.send("end", code=diagnosis.code)
         stacks = StackFiles(self._stack_folder(), {r: seat.stack for r, seat in self._seats.items() if seat.stack})
         self._listen_while(lambda: any(seat.is_open for seat in others), END_SECONDS)
-        self._record(verdict)
-        lines: Sequence[str] = (*verdict.lines, *stacks.finish())
-        text = "\n".join((verdict.trace.rstrip(), *lines) if verdict.trace else lines)
+        self._record(diagnosis)
+        lines: Sequence[str] = (*diagnosis.lines, *stacks.finish())
+        text = "\n".join((diagnosis.trace.rstrip(), *lines) if diagnosis.trace else lines)
         sys.stderr.write(f"\n{text}\n")
         sys.stderr.flush()
         if 0 in self._seats:
-            self._seats[0].line.send("end", code=verdict.code)
+            self._seats[0].line.send("end", code=diagnosis.code)
 
     def _listen_while(self, is_awaited: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -294,14 +303,13 @@ class Hub:
                 if seat.is_open:
                     seat.line.flush()
 
-    def _record(self, verdict: Verdict) -> None:
-        if not verdict.event:
+    def _record(self, diagnosis: Diagnosis) -> None:
+        if not diagnosis.event:
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         step = max((seat.step for seat in self._seats.values()), default=0)
-        event = {"time": now, "step": step, **verdict.event, "verdict": "\n".join(verdict.lines), "code": verdict.code}
-        with contextlib.suppress(OSError), (self._run_directory / run_folder.EVENTS).open("ab") as file:
-            file.write(json.dumps(event).encode() + b"\n")
+        fields = {**diagnosis.event, "verdict": "\n".join(diagnosis.lines), "code": diagnosis.code}
+        with contextlib.suppress(OSError):
+            append_event(self._run_directory, fields.pop("event"), step, fields)
 
     def _stack_folder(self) -> Path:
         return self._run_directory / run_folder.STACKS

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from megatron_omega.errors import ConfigError, HangError
+from megatron_omega.errors import BUG, LOST, ConfigError, HangError
 from megatron_omega.watchdog.stacks import Frame, caller_of, collective_of
 
-LOST_EXIT_CODE = 137
-"""A rank was lost: killed, or its host is gone. What a shell calls a process that was killed."""
-BUG_EXIT_CODE = 1
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused|was closed)|broken pipe|timed out|socket|TCPStore|peer", re.IGNORECASE
 )
@@ -47,7 +44,7 @@ class Failure:
     """Class of the exception."""
     trace: str = ""
     """Traceback; empty where the failure is not a bug."""
-    code: int = BUG_EXIT_CODE
+    code: int = BUG
 
     @property
     def is_consequence(self) -> bool:
@@ -77,7 +74,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """What is printed, once, and with which code every rank ends."""
 
     code: int
@@ -86,7 +83,7 @@ class Verdict:
     event: dict[str, Any] = field(default_factory=dict)
 
 
-def failure_verdict(failures: Sequence[Failure]) -> Verdict:
+def diagnose_failure(failures: Sequence[Failure]) -> Diagnosis:
     """Name the first rank that failed by itself; `failures` are in the order in which they became known."""
     first = next((failure for failure in failures if not failure.is_consequence), failures[0])
     if not first.kind:
@@ -98,10 +95,10 @@ def failure_verdict(failures: Sequence[Failure]) -> Verdict:
         line = f"{first.message} ({first.member}, while {first.phase})"
     event = {"event": "failure", "rank": first.member.rank, "host": first.member.host, "phase": first.phase,
              "kind": first.kind or "Lost", "message": first.message}  # fmt: skip
-    return Verdict(first.code, (f"error: {line}",), first.trace, event)
+    return Diagnosis(first.code, (f"error: {line}",), first.trace, event)
 
 
-def silence_verdict(silent: Sequence[Member], seconds: float) -> Verdict:
+def diagnose_silence(silent: Sequence[Member], seconds: float) -> Diagnosis:
     """Say which hosts are not heard of any more."""
     hosts = sorted({member.host for member in silent})
     ranks = rank_ranges(member.rank for member in silent)
@@ -109,10 +106,10 @@ def silence_verdict(silent: Sequence[Member], seconds: float) -> Verdict:
         f"error: no word from {', '.join(hosts)} ({ranks}) for {seconds:.0f} s: the host or the network is gone; "
         "started again on other hosts, the run continues from its last checkpoint"
     )
-    return Verdict(LOST_EXIT_CODE, (line,), event={"event": "failure", "kind": "Silence", "hosts": hosts})
+    return Diagnosis(LOST, (line,), event={"event": "failure", "kind": "Silence", "hosts": hosts})
 
 
-def absence_verdict(present: Sequence[Member], world_size: int, seconds: float) -> Verdict:
+def diagnose_absence(present: Sequence[Member], world_size: int, seconds: float) -> Diagnosis:
     """Say which ranks never arrived."""
     missing = sorted(set(range(world_size)) - {member.rank for member in present})
     by_host: dict[str, list[int]] = defaultdict(list)
@@ -123,17 +120,17 @@ def absence_verdict(present: Sequence[Member], world_size: int, seconds: float) 
         f"error: {rank_ranges(missing)} of {world_size} did not arrive within {seconds:.0f} s (arrived: {arrived}); "
         "see whether they were started there, and whether they see the same run folder"
     )
-    return Verdict(HangError.exit_code, (line,), event={"event": "failure", "kind": "Absent", "ranks": missing})
+    return Diagnosis(HangError.exit_code, (line,), event={"event": "failure", "kind": "Absent", "ranks": missing})
 
 
-def refusal_verdict(findings: Sequence[tuple[str, int]]) -> Verdict:
+def diagnose_refusal(findings: Sequence[tuple[str, int]]) -> Diagnosis:
     """List everything that speaks against starting; `findings` are (sentence, exit code)."""
     sentences = list(dict.fromkeys(sentence for sentence, _ in findings))
     codes = [code for _, code in findings]
     code = ConfigError.exit_code if ConfigError.exit_code in codes else codes[0]
     if len(sentences) == 1:
-        return Verdict(code, (f"error: {sentences[0]}",))
-    return Verdict(code, ("errors:", *(f"{number}. {text}" for number, text in enumerate(sentences, start=1))))
+        return Diagnosis(code, (f"error: {sentences[0]}",))
+    return Diagnosis(code, ("errors:", *(f"{number}. {text}" for number, text in enumerate(sentences, start=1))))
 
 
 def disagreements(fingerprints: Mapping[int, Mapping[str, str]]) -> list[str]:
@@ -149,7 +146,7 @@ def disagreements(fingerprints: Mapping[int, Mapping[str, str]]) -> list[str]:
     return found
 
 
-def hang_verdict(standings: Sequence[Standing], folder: str) -> Verdict:
+def diagnose_hang(standings: Sequence[Standing], folder: str) -> Diagnosis:
     """Name the ranks that the others wait for, and who waits where."""
     answered = [standing for standing in standings if standing.has_answered]
     unheard = [standing.member.rank for standing in standings if not standing.has_answered]
@@ -164,7 +161,7 @@ def hang_verdict(standings: Sequence[Standing], folder: str) -> Verdict:
         lines.append(f"  no answer in time from {rank_ranges(unheard)}")
     lines.append(f"  stacks of all ranks: {folder}")
     event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder}
-    return Verdict(HangError.exit_code, tuple(lines), event=event)
+    return Diagnosis(HangError.exit_code, tuple(lines), event=event)
 
 
 def _guilty(standings: Sequence[Standing]) -> list[Standing]:

@@ -27,11 +27,10 @@ from typing_extensions import Self
 
 from megatron_omega.config.layout import layout_of, ranks_per_replica
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.errors import OmegaError, Preempted
+from megatron_omega.errors import BUG, OmegaError, Preempted
 from megatron_omega.host.child_process import start_python
 from megatron_omega.host.environment import ProcessPlace, meeting_host, meeting_point
 from megatron_omega.host.redaction import redact
-from megatron_omega.watchdog.diagnosis import BUG_EXIT_CODE
 from megatron_omega.watchdog.heartbeat import Beacon
 from megatron_omega.watchdog.messages import Line, Message
 from megatron_omega.watchdog.monitor import IGNORED_SIGNALS
@@ -41,7 +40,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _END_SECONDS = 15.0
 
 
-class Sentinel:
+class Guard:
     """Stands guard over one rank's training; a context manager around all of it.
 
     An exception that leaves it ends all ranks: the monitors name this rank and its error, once.
@@ -62,7 +61,7 @@ class Sentinel:
         self._signal = 0
         self._restore: list[Any] = []
         self._at_end: list[Callable[[], None]] = []
-        self._thread = threading.Thread(target=self._listen, name="sentinel", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
 
     # ---- what training asks
 
@@ -158,11 +157,11 @@ class Sentinel:
         )
 
     def _report(self, error: BaseException) -> None:
-        """Tell the monitor, and wait to be ended by it, so that the verdict stands alone in the log."""
+        """Tell the monitor, and wait to be ended by it, so that the diagnosis stands alone in the log."""
         assert self._line is not None
         is_ours = isinstance(error, OmegaError)
         trace = "" if is_ours else "".join(traceback.format_exception(error))
-        code = error.exit_code if is_ours else BUG_EXIT_CODE
+        code = error.exit_code if is_ours else BUG
         kind = type(error).__name__
         if self._line.send("failed", message=redact(str(error)), error=kind, trace=redact(trace), code=code):
             self._thread.join(timeout=_END_SECONDS)

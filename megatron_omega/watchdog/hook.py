@@ -7,7 +7,7 @@ from collections import deque
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, StepReport
-from megatron_omega.watchdog.guard import Sentinel
+from megatron_omega.watchdog.guard import Guard
 
 _REMEMBERED_STEPS = 50
 _MEASURED_STEPS = 2
@@ -45,26 +45,26 @@ class Patience:
 class Watch(Hook):
     """Beats at every phase of the loop."""
 
-    def __init__(self, sentinel: Sentinel, config: RunConfig) -> None:
-        self._sentinel = sentinel
+    def __init__(self, guard: Guard, config: RunConfig) -> None:
+        self._guard = guard
         self._patience = Patience(config.resilience.hang_timeout_seconds, config.resilience.start_timeout_seconds)
         self._long = float(config.parallel.timeout_seconds)
         self._validates_first = config.training.compile == "layers"
         self._unknown = config.resilience.start_timeout_seconds
 
     def on_start(self, context: RunContext) -> None:
-        self._sentinel.arm()
+        self._guard.arm()
 
     def on_phase(self, phase: str, step: int) -> None:
         is_step_like = phase in ("in a step", "validating")
         allowed = self._patience.allowed_seconds if is_step_like else self._long
         if phase == "validating" and self._validates_first:  # it compiles, which is no hang
             allowed, self._validates_first = max(allowed, self._unknown), False
-        self._sentinel.beacon.beat(phase, step=step, allowed_seconds=allowed)
+        self._guard.beacon.beat(phase, step=step, allowed_seconds=allowed)
 
     def on_step_end(self, report: StepReport) -> None:
         self._patience.observe(report.step_seconds)
-        self._sentinel.beacon.beat("between two steps", step=report.step)
+        self._guard.beacon.beat("between two steps", step=report.step)
 
     def on_close(self) -> None:
-        self._sentinel.beacon.beat("ending", allowed_seconds=self._long)
+        self._guard.beacon.beat("ending", allowed_seconds=self._long)

@@ -17,11 +17,10 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_omega.errors import HangError
+from megatron_omega.errors import LOST, HangError
 from megatron_omega.host.child_process import ignore_signals
 from megatron_omega.watchdog import meeting, sealing
 from megatron_omega.watchdog.coordinator import Hub, Limits
-from megatron_omega.watchdog.diagnosis import LOST_EXIT_CODE
 from megatron_omega.watchdog.heartbeat import Beacon
 from megatron_omega.watchdog.meeting import Address, Published
 from megatron_omega.watchdog.messages import FROM_HUB, Line, Message, is_well_formed
@@ -178,14 +177,14 @@ class Monitor:
         if messages is None or not all(is_well_formed(message, FROM_HUB) for message in messages):
             selector.unregister(self._hub.connection)
             if not self._is_done:
-                self._end_alone(LOST_EXIT_CODE, "the connection to rank 0's host is gone")
+                self._end_alone(LOST, "the connection to rank 0's host is gone")
             return
         for message in messages:
             self._hub_heard = now
             self._obey(message)
         if now - self._hub_heard > self._limits.silence_seconds:
             limit = self._limits.silence_seconds
-            self._end_alone(LOST_EXIT_CODE, f"no word from rank 0's host for {limit:.0f} s")
+            self._end_alone(LOST, f"no word from rank 0's host for {limit:.0f} s")
 
     def _obey(self, message: Message) -> None:
         kind = message["kind"]

@@ -1,4 +1,4 @@
-"""Stacks of all ranks as files, written beside the verdict and never before it: a slow file system delays nobody."""
+"""Stacks of all ranks as files, written beside the diagnosis and never before it: a slow file system delays nobody."""
 
 from __future__ import annotations
 

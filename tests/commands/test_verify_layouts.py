@@ -1,4 +1,4 @@
-"""What the tool makes of figures: verdicts, exit codes, refusals. The runs themselves are in training/test_layouts.py."""
+"""What the tool makes of figures: comparisons, exit codes, refusals. The runs themselves are in training/test_layouts.py."""
 
 from __future__ import annotations
 

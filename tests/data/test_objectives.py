@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.objectives import (
-    IGNORED_LABEL,
     DecoderStart,
     Masking,
     causal_example,

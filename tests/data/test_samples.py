@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.config.schema import Corpus, ModelConfig, Reweight, RunConfig
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.indexed import token_dtype, write_shard
-from megatron_omega.data.objectives import IGNORED_LABEL, restore
+from megatron_omega.data.objectives import restore
 from megatron_omega.data.samples import open_sources
 from megatron_omega.data.sidecar import Sidecar, sidecar_path, to_json
 from megatron_omega.data.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""`python -m faults.hangs` (from tests/): stop a random rank at a random moment, and see whether the verdict names it.
+"""`python -m faults.hangs` (from tests/): stop a random rank at a random moment, and see whether the diagnosis names it.
 
 The judge of the frame is py-spy, which reads the memory of the stopped process and knows nothing of ours.
 """
@@ -44,11 +44,11 @@ def trial(lab: Laboratory, number: int) -> tuple[bool, str]:
     found = named and (int(named[1]), named[2], int(named[3]), named[4])
     is_right = found == (rank, file, line, function) and set(ending.codes) == {76}
     truth = f"rank {rank} at {file}:{line} in {function}, {ending.seconds:.1f} s"
-    return is_right, f"{truth}: {'named' if is_right else f'the verdict was {found}: {last_words(ending.log)}'}"
+    return is_right, f"{truth}: {'named' if is_right else f'the diagnosis was {found}: {last_words(ending.log)}'}"
 
 
 def main() -> int:
-    """Return 0 where every verdict was right."""
+    """Return 0 where every diagnosis was right."""
     parser = argparse.ArgumentParser(prog="faults.hangs", description=__doc__)
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument(
@@ -62,7 +62,7 @@ def main() -> int:
             is_right, said = trial(lab, number)
             right += is_right
             print(f"{'PASS' if is_right else 'FAIL'}  {said}", flush=True)
-    print(f"{right} of {options.trials} verdicts name the right rank and frame, seed {options.seed}")
+    print(f"{right} of {options.trials} diagnoses name the right rank and frame, seed {options.seed}")
     return 0 if right == options.trials else 1
 
 

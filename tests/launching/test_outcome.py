@@ -41,10 +41,10 @@ def ends(*codes: int) -> list[End]:
         ((127,), 127, False, 127, False),
     ],
 )
-def test_the_verdict(codes: tuple[int, ...], launcher: int, succeeded: bool, code: int, is_failure: bool) -> None:
-    verdict = judge(ends(*codes), launcher, succeeded=succeeded)
-    assert (verdict.code, verdict.is_failure) == (code, is_failure)
-    assert verdict.cause
+def test_the_outcome(codes: tuple[int, ...], launcher: int, succeeded: bool, code: int, is_failure: bool) -> None:
+    outcome = judge(ends(*codes), launcher, succeeded=succeeded)
+    assert (outcome.code, outcome.is_failure) == (code, is_failure)
+    assert outcome.cause
 
 
 def checkpoint(folder: Path, step: int) -> None:
@@ -81,9 +81,9 @@ def test_stops_are_no_failures_and_dead_nodes_are(tmp_path: Path) -> None:
     turn = Turn(tmp_path, "7", max_restarts=1)
     for _ in range(5):
         turn.begin()
-        verdict = turn.end(75)
-        assert next_step(turn, verdict, goes_on_when_stopped=True)[0]
-        assert not next_step(turn, verdict, goes_on_when_stopped=False)[0]
+        outcome = turn.end(75)
+        assert next_step(turn, outcome, goes_on_when_stopped=True)[0]
+        assert not next_step(turn, outcome, goes_on_when_stopped=False)[0]
     assert turn.fruitless_starts() == 0
     turn.begin()  # the node died: no end
     turn.begin()
@@ -108,8 +108,8 @@ def test_codes_are_read_in_the_order_of_the_failures(tmp_path: Path) -> None:
     for age, (rank, code) in enumerate([(3, 1), (0, 143), (1, 143)]):
         (turn.codes / str(rank)).write_text(f"{code}\n")
         os.utime(turn.codes / str(rank), ns=(0, 10**9 * (age + 1)))
-    verdict = turn.end(143)
-    assert verdict.code == 1 and "rank 3" in verdict.cause
+    outcome = turn.end(143)
+    assert outcome.code == 1 and "rank 3" in outcome.cause
     assert not (tmp_path / "exit-codes").exists()
 
 

@@ -48,17 +48,17 @@ def train(corpus: TinyCorpus, label: str, folder: Path, *more: Override, **argum
 def test_layout_equals_one_process(
     label: str, reference: list[dict[str, Any]], tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
-    verdict = compare(label, reference, train(tiny_corpus, label, tmp_path), FP32_TOLERANCE)
+    comparison = compare(label, reference, train(tiny_corpus, label, tmp_path), FP32_TOLERANCE)
     assert len(reference) == STEPS
-    assert verdict.passed, verdict.differences
+    assert comparison.passed, comparison.differences
 
 
 def test_bf16_stays_within_its_tolerance(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     bf16 = [Override("precision.dtype", "bf16")]
     config = check_layout(tiny_corpus.run_yaml, parse_layout("tp1"), bf16, steps=STEPS, folder=tmp_path)
     rows = train(tiny_corpus, "tp1", tmp_path, *bf16)
-    verdict = compare("bf16", rows, train(tiny_corpus, IN_THE_LOSS_ONLY, tmp_path, *bf16), tolerance_of(config))
-    assert verdict.passed, verdict.differences
+    comparison = compare("bf16", rows, train(tiny_corpus, IN_THE_LOSS_ONLY, tmp_path, *bf16), tolerance_of(config))
+    assert comparison.passed, comparison.differences
 
 
 def train_leaving_one_out(number: int, arguments: Arguments) -> None:
@@ -73,6 +73,6 @@ def test_one_all_reduce_left_out_once_fails(
     number: int, reference: list[dict[str, Any]], tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
     rows = train(tiny_corpus, "tp2", tmp_path, train=partial(train_leaving_one_out, number))
-    verdict = compare("tp2", reference, rows, FP32_TOLERANCE)
-    assert not verdict.passed
-    assert verdict.differences["grad_norm"] > 10 * FP32_TOLERANCE
+    comparison = compare("tp2", reference, rows, FP32_TOLERANCE)
+    assert not comparison.passed
+    assert comparison.differences["grad_norm"] > 10 * FP32_TOLERANCE

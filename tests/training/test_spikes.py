@@ -136,7 +136,7 @@ def train(loss_of: Any, guard: Any = None, **resilience: Any) -> tuple[TrainStat
     engine, story = FakeEngine(loss_of), Story()
     store, fake, opened = FakeStore(engine), engine, numbers
     batches = Batches(opened, None)  # pyright: ignore[reportArgumentType]
-    trainer = Trainer(config, fake, store, batches, story, flops_per_sample=1.0, peak_flops=1.0, guard=guard)  # pyright: ignore
+    trainer = Trainer(config, fake, store, batches, story, flops_per_sample=1.0, peak_flops=1.0, weight_check=guard)  # pyright: ignore
     state = trainer.run(RunContext(config, Path("nowhere"), TrainState()))
     return state, engine, store, story
 

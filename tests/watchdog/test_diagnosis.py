@@ -1,4 +1,4 @@
-"""Verdicts name the cause, not its echoes."""
+"""A diagnosis names the cause, not its echoes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_omega.watchdog.diagnosis import (
     Failure,
     Member,
     Standing,
-    absence_verdict,
+    diagnose_absence,
+    diagnose_failure,
+    diagnose_hang,
+    diagnose_refusal,
     disagreements,
-    failure_verdict,
-    hang_verdict,
     rank_ranges,
-    refusal_verdict,
 )
 from megatron_omega.watchdog.stacks import Frame, caller_of, collective_of, main_thread
 
@@ -37,26 +37,26 @@ def test_the_cause_is_named_wherever_it_arrives_among_its_echoes(order: Sequence
         else Failure(member(rank), "in a step", ECHO, "RuntimeError", "Traceback ...", 1)
         for rank in order
     ]
-    verdict = failure_verdict(failures)
-    assert verdict.lines == (f"error: {member(cause)} failed while in a step: ValueError: boom",)
-    assert verdict.code == 1 and verdict.trace.count("Traceback") == 1
+    diagnosis = diagnose_failure(failures)
+    assert diagnosis.lines == (f"error: {member(cause)} failed while in a step: ValueError: boom",)
+    assert diagnosis.code == 1 and diagnosis.trace.count("Traceback") == 1
 
 
 def test_a_rank_that_is_gone_goes_before_those_that_lost_its_connection() -> None:
     echo = Failure(member(1), "in a step", ECHO, "RuntimeError", "Traceback ...", 1)
-    verdict = failure_verdict([echo, Failure(member(5), "saving", code=137)])
-    assert verdict.code == 137 and verdict.lines[0].startswith("error: rank 5 (pp 1, dp 0, tp 1) on n1 is gone")
+    diagnosis = diagnose_failure([echo, Failure(member(5), "saving", code=137)])
+    assert diagnosis.code == 137 and diagnosis.lines[0].startswith("error: rank 5 (pp 1, dp 0, tp 1) on n1 is gone")
 
 
 def test_with_echoes_alone_the_first_is_told() -> None:
     echoes = [Failure(member(rank), "in a step", ECHO, "RuntimeError", "T", 1) for rank in (3, 1)]
-    assert "rank 3" in failure_verdict(echoes).lines[0]
+    assert "rank 3" in diagnose_failure(echoes).lines[0]
 
 
 def test_a_mistake_of_the_user_keeps_its_code_and_has_no_trace() -> None:
-    verdict = failure_verdict([Failure(member(2), "in a step", "shard x is damaged", "DataError", "", 3)])
-    assert verdict.code == 3 and not verdict.trace
-    assert verdict.lines == ("error: shard x is damaged (rank 2 (pp 0, dp 1, tp 0) on n1, while in a step)",)
+    diagnosis = diagnose_failure([Failure(member(2), "in a step", "shard x is damaged", "DataError", "", 3)])
+    assert diagnosis.code == 3 and not diagnosis.trace
+    assert diagnosis.lines == ("error: shard x is damaged (rank 2 (pp 0, dp 1, tp 0) on n1, while in a step)",)
 
 
 WAITING = (
@@ -72,36 +72,36 @@ def standing(rank: int, frames: tuple[Frame, ...], state: str = "S") -> Standing
 
 
 def test_a_hang_names_who_is_not_waiting() -> None:
-    verdict = hang_verdict([standing(rank, COMPUTING if rank == 3 else WAITING) for rank in range(4)], "stacks")
-    assert verdict.code == 76 and verdict.event["ranks"] == [3]
-    assert "rank 3 (pp 0, dp 1, tp 1) on n1, process 103, has made no progress for 8.2 s" in verdict.lines[0]
-    assert "at megatron_omega/model/feed_forward.py:41 in forward" in verdict.lines[0]
+    diagnosis = diagnose_hang([standing(rank, COMPUTING if rank == 3 else WAITING) for rank in range(4)], "stacks")
+    assert diagnosis.code == 76 and diagnosis.event["ranks"] == [3]
+    assert "rank 3 (pp 0, dp 1, tp 1) on n1, process 103, has made no progress for 8.2 s" in diagnosis.lines[0]
+    assert "at megatron_omega/model/feed_forward.py:41 in forward" in diagnosis.lines[0]
     assert (
-        verdict.lines[1]
+        diagnosis.lines[1]
         == "  ranks 0-2 waiting in all_reduce, at megatron_omega/parallel/tensor_parallel.py:61 in _total"
     )
 
 
 def test_a_stopped_rank_is_guilty_even_inside_a_collective() -> None:
-    verdict = hang_verdict([standing(0, WAITING, "T"), standing(1, COMPUTING), standing(2, WAITING)], "stacks")
-    assert verdict.event["ranks"] == [0] and "it is stopped (SIGSTOP)" in verdict.lines[0]
+    diagnosis = diagnose_hang([standing(0, WAITING, "T"), standing(1, COMPUTING), standing(2, WAITING)], "stacks")
+    assert diagnosis.event["ranks"] == [0] and "it is stopped (SIGSTOP)" in diagnosis.lines[0]
 
 
 def test_when_all_wait_they_disagree() -> None:
-    verdict = hang_verdict([standing(rank, WAITING) for rank in range(2)], "stacks")
-    assert "disagree" in verdict.lines[0] and verdict.event["ranks"] == []
+    diagnosis = diagnose_hang([standing(rank, WAITING) for rank in range(2)], "stacks")
+    assert "disagree" in diagnosis.lines[0] and diagnosis.event["ranks"] == []
 
 
 def test_absence_says_who_came_from_where() -> None:
-    verdict = absence_verdict([member(0), member(1), member(3)], 4, 20.0)
-    assert verdict.code == 76
-    assert "rank 2 of 4 did not arrive within 20 s (arrived: ranks 0-1, 3 on n1)" in verdict.lines[0]
+    diagnosis = diagnose_absence([member(0), member(1), member(3)], 4, 20.0)
+    assert diagnosis.code == 76
+    assert "rank 2 of 4 did not arrive within 20 s (arrived: ranks 0-1, 3 on n1)" in diagnosis.lines[0]
 
 
 def test_findings_of_all_ranks_are_one_list_without_repeats() -> None:
-    verdict = refusal_verdict([("corpus missing", 3), ("corpus missing", 3), ("port taken", 2)])
-    assert verdict.code == 2 and verdict.lines == ("errors:", "1. corpus missing", "2. port taken")
-    assert refusal_verdict([("corpus missing", 3)]).lines == ("error: corpus missing",)
+    diagnosis = diagnose_refusal([("corpus missing", 3), ("corpus missing", 3), ("port taken", 2)])
+    assert diagnosis.code == 2 and diagnosis.lines == ("errors:", "1. corpus missing", "2. port taken")
+    assert diagnose_refusal([("corpus missing", 3)]).lines == ("error: corpus missing",)
 
 
 def test_ranks_that_run_something_else_are_found() -> None:
