@@ -81,7 +81,7 @@ def last_words(run: Path) -> list[str]:
     """Return where everything is, and commands to go on with."""
     layout = "--ranks 4 --run runs/other --parallel.tensor_parallel_size 1"
     tries = {
-        "longer": ["demo", "--run", str(run), "--training.train_steps", "400"],
+        "longer": ["demo", "--run", str(run), "--training.train_steps", "2000"],
         "another layout": ["demo", *layout.split()],
         "proof": ["verify-parallel", "--config", PRESET, "--layouts", "tp2,pp2-dp2", "--steps", "4"],
         "write": ["generate", "--checkpoint", str(run), "--prompt", "Open the file and"],
