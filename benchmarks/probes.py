@@ -43,7 +43,6 @@ def measure(name: str, task: Task, model: ModelConfig, steps: int, seeds: int) -
     solved = [outcome.steps for outcome in outcomes]
     return {
         "task": task.name, "model": name, "parameters": parameter_count(model), "steps": solved,
-        "median": statistics.median(solved) if None not in solved else None,
         "accuracy": statistics.mean(outcome.accuracy for outcome in outcomes),
         "cpu_seconds": time.process_time() - begin,
     }  # fmt: skip

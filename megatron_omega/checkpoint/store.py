@@ -214,6 +214,8 @@ class CheckpointStore:
             found = cast(dict[str, Any], self.peers.agree(self._judge(path) if self.peers.is_first else None))
             if found["foreign"]:
                 raise CheckpointError(*found["foreign"])
+            if needs_optimizer and found["other_optimizer"]:
+                raise CheckpointError(found["other_optimizer"])
             damage += found["damage"]
             for finding in found["damage"]:
                 self._warn("passing over a damaged checkpoint: %s", finding)
@@ -221,7 +223,7 @@ class CheckpointStore:
                 yield path
 
     def _judge(self, path: Path) -> Any:
-        found: dict[str, Any] = {"damage": [], "foreign": [], "has_optimizer": False}
+        found: dict[str, Any] = {"damage": [], "foreign": [], "other_optimizer": "", "has_optimizer": False}
         try:
             manifest = check_structure(path)
         except CheckpointError as error:
@@ -230,6 +232,12 @@ class CheckpointStore:
             require_identity(path, manifest, self._identity)
         except CheckpointError as error:
             return found | {"foreign": list(error.findings)}
+        saved, wanted = _optimizer_of(manifest.config), _optimizer_of(self._run_config)
+        if saved != wanted:
+            found["other_optimizer"] = (
+                f"{path} holds the optimizer state of {saved}, and this run has optimizer.name={wanted}; "
+                f"use optimizer.name={saved}, or start from its weights alone (--load {path} --load-weights-only)"
+            )
         return found | {"has_optimizer": manifest.has_optimizer}
 
     def _give_up_if(self, condition: object, path: Path | str, damage: Sequence[str]) -> None:
@@ -330,3 +338,9 @@ class CheckpointStore:
         """Return the problems of all ranks. Collective."""
         everywhere = cast(list[list[str]], self.peers.exchange(cast(JSON, problems)))
         return sorted({problem for found in everywhere for problem in found})
+
+
+def _optimizer_of(run_config: Mapping[str, JSON]) -> str:
+    """Return the optimizer that a run's configuration names: earlier versions had one, and did not name it."""
+    section = run_config.get("optimizer")
+    return str(section.get("name", "adamw")) if isinstance(section, dict) else "adamw"

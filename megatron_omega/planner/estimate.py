@@ -19,6 +19,7 @@ from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.hardware import CollectiveKind, Hardware
 from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
 from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
+from megatron_omega.planner.orthogonal import STEPS, exchanged_bytes, moved_matrices, moved_parameters
 from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
 
@@ -170,7 +171,8 @@ class Planner:
             parameters += table_parameters(config)
         is_cpu = self.hardware.facts.is_cpu
         persistent = sum(persistent_parameters(config, stage, works) for stage in mine) if c.zero_stage == 3 else 0
-        states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, is_cpu)
+        matrices = moved_parameters(moved_matrices(config, mine), c.tensor)
+        states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, matrices, is_cpu)
         moments = [self._stage_moments(config, c, stages, index, works, shape) for index in c.stages_of(rank)]
         counts = in_flight(c, micro_batches, rank, [turns[0].kept for _, turns in moments])
         parts = [InFlight(count, *each) for count, each in zip(counts, moments, strict=True)]
@@ -210,7 +212,7 @@ class Planner:
             parameters += table if any(stage.has_table for stage in mine) else 0
             sending = _data_seconds(estimate, parameters, busy) + _partition_seconds(estimate, mine)
             dp_seconds = max(dp_seconds, sending)
-            optimizer = max(optimizer, _optimizer_seconds(estimate, parameters))
+            optimizer = max(optimizer, _optimizer_seconds(estimate, parameters) + _muon_seconds(estimate, mine))
         tied = tied_ranks(c, estimate.stages)
         if len(tied) > 1:
             stride = c.tensor * c.data * max(1, (max(tied) - min(tied)) // (len(tied) - 1))
@@ -311,6 +313,20 @@ def _partition_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
         return 0.0
     layers = sum(accounting.stack_of(kind) in ("encoder", "decoder") for stage in stages for kind in stage.kinds)
     return layers * estimate.micro_batches * PARTITION_HOST * estimate.hardware.facts.launch_seconds
+
+
+def _muon_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
+    """Seconds of making matrices orthogonal, shared by the replicas, and of carrying them there and back."""
+    c, hardware = estimate.candidate, estimate.hardware
+    matrices = moved_matrices(estimate.config, stages)
+    seconds = sum(
+        STEPS * (2 * hardware.product_seconds(short, short, long, "fp32", FP32)
+                 + hardware.product_seconds(short, short, short, "fp32", FP32)) * matrix.count
+        for matrix in matrices for short, long in [sorted((matrix.rows, matrix.columns))]
+    )  # fmt: skip
+    sent = exchanged_bytes(c, matrices)
+    carried = hardware.collective_seconds("all_gather", sent["reduce"] + sent["broadcast"], c.data, c.tensor)
+    return seconds / c.data + carried + hardware.collective_seconds("all_reduce", sent["all_reduce"], c.tensor, 1)
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:

@@ -64,6 +64,8 @@ class States:
     data_parallel_size: int
     persistent: int = 0
     """Parameters that stage 3 never lets go of, in small tensors."""
+    matrices: int = 0
+    """Parameters that Muon moves: they have one moment."""
     is_cpu: bool = False
     """Whether only the part of a bucket that is written to counts, and gloo copies what it sends."""
 
@@ -84,7 +86,8 @@ class States:
     @property
     def optimizer(self) -> int:
         """Both moments, and from stage 1 on the master weights."""
-        return (3 if self.zero_stage else 2) * FP32 * self.share
+        matrices = -(-self.matrices // self.data_parallel_size) if self.zero_stage else self.matrices
+        return (3 if self.zero_stage else 2) * FP32 * self.share - FP32 * matrices
 
     @property
     def _has_fp32_gradients(self) -> bool:

@@ -15,6 +15,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
 from megatron_omega.planner.memory import LIVE_PARAMETERS
+from megatron_omega.planner.orthogonal import exchanged_bytes, moved_matrices
 from megatron_omega.planner.stages import Stage
 from megatron_omega.planner.work import Work, pipeline_messages, table_parameters
 
@@ -30,7 +31,8 @@ def step_bytes(
     rank: int,
     micro_batches: int,
 ) -> Counter[str]:
-    """Return bytes by kind of call ("all_reduce", "all_gather", "reduce_scatter", "send") of pipeline rank `rank`."""
+    """Return bytes by kind of call ("all_reduce", "all_gather", "reduce_scatter", "send"; Muon's
+    "reduce" and "broadcast") of pipeline rank `rank`."""
     mine = [(index, stages[index]) for index in candidate.stages_of(rank)]
     total: Counter[str] = Counter()
     for index, stage in mine:
@@ -48,6 +50,7 @@ def step_bytes(
     total += data_bytes(config, candidate, parameters, micro_batches, persistent=kept)
     if table and len(tied_ranks(candidate, stages)) > 1:
         total["all_reduce"] += table * FP32
+    total += exchanged_bytes(candidate, moved_matrices(config, [stage for _, stage in mine]))
     return +total
 
 

@@ -40,6 +40,7 @@ class Case:
     micro_batch: int = 2
     global_batch: int = 8
     learning_rate: float = 1e-2
+    optimizer: str = "adamw"
 
     @property
     def size(self) -> int:
@@ -48,6 +49,7 @@ class Case:
     @property
     def label(self) -> str:
         extras = [self.dtype] * (self.dtype != "fp32") + ["sp"] * self.sequence_parallel
+        extras += [self.optimizer] * (self.optimizer != "adamw")
         extras += [self.schedule] * (self.schedule != "1f1b") + [name for name, value in self.options if value]
         return " ".join((f"pp{self.pipeline} dp{self.data} tp{self.tensor} z{self.zero}", *extras))
 
@@ -64,6 +66,7 @@ def config_of(case: Case) -> RunConfig:
             "virtual_stages": case.virtual_stages,
         },
         precision={"dtype": case.dtype},
+        optimizer={"name": case.optimizer},
         batch={"micro_batch_size": 1 if case.schedule == "dualpipev" else case.micro_batch, "global_batch_size": case.global_batch},
     )  # fmt: skip
 
@@ -128,7 +131,11 @@ def whole_state(run: Run) -> dict[str, torch.Tensor]:
     optimizer = base_optimizer(run.engine.deepspeed)
     for mine in engine_holdings(run.engine.deepspeed):
         state = optimizer.state[mine.flat]
-        tensors = {"weight": mine.flat, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        tensors = {
+            "weight": mine.flat,
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(mine.flat)),
+        }
         values = {kind: mine.part(tensor).clone() for kind, tensor in tensors.items()}
         parts.append(
             (mine.info.name, mine.holding.region, values, float(state["step"]), mine.working().float().clone())

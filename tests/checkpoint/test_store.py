@@ -30,6 +30,7 @@ TWO_RANKS = [
     Case(data=2, zero=3, options=GATHERED_ANEW),
     Case(tensor=2, zero=1, sequence_parallel=True),
     Case(pipeline=2, dtype="bf16"),
+    Case(data=2, dtype="bf16", optimizer="muon"),
 ]
 FOUR_RANKS = [
     Case(2, 1, 2, schedule="dualpipev"),
@@ -109,6 +110,7 @@ def test_any_layout_continues_what_another_saved(tmp_path: Path) -> None:
         (Case(1, 4, 1, zero=0), Case(2, 2, 1, dtype="bf16")),
         (Case(2, 1, 2, schedule="interleaved", virtual_stages=2), Case(2, 2, 1)),
         (Case(1, 2, 2, zero=2), Case(2, 2, 1, schedule="interleaved", virtual_stages=3)),
+        (Case(1, 2, 2, zero=3, optimizer="muon"), Case(2, 2, 1, optimizer="muon")),
     ]
     run_ranks(4, cross_layouts, pairs, tmp_path)
 

@@ -22,7 +22,13 @@ from megatron_omega.planner.plan_files import ZERO
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 pytestmark = pytest.mark.distributed
-NAMES = {"all_reduce": "allreduce_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+NAMES = {
+    "reduce": "reduce_",
+    "broadcast": "broadcast_",
+    "all_reduce": "allreduce_",
+    "all_gather": "_allgather_base_",
+    "reduce_scatter": "_reduce_scatter_base_",
+}
 KINDS = {name: kind for kind, name in NAMES.items()} | {"send": "send"}
 RANKS = 2
 BOOKKEEPING_BYTES = 64
@@ -89,9 +95,11 @@ def _planned(config: Any, rank: int) -> Counter[tuple[str, int]]:
     return planned
 
 
-def _bytes_by_kind(stage: int) -> tuple[dict[str, int], dict[str, int]]:
+def _bytes_by_kind(stage: int, optimizer: str) -> tuple[dict[str, int], dict[str, int]]:
     """Train two steps of two replicas; return the bytes that the plan and the second step sent, by kind of call."""
-    config = small_config(model={"hidden_size": 96, "ffn_hidden_size": 1536, "vocab_size": 2048})
+    config = small_config(
+        model={"hidden_size": 96, "ffn_hidden_size": 1536, "vocab_size": 2048}, optimizer={"name": optimizer}
+    )
     engine = start_engine(config, **ZERO[stage])
     batches = _batches(config.data.encoder_seq_length, config.data.decoder_seq_length)
     engine.train_step(batches, learning_rate=1e-3)
@@ -106,10 +114,10 @@ def _bytes_by_kind(stage: int) -> tuple[dict[str, int], dict[str, int]]:
     return dict(step_bytes(config, candidate, estimate.stages, works, 0, estimate.micro_batches)), dict(+found)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_replicas_exchange_what_the_plan_says(stage: int) -> None:
+@pytest.mark.parametrize(("stage", "optimizer"), [*((stage, "adamw") for stage in range(4)), (1, "muon"), (3, "muon")])
+def test_replicas_exchange_what_the_plan_says(stage: int, optimizer: str) -> None:
     """Whole and partitioned tensors both: the largest are beyond what ZeRO-3 keeps, the smallest below it."""
-    for planned, sent in run_ranks(_bytes_by_kind, RANKS, stage, timeout_seconds=150):
+    for planned, sent in run_ranks(_bytes_by_kind, RANKS, stage, optimizer, timeout_seconds=150):
         assert planned == sent
 
 
