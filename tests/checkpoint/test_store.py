@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import Ranks, run_ranks
-from scenarios import OFFLOAD, ROUND_ROBIN, Case, Run, resume, same_state, start, state_on_disk, whole_state
+from scenarios import OFFLOAD, ROUND_ROBIN, Case, Run, config_of, resume, same_state, start, state_on_disk, whole_state
 
 from megatron_omega.checkpoint.catalogue import list_checkpoints
 from megatron_omega.errors import CheckpointError
@@ -166,6 +167,11 @@ def choosing(directory: Path) -> None:
     for attempt in (other.find_latest, lambda: other.load_latest(engine), lambda: other.resolve(directory)):
         with pytest.raises(CheckpointError, match="belongs to another model: model."):
             attempt()
+
+    muon = replace(run, config=config_of(replace(case, optimizer="muon"))).store(directory)
+    with pytest.raises(CheckpointError, match=r"state of adamw, and this run has optimizer.name=muon; use"):
+        muon.load_latest(engine)
+    assert muon.load(engine, directory, weights_only=True)["consumed_samples"] == 8
 
     for step in (1, 3):
         damage(directory / f"step-0000000{step}" / "manifest.json", position=40)
