@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,8 +21,24 @@ def append_event(run_directory: Path, event: str, step: int, fields: Mapping[str
     Raises OSError if it cannot be written.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    with (run_directory / EVENTS).open("ab") as file:
-        file.write(encode_line({"time": now, "event": event, "step": step, **redacted(dict(fields))}))
+    line = encode_line({"time": now, "event": event, "step": step, **redacted(dict(fields))})
+    append_whole(run_directory / EVENTS, line)
+
+
+def append_whole(path: Path, line: bytes) -> None:
+    """Append a line in one write, or nothing of it: half a line would hide all that follow. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def encode_line(value: dict[str, Any]) -> bytes:

@@ -19,11 +19,17 @@ from typing import Any
 HIDDEN = "***"
 _SHORTEST = 6
 """Characters below which a value is taken for a switch (TOKEN=1), not for a secret."""
-_KEY = r"(?:api|access|private|secret|auth)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?"
+_KEY = (
+    r"(?:api|access|private|secret|auth)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?<=[a-z0-9][_-])(?:pass|pwd|pat)(?![a-z0-9])"
+)
+"""The short ones count behind another word only: DB_PASS and GITHUB_PAT, not bypass, path or the shell's PWD."""
 _NAME = re.compile(rf"{_KEY}|(?:^|[^a-z])token$", re.IGNORECASE)
 _VARIABLE = re.compile(rf"{_KEY}|token(?!i[sz])", re.IGNORECASE)
 """Environment variables are named more freely; TOKENIZERS_PARALLELISM is none."""
-_URL = re.compile(r"(?<=://)[^\s/@\"']+@")
+_URL = re.compile(r"(?<=://)(?:[^\s/?#:@\"']*:(?!\d+/)[^\s\"']*|[^\s/@\"']+)@(?=[\w.\[-])")
+"""User and password of a URL; a password may hold what should have been written as %40 and %2F. The last @ ends it."""
+_BEARER = re.compile(rf"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{{{_SHORTEST},}}", re.IGNORECASE)
 _ASSIGNMENT = re.compile(
     rf"""((?:(?:{_KEY})\w*|(?<![a-z])token)["']?\s*[=:]\s*["']?|--[\w.-]*(?:{_KEY}|token)\s+)([^\s"',;&]{{{_SHORTEST},}})""",
     re.IGNORECASE,
@@ -55,12 +61,14 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
     >>> redact("GET https://me:pass@host/x?api_key=0123456789&page=2, token: abcdef, 12 tokens: 345678", {})
     'GET https://***@host/x?api_key=***&page=2, token: ***, 12 tokens: 345678'
+    >>> redact("Authorization: Bearer abc.def-123, DB_PASS=hunter22, https://me:p@ss/w0rd@host/x http://n1:80/a@b", {})
+    'Authorization: Bearer ***, DB_PASS=***, https://***@host/x http://n1:80/a@b'
     >>> redact("denied: s3cr3t-value", {"WANDB_API_KEY": "s3cr3t-value"})
     'denied: ***'
     """
     for value in secrets_of(environ):
         text = text.replace(value, HIDDEN)
-    return _ASSIGNMENT.sub(rf"\1{HIDDEN}", _URL.sub(f"{HIDDEN}@", text))
+    return _ASSIGNMENT.sub(rf"\1{HIDDEN}", _BEARER.sub(rf"\1{HIDDEN}", _URL.sub(f"{HIDDEN}@", text)))
 
 
 def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:

@@ -19,7 +19,9 @@ from megatron_omega.host import run_folder
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.run_folder import SUCCESS
 from megatron_omega.launching.outcome import STOPPED, End, Outcome, judge
+from megatron_omega.log import get_logger
 
+log = get_logger(__name__)
 MAX_RESTARTS = 20
 """Failures in a row without a new checkpoint between them, after which a run is not started again."""
 
@@ -65,7 +67,10 @@ class Turn:
     def end(self, launcher_code: int = 0, ends: Sequence[End] | None = None) -> Outcome:
         """Judge and record the end. `ends`: of the ranks, in their order; read from `codes` where it is not given."""
         outcome = judge(self._ends() if ends is None else ends, launcher_code, succeeded=self._succeeded(launcher_code))
-        self._record("end", code=outcome.code, cause=outcome.cause)
+        try:
+            self._record("end", code=outcome.code, cause=outcome.cause)
+        except OSError as error:  # a full disk does not keep the run from its next start
+            log.warning("the end of this turn is not recorded in %s: %s", run_folder.LAUNCHES, error)
         shutil.rmtree(self.codes, ignore_errors=True)
         if self.codes.parent.is_dir() and not any(self.codes.parent.iterdir()):
             self.codes.parent.rmdir()

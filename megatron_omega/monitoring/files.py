@@ -9,26 +9,33 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 import psutil
 
 from megatron_omega.errors import OmegaError
-from megatron_omega.host.events import append_event, encode_line
+from megatron_omega.host.events import append_event, append_whole, encode_line
 from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
 from megatron_omega.monitoring.epochs import EpochsAt
 from megatron_omega.monitoring.history import reading
+from megatron_omega.monitoring.lasting import Lasting
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import BadStep, EvaluationReport, Fault, Rollback, RunContext, StepReport, TrainState
 
 
 def mark_success(run_directory: Path, step: int) -> None:
-    """Say that the run is complete: everything else is on disk by now."""
+    """Say that the run is complete: everything else is on disk by now. Raises OmegaError if that cannot be written."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     unfinished = run_directory / f".{SUCCESS}"
-    unfinished.write_bytes(encode_line({"step": step, "time": now}))
-    unfinished.replace(run_directory / SUCCESS)
+    try:
+        unfinished.write_bytes(encode_line({"step": step, "time": now}))
+        unfinished.replace(run_directory / SUCCESS)
+    except OSError as error:
+        raise OmegaError(
+            f"the run is complete and saved, but {run_directory / SUCCESS} cannot be written: {error.strerror}; mend "
+            "the file system and start it again: it has nothing left to do"
+        ) from None
 
 
 DocumentsOf = Callable[[Sequence[range]], list[dict[str, Any]]]
@@ -69,17 +76,19 @@ class MetricsFile(Hook):
 
     def __init__(self, epochs_at: EpochsAt | None = None) -> None:
         """`epochs_at` adds passes through the text to every line."""
-        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+        self._lasting = Lasting(METRICS)
         self._epochs_at = epochs_at
 
     def on_start(self, context: RunContext) -> None:
         path = context.run_directory / METRICS
-        keep_steps(path, context.state.step)
-        self._file = path.open("ab", buffering=0)  # every line reaches the file at once, in one write
+        self._lasting.attempt(lambda: keep_steps(path, context.state.step), "the cut of steps that are done again")
+        self._path = path
 
     def on_step_end(self, report: StepReport) -> None:
-        if self._file is not None:
-            self._file.write(encode_line(asdict(report) | self._epochs(report.consumed_samples)))
+        if self._path is not None:
+            path, line = self._path, encode_line(asdict(report) | self._epochs(report.consumed_samples))
+            self._lasting.attempt(lambda: append_whole(path, line), f"step {report.step}")
 
     def _epochs(self, samples: int) -> dict[str, Any]:
         if self._epochs_at is None:
@@ -88,13 +97,13 @@ class MetricsFile(Hook):
         return {"epoch": round(epochs.blend, 6), "corpus_epochs": {k: round(v, 6) for k, v in epochs.corpora.items()}}
 
     def on_rollback(self, rollback: Rollback) -> None:
-        if self._file is not None:  # opened for appending: the next line goes to the new end
-            keep_steps(Path(self._file.name), rollback.to_step)
+        if self._path is not None:
+            path = self._path
+            self._lasting.attempt(lambda: keep_steps(path, rollback.to_step), "the cut of steps that are done again")
 
     def on_close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._lasting.close()
+        self._path = None
 
 
 def keep_steps(path: Path, last_step: int) -> None:
@@ -132,6 +141,7 @@ class EventsFile(Hook):
     def __init__(self, documents_of: DocumentsOf | None = None) -> None:
         """`documents_of` names the documents of a bad batch."""
         self._path: Path | None = None
+        self._lasting = Lasting(EVENTS)
         self._step = 0
         self._born = time.monotonic()
         self._documents_of = documents_of
@@ -141,7 +151,10 @@ class EventsFile(Hook):
         if self._path is None:
             return
         uptime = round(time.monotonic() - self._born, 3)
-        append_event(self._path.parent, event, self._step, {"uptime_seconds": uptime, **fields})
+        directory, values = self._path.parent, {"uptime_seconds": uptime, **fields}
+        self._lasting.attempt(
+            lambda: append_event(directory, event, self._step, values), f"{event} after step {self._step}"
+        )
 
     def on_start(self, context: RunContext) -> None:
         directory = context.run_directory
@@ -202,4 +215,5 @@ class EventsFile(Hook):
 
     def on_close(self) -> None:
         self.write("close")
+        self._lasting.close()
         self._path = None

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_omega.host.run_folder import EVENTS, METRICS, PLOT
 from megatron_omega.log import get_logger
 from megatron_omega.monitoring.files import read_objects
+from megatron_omega.monitoring.lasting import Lasting
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport, RunContext
 
@@ -26,21 +27,24 @@ class LossPlot(Hook):
 
     def __init__(self) -> None:
         self._run_directory: Path | None = None
+        self._lasting = Lasting(PLOT)
 
     def on_start(self, context: RunContext) -> None:
         self._run_directory = context.run_directory
 
     def on_evaluate(self, report: EvaluationReport) -> None:
-        self._draw()
+        self._draw(f"as of step {report.step}")
 
     def on_close(self) -> None:
-        self._draw()
+        self._draw("as of the end")
+        self._lasting.close()
 
-    def _draw(self) -> None:
+    def _draw(self, item: str) -> None:
         if self._run_directory is None:
             return
+        directory = self._run_directory
         try:
-            plot_losses(self._run_directory)
+            self._lasting.attempt(lambda: plot_losses(directory), item)
         except (OSError, ImportError) as error:
             self._run_directory = None
             log.warning("%s is not drawn any more: %s", PLOT, error)

@@ -316,7 +316,7 @@ class Trainer:
         self.hook.on_evaluate(
             EvaluationReport(state.step, loss, result.lm_loss, result.mlm_loss, result.num_tokens, seconds)
         )
-        self._validation_loss = loss
+        self._validation_loss = loss if math.isfinite(loss) else None  # a manifest is JSON, which has no NaN
         best = loss if state.best_validation_loss is None else min(loss, state.best_validation_loss)
         best = best if math.isfinite(best) else state.best_validation_loss
         return replace(state, best_validation_loss=best, validated_step=state.step)

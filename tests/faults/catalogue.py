@@ -15,6 +15,7 @@ from pathlib import Path
 from watchdog.attacks import WITH_SECRET, WITHOUT_SECRET
 
 from faults.laboratory import STEPS, Laboratory, Outcome, after_step, demand, last_words
+from faults.ranks import weights_digest
 from megatron_omega.host.run_folder import METRICS, MONITOR
 from megatron_omega.monitoring.files import read_objects
 from megatron_omega.watchdog.meeting import Address
@@ -259,6 +260,35 @@ def two_starts(lab: Laboratory) -> Outcome:
     return lab.compare(run, layout="1x2x1", problems=problems)
 
 
+def full_disk(lab: Laboratory) -> Outcome:
+    """The run's file system is full from step 20 to step 40."""
+    overrides = ("--training.train_steps", "50", "--checkpoint.interval_steps", "8", "--evaluation.interval_steps", "10",
+                 "--evaluation.num_batches", "1", "--logging.tensorboard", "true")  # fmt: skip
+    disk = lab.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], check=False).returncode == 0
+    if not mounted:
+        return Outcome(None, True, None, said="no file system of one's own can be mounted here")
+    try:
+        run = lab.run(*overrides, layout="1x2x1", directory=disk / "run",
+                      faults=[{"kind": "full", "rank": 0, "step": 20, "until": 40}])  # fmt: skip
+        ending = run.finish(most_starts=1)
+        steps = [row["step"] for row in read_objects(run.directory / METRICS)]
+        problems = [] if set(ending.codes) == {0} else [f"exit codes {ending.codes}: {last_words(ending.log)}"]
+        missing = sorted(set(range(1, 51)) - set(steps))  # the last block of the file had room for some lines more
+        if not missing or missing != list(range(missing[0], 40)) or not 20 <= missing[0] < 35:
+            problems.append(f"metrics.jsonl lacks steps {missing}")
+        elif f"missing: {len(missing)} lines, step {missing[0]} to step 39" not in ending.log:
+            problems.append("the log does not name the missing lines")
+        problems += ["a traceback"] if "Traceback" in ending.log else []
+        reference = lab.reference(*overrides, layout="1x2x1")
+        ours, theirs = (max((each.directory / "checkpoints").glob("step-*")) for each in (run, reference))
+        is_equal = weights_digest(ours) == weights_digest(theirs)
+        return Outcome(None, run.is_complete, is_equal, tuple(problems), last_words(ending.log))
+    finally:
+        subprocess.run(["umount", disk], check=False)
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL of a rank of the first stage": kill("first"),
     "SIGKILL of a rank of a middle stage": kill("middle"),
@@ -281,4 +311,5 @@ FAULTS: dict[str, Fault] = {
     "wandb unreachable": tracker,
     "strangers at the hub": strangers,
     "two starts in one folder": two_starts,
+    "disk full from step 20 to 40": full_disk,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,6 +85,9 @@ class Injector(Hook):
         self._marker = context.run_directory / name
 
     def on_step_begin(self, step: int) -> None:
+        if self._fault["kind"] == "full":
+            self._fill(step)
+            return
         is_lasting = self._fault["kind"] in ("late", "clock")
         if self._has_fired or step < self._fault["step"] or (self._marker.exists() and not is_lasting):
             return
@@ -114,6 +118,21 @@ class Injector(Hook):
 
     def _stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _full(self) -> None:
+        """Do nothing: `_fill` does, at two steps."""
+
+    def _fill(self, step: int) -> None:
+        """Fill the run's file system to the last byte, and free it again at another step."""
+        ballast = self._marker.parent / "ballast"
+        if step == self._fault["step"]:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                for size in (1 << 20, 1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)):
+                            pass
+        elif step == self._fault["until"]:
+            ballast.unlink()
 
     def _loader_worker(self) -> None:
         for child in psutil.Process().children():

@@ -24,11 +24,39 @@ URL_CANARY = "canary-of-a-url"
 
 
 @pytest.mark.parametrize(
-    "name", ["WANDB_API_KEY", "HF_TOKEN", "MY_TOKENS", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "apikey"]
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "MY_TOKENS",
+        "DB_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "apikey",
+        "DB_PASS",
+        "ORA_PWD",
+        "GITHUB_PAT",
+    ],
 )
 def test_variables_named_like_keys(name: str) -> None:
     assert secrets_of({name: CANARY, "HOME": "/root", "TOKENIZERS_PARALLELISM": "false-false"}) == [CANARY]
     assert secrets_of({name: "1"}) == secrets_of({"MAX_TOKENS": "1000000"}) == []
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "PATH", "MODULEPATH", "BYPASS_CACHE", "PASS_THROUGH", "COMPAT"])
+def test_variables_that_are_no_keys(name: str) -> None:
+    assert secrets_of({name: "/home/somebody"}) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Authorization: Bearer {CANARY}", f"https://me:{CANARY}@host/x", f"postgres://me:a/b@{CANARY}@host/x",
+        f"https://me:{CANARY}/with@more@host", f"--db-pass {CANARY}", f"ORA_PWD={CANARY}", f"github_pat: {CANARY}",
+    ],
+)  # fmt: skip
+def test_what_is_said_like_a_secret_is_hidden(text: str) -> None:
+    assert CANARY not in redact(text, {})
+    assert redact("see http://n1:8080/a@b and me@host", {}) == "see http://n1:8080/a@b and me@host"
 
 
 def test_no_setting_of_ours_is_taken_for_a_secret() -> None:

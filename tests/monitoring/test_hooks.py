@@ -220,7 +220,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, An
 
     def init(**keywords: Any) -> Any:
         started.append(keywords)
-        return SimpleNamespace(**run)
+        return SimpleNamespace(**{"define_metric": lambda *_, **__: None} | run)
 
     module = SimpleNamespace(init=init, Settings=lambda **keywords: keywords)
     monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
@@ -228,11 +228,13 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, An
 
 
 def test_one_wandb_run_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[tuple[dict[str, float], int]] = []
+    logged: list[dict[str, float]] = []
     ended: list[int] = []
+    axes: list[tuple[str, str]] = []
     started = fake_wandb(
-        monkeypatch, log=lambda values, step: logged.append((values, step)), finish=lambda: ended.append(1)
-    )
+        monkeypatch, log=logged.append, finish=lambda: ended.append(1),
+        define_metric=lambda name, step_metric: axes.append((name, step_metric)),
+    )  # fmt: skip
     for step in (0, 5):
         hook = Wandb(LoggingConfig(wandb="offline"))
         hook.on_start(context(tmp_path, step=step))
@@ -240,7 +242,8 @@ def test_one_wandb_run_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         hook.on_close()
     assert len({call["id"] for call in started}) == 1 and started[0]["id"] == run_id(tmp_path)
     assert {call["mode"] for call in started} == {"offline"}
-    assert [step for _, step in logged] == [1, 6] and logged[0][0]["train/lm_loss"] == 5.0
+    assert [values["step"] for values in logged] == [1, 6] and logged[0]["train/lm_loss"] == 5.0
+    assert axes[:2] == [("train/*", "step"), ("validation/*", "step")]  # a step that is done again is not dropped
     assert ended == [1, 1]
 
 

@@ -200,7 +200,11 @@ def test_a_hub_takes_a_thousand_ranks(tmp_path: Path) -> None:
                   finding_code=2, fingerprint={"code": "same"})  # fmt: skip
     for line in filter(None, lines):
         line.connection.settimeout(30.0)
-        assert {"kind": "go"} in (line.receive() or [])
+        heard: list[Message] = []
+        while {"kind": "go"} not in heard:  # beats may come before it
+            messages = line.receive()
+            assert messages
+            heard += messages
         line.send("done")
     hub.join(timeout=30.0)
     assert not hub.is_alive()
