@@ -51,7 +51,10 @@ text's last token; with <s> where model.decoder_start is begin, and after no tex
 
 Branches, for token i attending j: full (all j), causal (j <= i), local (abs(i - j) < local_window), axial (heads with
 an even index: same i // axial_width; odd: same i % axial_width), dynamic (full, q times temperature, output times
-gate). In the decoder all are causal. If `model.*_branches` is a list of lists, layer i has list i modulo their number.
+gate), select (the model.select_blocks earlier blocks of axial_width tokens with the largest q . mean(k), q of the first
+token of i's own block, and that block). In the decoder all are causal. `*.attention.sinks` [local and axial branches,
+heads, head size]: a further key of those heads, with a value of zero. If `model.*_branches` is a list of lists, layer
+i has list i modulo their number.
 """
 
 
