@@ -59,9 +59,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             if d_bias is not None:
                 d_bias += logits.sum(dim=0)
-            d_logits = (logits * loss.output_multiplier).to(hidden.dtype)
-            d_hidden[rows] = d_logits @ table
-            d_table += d_logits.t() @ hidden[rows]
+            _add_gradients(
+                logits.to(hidden.dtype), hidden[rows], table, loss.output_multiplier, d_hidden[rows], d_table
+            )
         if wants:
             context.save_for_backward(d_hidden, _as(d_table, table), _as(d_bias, bias))
         total, cross_entropy = totals
@@ -74,13 +74,24 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
+def _add_gradients(
+    d_logits: Tensor, hidden: Tensor, table: Tensor, scale: float, d_hidden: Tensor, d_table: Tensor
+) -> None:
+    """Fill `d_hidden` and add to `d_table`; scaled are these, not the much larger logits."""
+    torch.mm(d_logits, table, out=d_hidden).mul_(scale)
+    if hidden.dtype == d_table.dtype:
+        d_table.addmm_(d_logits.t(), hidden, alpha=scale)
+    else:
+        d_table.add_(d_logits.t() @ hidden, alpha=scale)
+
+
 def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
 def _logits(hidden: Tensor, table: Tensor, bias: Tensor | None, loss: VocabularyLoss) -> Tensor:
     """[n, d], [v, d] -> fp32 [n, v]; padding rows of the table get -inf."""
-    logits = (hidden @ table.t()).float() * loss.output_multiplier
+    logits = (hidden @ table.t()).float().mul_(loss.output_multiplier)
     if bias is not None:
         logits += bias.float()
     start, stop = loss.parallel.shard(loss.padded_vocab_size)

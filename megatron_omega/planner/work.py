@@ -20,10 +20,10 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FORWARD_TRAFFIC = 2.5
 """Bytes that element-wise kernels move in a forward pass, per byte that a layer without recomputation keeps."""
 BACKWARD_TRAFFIC = 5.0
-BRANCH_LAUNCHES: dict[Branch, int] = {"full": 10, "causal": 10, "local": 20, "axial": 30, "dynamic": 4,
+BRANCH_LAUNCHES: dict[Branch, int] = {"full": 6, "causal": 6, "local": 3, "axial": 3, "dynamic": 11,
     "select": 40}  # fmt: skip
 """Kernels of a branch's forward pass, counted on the real code."""
-BACKWARD_LAUNCHES = 1.15
+BACKWARD_LAUNCHES = 1.6
 """Kernels of a backward pass per kernel of the forward."""
 BACKWARD_HOST = 0.8
 """What a host spends on launching a backward pass, per launch of the forward: autograd does not go through Python."""
@@ -177,7 +177,7 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
     everything = config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
     keep = activations.encoder_layer if encoder else activations.decoder_layer
     kept, whole = keep(config, shape, branches), keep(everything, shape, branches)
-    launches = 60 + 44 * has_cross + sum(BRANCH_LAUNCHES[branch] for branch in branches)
+    launches = 36 + 34 * has_cross + sum(BRANCH_LAUNCHES[branch] for branch in branches)
     is_full = recompute == "full"
     redone = {"none": [], "swiglu": [], "ffn": [gate_up], "full": products[:-1]}[recompute]
     return Work(
