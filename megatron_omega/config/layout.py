@@ -73,6 +73,12 @@ class Layout:
             groups.append(tuple(self.rank(Coordinate(**place)) for place in places))
         return groups
 
+    def group_of(self, rank: int, *axes: Axis) -> tuple[int, ...]:
+        """Return the ranks that differ from `rank` only along `axes`, ascending."""
+        own = self.coordinate(rank)
+        extents = {axis: range(getattr(self, axis)) if axis in axes else (getattr(own, axis),) for axis in AXES}
+        return tuple(self.rank(Coordinate(*place)) for place in product(*(extents[axis] for axis in AXES)))
+
     def __str__(self) -> str:
         return f"PP {self.pipeline} x DP {self.data} x TP {self.tensor}"
 

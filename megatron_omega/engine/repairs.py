@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
+from megatron_omega.config.layout import Axis
 from megatron_omega.parallel.topology import Topology
+
+_ELSEWHERE = dist.GroupMember.NON_GROUP_MEMBER
 
 
 def agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
@@ -62,3 +67,30 @@ def clear_gradients_once_taken(optimizer: Any) -> None:
     take = optimizer.update_hp_grads
     optimizer.update_hp_grads = lambda clear_lp_grads=False: take(clear_lp_grads=True)
     optimizer.backward_prologue = lambda: None
+
+
+@contextmanager
+def handing_over_groups(topology: Topology) -> Iterator[None]:
+    """Let DeepSpeed's grid take the groups of `topology`.
+
+    DeepSpeed 0.19 creates every group of its grid, which are ours once more: 720 of them at PP 8 x DP 64 x TP 2, each a
+    meeting of all ranks. Groups that are not ours (of a tied table's stages) are created as before, by all ranks.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    create, layout, world = dist.new_group, topology.layout, tuple(range(topology.layout.world_size))
+    ours = (topology.tensor, topology.data, topology.pipeline, topology.model)
+    axes: Sequence[tuple[Axis, ...]] = (("tensor",), ("data",), ("pipeline",), ("pipeline", "tensor"))
+    known: dict[tuple[int, ...], Any] = {ranks: _ELSEWHERE for names in axes for ranks in layout.groups(*names)}
+    known |= {group.ranks: group.handle for group in ours} | {world: dist.group.WORLD}
+
+    def new_group(ranks: Iterable[int] | None = None, **options: Any) -> Any:
+        members = world if ranks is None else tuple(ranks)
+        return known[members] if members in known else create(list(members), **options)
+
+    dist.new_group = new_group
+    try:
+        yield
+    finally:
+        dist.new_group = create

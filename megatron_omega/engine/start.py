@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from megatron_omega.engine.repairs import handing_over_groups
 from megatron_omega.errors import ConfigError
 from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
@@ -54,9 +55,13 @@ def check_precision(dtype: str) -> None:
         )
 
 
-def construction(values: Mapping[str, Any], topology: Topology) -> AbstractContextManager[Any]:
-    """Return the context to build the model in: under ZeRO-3 each layer is partitioned as soon as it exists."""
-    if values["zero_optimization"]["stage"] < 3:
-        return nullcontext()
-    mpu = ModelParallelUnit(topology)
-    return deepspeed.zero.Init(data_parallel_group=topology.data.handle, config_dict_or_path=dict(values), mpu=mpu)
+@contextmanager
+def construction(values: Mapping[str, Any], topology: Topology) -> Iterator[None]:
+    """Surround the building of the model: under ZeRO-3 each layer is partitioned as soon as it exists."""
+    with ExitStack() as stack:
+        stack.enter_context(handing_over_groups(topology))
+        if values["zero_optimization"]["stage"] == 3:
+            mpu, group = ModelParallelUnit(topology), topology.data.handle
+            init = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=dict(values), mpu=mpu)
+            stack.enter_context(init)
+        yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import torch.distributed as dist
 
-from megatron_omega.config.layout import Coordinate, Layout
+from megatron_omega.config.layout import Axis, Coordinate, Layout
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 
@@ -46,29 +48,22 @@ class Topology:
         return TensorParallel(self.tensor.handle, self.tensor.rank, self.tensor.size, sequence_parallel)
 
 
-def create_topology(layout: Layout) -> Topology:
-    """Create the process groups of `layout`. Collective: every rank calls it, in the same order.
+def create_topology(layout: Layout, *, timeout: timedelta | None = None) -> Topology:
+    """Create the process groups of `layout` that this rank is in. Collective: every rank calls it, in the same order.
 
-    Without an initialised process group the layout must be a single process.
+    Without an initialised process group the layout must be a single process. `timeout` holds for their messages.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert layout.world_size == world_size, f"{layout} needs {layout.world_size} processes, found {world_size}"
-    return Topology(
-        layout=layout,
-        rank=rank,
-        tensor=_create_group(layout.groups("tensor"), rank),
-        data=_create_group(layout.groups("data"), rank),
-        pipeline=_create_group(layout.groups("pipeline"), rank),
-        model=_create_group(layout.groups("pipeline", "tensor"), rank),
-    )
+
+    def group(*axes: Axis) -> Group:
+        ranks = layout.group_of(rank, *axes)
+        handles = {each: _create_group(each, timeout) for each in layout.groups(*axes)} if dist.is_initialized() else {}
+        return Group(handles.get(ranks), ranks, ranks.index(rank))
+
+    return Topology(layout, rank, group("tensor"), group("data"), group("pipeline"), group("pipeline", "tensor"))
 
 
-def _create_group(groups: list[tuple[int, ...]], rank: int) -> Group:
-    mine: Group | None = None
-    for ranks in groups:
-        handle = cast(dist.ProcessGroup, dist.new_group(list(ranks))) if dist.is_initialized() else None
-        if rank in ranks:
-            mine = Group(handle, ranks, ranks.index(rank))
-    assert mine is not None, f"rank {rank} is in none of {groups}"
-    return mine
+def _create_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=timeout))

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,8 @@ def train(
             share_cache(Path(config.logging.run_directory), place)
         _seed_everything(config)
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
-        topology = create_topology(layout_of(config, place.world_size))
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        topology = create_topology(layout_of(config, place.world_size), timeout=timeout)
         kernels = select_kernels(device_type)
         trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks)
         try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import megatron_omega.config.layout
 import megatron_omega.host.environment
 import megatron_omega.parallel.tensor_parallel
-from megatron_omega.config.layout import AXES, Layout
+from megatron_omega.config.layout import AXES, Axis, Layout
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 layouts = st.builds(Layout, *(st.integers(1, 6),) * 3)
@@ -53,3 +53,10 @@ def test_shards_cover_everything_once_and_evenly(total: int, size: int) -> None:
 def test_examples_in_docstrings(module: object) -> None:
     results = doctest.testmod(module)  # pyright: ignore[reportArgumentType]
     assert results.attempted > 0 and results.failed == 0
+
+
+@given(layouts, st.data(), st.sets(st.sampled_from(AXES), min_size=1))
+def test_a_ranks_group_is_the_one_that_holds_it(layout: Layout, data: st.DataObject, axes: set[Axis]) -> None:
+    rank = data.draw(st.integers(0, layout.world_size - 1))
+    (expected,) = [ranks for ranks in layout.groups(*axes) if rank in ranks]
+    assert layout.group_of(rank, *axes) == expected
