@@ -31,7 +31,9 @@ ECHO = """import json, os, sys
 from pathlib import Path
 folder = Path(__file__).parent
 (folder / f"said-{os.uname().nodename}.json").write_text(json.dumps(sys.argv[1:]))
-(folder / "run" / "SUCCESS").parent.mkdir(exist_ok=True)
+run = Path(sys.argv[len(sys.argv) - 1 - sys.argv[::-1].index("--logging.run_directory") + 1])
+run.mkdir(parents=True, exist_ok=True)
+(run / "SUCCESS").write_text("{}")
 """
 
 
