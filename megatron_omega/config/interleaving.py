@@ -87,17 +87,16 @@ def target(shape: Interleaving, task: Pass) -> Pass | None:
     return task._replace(stage=stage) if 0 <= stage < shape.num_stages else None
 
 
-@lru_cache(maxsize=4096)
-def fullest_moment(shape: Interleaving, rank: int, weights: tuple[int, ...]) -> list[int]:
-    """Return how many micro-batches each stage of `rank` holds between their two passes when it holds most.
+def fullest_moment(shape: Interleaving, rank: int) -> list[int]:
+    """Return how many micro-batches each stage of `rank` holds between their two passes when it first holds most.
 
-    `weights` says what one of them weighs in each of the rank's stages.
+    That is after the forward pass behind the warm-up; from there on each forward pass follows a backward pass.
     """
-    held, fullest, most, weight = [0] * shape.chunks, [0] * shape.chunks, 0, 0
-    for task in training_order(shape, rank):
-        chunk, change = task.stage // shape.ranks, 1 if task.direction == "F" else -1
-        held[chunk] += change
-        weight += change * weights[chunk]
-        if weight > most:
-            most, fullest = weight, held.copy()
-    return fullest
+    left = min(shape.warm_up(rank) + 1, shape.chunks * shape.micro_batches)
+    held = [0] * shape.chunks
+    for each in shape.rounds:
+        for chunk in range(shape.chunks):
+            taken = min(left, len(each))
+            held[chunk] += taken
+            left -= taken
+    return held

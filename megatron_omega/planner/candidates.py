@@ -127,6 +127,8 @@ def variants(grid: Candidate, micro_batches: Sequence[int] = MICRO_BATCHES) -> I
     """Yield every schedule, ZeRO stage, sequence parallelism, micro-batch size and recompute mode of a grid."""
     schedules = SCHEDULES if grid.pipeline > 1 else SCHEDULES[:1]
     for (schedule, virtual_stages), zero_stage in product(schedules, range(4)):
+        if schedule == "interleaved" and zero_stage != 1:
+            continue  # like every pipeline; said once, of 1F1B
         for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
             for micro_batch, recompute in product(micro_batches, RECOMPUTE):
                 yield replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_omega import accounting
 from megatron_omega.config.interleaving import Interleaving, fullest_moment
@@ -20,13 +20,15 @@ from megatron_omega.planner.hardware import CollectiveKind, Hardware
 from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
 from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
 from megatron_omega.planner.orthogonal import STEPS, exchanged_bytes, moved_matrices, moved_parameters
-from megatron_omega.planner.stages import Seconds, Stage, cut, layer_seconds
+from megatron_omega.planner.stages import Host, Seconds, Stage, cut, layer_seconds
 from megatron_omega.planner.work import Work, layer_works, pipeline_messages, table_parameters
 
 EXACT_INSTRUCTIONS = 40_000
 """Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
 PARTITION_HOST = 900
 """What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; fitted to real steps (docs/planner.md)."""
+ACCUMULATED, CLEARED = 18, 2
+"""Bytes per parameter and micro-batch that adding up bf16 gradients in fp32 moves, and that clearing them does."""
 COPIES = {0: 0, 1: 0, 2: 1, 3: 2}
 """How often DeepSpeed and gloo copy what they send, by ZeRO stage: joined, and cloned."""
 
@@ -117,8 +119,9 @@ class Estimate:
 class Planner:
     """Estimates layouts of one configuration on one machine; remembers what layouts have in common."""
 
-    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
-        self.config, self.hardware = config, hardware
+    def __init__(self, config: RunConfig, hardware: Hardware, *, hooks: float = PARTITION_HOST) -> None:
+        """`hooks`: what ZeRO-3 costs a GPU's host per layer and micro-batch, in launches."""
+        self.config, self.hardware, self.hooks = config, hardware, hooks
         self._costs = accounting.layer_costs(config)
         self._works: dict[tuple[object, ...], tuple[dict[str, Work], dict[str, Seconds], Shape]] = {}
         self._stages: dict[tuple[int, object], list[Stage]] = {}
@@ -145,12 +148,15 @@ class Planner:
         return self._common(candidate.apply(self.config), candidate)[0]
 
     def _common(self, config: RunConfig, c: Candidate) -> tuple[dict[str, Work], dict[str, Seconds], Shape]:
-        key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute)
+        is_hooked = c.zero_stage == 3 and not self.hardware.facts.is_cpu
+        key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute, is_hooked)
         if key not in self._works:
             works, shape = layer_works(config), Shape.of(config)
+            host = Host(config.training.compile == "layers", self.hooks if is_hooked else 0.0)
             dtype = config.precision.dtype
             times = {
-                kind: layer_seconds(work, self.hardware, dtype, shape.element, c.tensor) for kind, work in works.items()
+                kind: layer_seconds(work, self.hardware, dtype, shape.element, c.tensor, host)
+                for kind, work in works.items()
             }
             self._works[key] = works, times, shape
         return self._works[key]
@@ -174,7 +180,7 @@ class Planner:
         matrices = moved_parameters(moved_matrices(config, mine), c.tensor)
         states = States(parameters, config.precision.dtype, c.zero_stage, c.data, persistent, matrices, is_cpu)
         moments = [self._stage_moments(config, c, stages, index, works, shape) for index in c.stages_of(rank)]
-        counts = in_flight(c, micro_batches, rank, [turns[0].kept for _, turns in moments])
+        counts = in_flight(c, micro_batches, rank)
         parts = [InFlight(count, *each) for count, each in zip(counts, moments, strict=True)]
         return fullest(states, parts, micro_batches)
 
@@ -202,7 +208,7 @@ class Planner:
         busiest = max(per_rank, key=lambda parts: sum(s.forward + s.backward for s in parts))
         busy = m * sum(s.forward + s.backward for s in busiest)
         communication = m * sum(s.communication for s in busiest)
-        exact = exact and c.pipeline > 1 and c.pipeline * m <= EXACT_INSTRUCTIONS
+        exact = exact and c.pipeline > 1 and c.num_stages * m <= EXACT_INSTRUCTIONS
         span = estimate.timeline.makespan if exact else _makespan(estimate)
         span = max(span, _shared_cores_seconds(estimate, per_rank))
         table, dp_seconds, optimizer = table_parameters(estimate.config), 0.0, 0.0
@@ -212,7 +218,8 @@ class Planner:
             parameters += table if any(stage.has_table for stage in mine) else 0
             sending = _data_seconds(estimate, parameters, busy) + _partition_seconds(estimate, mine)
             dp_seconds = max(dp_seconds, sending)
-            optimizer = max(optimizer, _optimizer_seconds(estimate, parameters) + _muon_seconds(estimate, mine))
+            own = _optimizer_seconds(estimate, parameters) + _accumulation_seconds(estimate, parameters)
+            optimizer = max(optimizer, own + _muon_seconds(estimate, mine))
         tied = tied_ranks(c, estimate.stages)
         if len(tied) > 1:
             stride = c.tensor * c.data * max(1, (max(tied) - min(tied)) // (len(tied) - 1))
@@ -220,18 +227,21 @@ class Planner:
         return Breakdown(busy - communication, communication, max(0.0, span - busy), dp_seconds, optimizer)
 
 
-def in_flight(candidate: Candidate, micro_batches: int, rank: int, kept: Sequence[int] = ()) -> list[int]:
+@lru_cache(maxsize=4096)
+def _fullest_moment(shape: Interleaving, rank: int) -> tuple[int, ...]:
+    return tuple(fullest_moment(shape, rank))
+
+
+def in_flight(candidate: Candidate, micro_batches: int, rank: int) -> list[int]:
     """Return the micro-batches in flight in each stage of a rank when it holds most.
 
-    2P to 1 along a V, P to 1 under 1F1B; of interleaved stages, at the moment when they together keep most, where a
-    micro-batch of the rank's stage i keeps `kept[i]` bytes.
+    2P to 1 along a V, P to 1 under 1F1B; of interleaved stages, at the first moment when it holds most of all together.
     """
     c = candidate
     if c.schedule == "dualpipev":
         return [min(2 * c.pipeline - stage, micro_batches) for stage in c.stages_of(rank)]
     if c.schedule == "interleaved":
-        few = min(micro_batches, 4 * c.pipeline + micro_batches % c.pipeline)  # rounds repeat
-        return fullest_moment(Interleaving(c.pipeline, c.virtual_stages, few), rank, tuple(kept))
+        return list(_fullest_moment(Interleaving(c.pipeline, c.virtual_stages, micro_batches), rank))
     return [schedule.in_flight("1f1b", c.pipeline, micro_batches, rank)]
 
 
@@ -327,6 +337,19 @@ def _muon_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
     sent = exchanged_bytes(c, matrices)
     carried = hardware.collective_seconds("all_gather", sent["reduce"] + sent["broadcast"], c.data, c.tensor)
     return seconds / c.data + carried + hardware.collective_seconds("all_reduce", sent["all_reduce"], c.tensor, 1)
+
+
+def _accumulation_seconds(estimate: Estimate, parameters: int) -> float:
+    """Seconds in which bf16 gradients are added to fp32 ones after every backward pass (BF16_Optimizer, ZeRO-1).
+
+    Read, widened, added: 18 bytes a parameter; without pipeline stages they are cleared too. Every stage of a rank has
+    its own parameters, so interleaved stages cost no more.
+    """
+    c = estimate.candidate
+    if c.zero_stage != 1 or estimate.config.precision.dtype != "bf16" or estimate.hardware.facts.is_cpu:
+        return 0.0
+    num_bytes = ACCUMULATED if c.pipeline > 1 else ACCUMULATED + CLEARED
+    return estimate.micro_batches * estimate.hardware.traffic_seconds(num_bytes * parameters)
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:

@@ -74,6 +74,8 @@ class AcceleratorFacts(Section):
     """Time the host needs to start one kernel."""
     is_cpu: bool = False
     """Whether ranks run on CPU cores, one each."""
+    exponentials: PositiveFloat | None = None
+    """Exponentials per second of its special-function units; None: not known, not a limit."""
     cores: Positive | None = None
     """Cores that all ranks of a node share; more ranks than cores take turns."""
     efficiency: Efficiency
@@ -124,9 +126,17 @@ class Hardware:
         traffic = (m * k + k * n + m * n) * element
         return max(2 * m * n * k / (self.peak(dtype) * share), self.traffic_seconds(traffic))
 
-    def attention_seconds(self, flops: float, dtype: str) -> float:
-        """Seconds of attention kernels."""
-        return flops / (self.peak(dtype) * self.facts.efficiency.attention)
+    def attention_seconds(self, flops: float, dtype: str, head_dim: int) -> float:
+        """Seconds of attention kernels: of their products, padded to what a GPU's take, or of their exponentials.
+
+        A score costs 4 head_dim FLOPs and one exponential, which small heads wait for.
+        """
+        if self.facts.is_cpu or head_dim == 0:
+            return flops / (self.peak(dtype) * self.facts.efficiency.attention)
+        padded = -(-head_dim // 8) * 8 / head_dim
+        products = flops * padded / (self.peak(dtype) * self.facts.efficiency.attention)
+        rate = self.facts.exponentials
+        return max(products, flops / (4 * head_dim) / (rate * self.facts.efficiency.memory)) if rate else products
 
     def traffic_seconds(self, num_bytes: float) -> float:
         """Seconds that element-wise kernels need to move `num_bytes`."""

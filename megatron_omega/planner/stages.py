@@ -158,16 +158,39 @@ def _stage(config: RunConfig, first: int, costs: Sequence[accounting.LayerCost])
     return Stage(first, tuple(cost.kind for cost in costs), learned)
 
 
-def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tensor: int) -> Seconds:
+@dataclass(frozen=True)
+class Host:
+    """What the host does for a layer beside launching its kernels one by one."""
+
+    is_compiled: bool = False
+    """Whether kernels are those that torch.compile fuses."""
+    hooks: float = 0.0
+    """What ZeRO-3 runs around a layer, forward and backward together, in launches."""
+
+
+COMPILED_LAUNCHES = 0.2
+"""Kernels of a compiled layer pair: 111 instead of 559, forward and backward (counted)."""
+COMPILED_TRAFFIC = 0.77
+"""Its saved bytes (counted), which stand for what element-wise kernels move."""
+
+
+def layer_seconds(
+    work: Work, hardware: Hardware, dtype: str, element: int, tensor: int, host: Host = Host()
+) -> Seconds:  # fmt: skip
     """Time of one layer: its kernels one after the other, then its messages.
 
     A GPU is never faster than its host can launch; a CPU does one after the other. A product is computed once forward
-    and twice backward; attention computes its scores again there (2.5 times).
+    and twice backward; attention computes its scores again there (2.5 times). Messages of entering the tensor-parallel
+    region run behind the gradients of the weights that take them in; on a CPU, whose cores send too, they do not.
     """
+    is_fused = host.is_compiled and work.head_dim > 0  # of layers, not of embeddings and heads
+    share_of = (COMPILED_TRAFFIC, COMPILED_LAUNCHES) if is_fused else (1.0, 1.0)
 
     def kernels(products: float, attention: float, traffic: float, launches: float) -> float:
-        seconds = products + hardware.attention_seconds(attention, dtype) + hardware.traffic_seconds(traffic)
-        launching = launches * hardware.facts.launch_seconds
+        seconds = products + hardware.attention_seconds(attention, dtype, work.head_dim)
+        seconds += hardware.traffic_seconds(share_of[0] * traffic)
+        hooks = host.hooks / 2 if work.head_dim else 0.0
+        launching = (launches * share_of[1] + hooks) * hardware.facts.launch_seconds
         return seconds + launching if hardware.facts.is_cpu else max(seconds, launching)
 
     def messages(counted: Messages) -> float:
@@ -196,4 +219,19 @@ def layer_seconds(work: Work, hardware: Hardware, dtype: str, element: int, tens
         work.launches * launches_backward + work.recomputed_launches + checkpoint[1],
     )
     sent_forward, sent_backward = messages(work.forward_messages), messages(work.backward_messages)
+    sent_backward -= _hidden(work, hardware, products, tensor)
     return Seconds(forward + sent_forward, backward + sent_backward, sent_forward + sent_backward)
+
+
+def _hidden(work: Work, hardware: Hardware, products: float, tensor: int) -> float:
+    """Seconds of a layer's messages that run while it computes gradients of weights.
+
+    `products` are the forward pass's seconds: as long as the weights' gradients, about two thirds of which belong to
+    weights that take in the residual stream.
+    """
+    if hardware.facts.is_cpu or not work.entering:
+        return 0.0
+    scatters = [message for message in work.backward_messages if message.kind == "reduce_scatter"]
+    whole = max(scatters or work.backward_messages, key=lambda message: message.num_bytes)
+    message = hardware.collective_seconds(whole.kind, whole.num_bytes, tensor, 1)
+    return work.entering * min(message, 2 / 3 * products / work.entering)

@@ -81,6 +81,10 @@ class Work:
     backward_messages: Messages = field(default_factory=Counter)
     kept: int = 0
     """Bytes kept for the backward pass; the facts of streams, memory and stage inputs apart."""
+    entering: int = 0
+    """Messages of the backward pass that run while gradients of weights are computed (parallel/entering.py)."""
+    head_dim: int = 0
+    """Of the attention kernels."""
     forms_gradients: bool = False
     """Whether the forward pass does the backward pass's products too."""
     expected: float = 1.0
@@ -194,6 +198,8 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
         is_checkpointed=is_full,
         forward_messages=forward,
         backward_messages=backward,
+        entering=blocks if shape.tensor > 1 else 0,
+        head_dim=shape.head_dim,
         kept=kept,
         working=whole - kept + _gradients(shape, length),
     )

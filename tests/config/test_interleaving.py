@@ -94,11 +94,22 @@ def test_one_stage_a_rank_is_1f1b() -> None:
     for rank in range(4):
         order = training_order(Interleaving(4, 1, 8), rank)
         assert [task.direction for task in order[: 4 - rank]] == ["F"] * (4 - rank)
-        assert fullest_moment(Interleaving(4, 1, 8), rank, (1,)) == [4 - rank]
+        assert fullest_moment(Interleaving(4, 1, 8), rank) == [4 - rank]
+
+
+@given(shape=shapes)
+@settings(max_examples=40, deadline=None)
+def test_no_more_is_in_flight_than_at_the_fullest_moment(shape: Interleaving) -> None:
+    for rank in {0, shape.ranks - 1}:
+        held, most = 0, 0
+        for task in training_order(shape, rank):
+            held += 1 if task.direction == "F" else -1
+            most = max(most, held)
+        assert sum(fullest_moment(shape, rank)) == most
 
 
 def test_what_is_in_flight_at_the_fullest_moment() -> None:
     """Rank 0 of 8 with 8 stages holds 1.11 of what it holds under 1F1B; without interleaving 8 micro-batches."""
-    assert fullest_moment(Interleaving(8, 1, 16), 0, (1,)) == [8]
-    assert sum(fullest_moment(Interleaving(8, 8, 16), 0, (1,) * 8)) / 8 == pytest.approx(8.875)
-    assert sum(fullest_moment(Interleaving(8, 8, 16), 7, (1,) * 8)) == 57
+    assert fullest_moment(Interleaving(8, 1, 16), 0) == [8]
+    assert sum(fullest_moment(Interleaving(8, 8, 16), 0)) / 8 == pytest.approx(8.875)
+    assert sum(fullest_moment(Interleaving(8, 8, 16), 7)) == 57
