@@ -1,11 +1,11 @@
-"""Packages, and the folders of the sources that a wheel carries inside the package; the rest is in pyproject.toml."""
+"""The packages of a wheel: the rooms, and two folders of the sources that it carries (pyproject.toml says which)."""
 
-from setuptools import find_packages, setup
-
-CARRIED = {"megatron_omega.examples": "examples", "megatron_omega.ds_configs": "ds_configs"}
+from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=[*find_packages(include=["megatron_omega*"]), *CARRIED],
-    package_dir=CARRIED,
-    package_data={name: ["**/*"] for name in CARRIED},
+    packages=[
+        *find_namespace_packages(include=["megatron_omega*"]),
+        "megatron_omega.examples",
+        "megatron_omega.ds_configs",
+    ]
 )

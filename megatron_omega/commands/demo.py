@@ -10,11 +10,14 @@ last checkpoint, under any layout. What is not an option of this verb is a setti
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_omega import accounting
 from megatron_omega.commands import (
     gather_text,
     generate,
@@ -23,13 +26,16 @@ from megatron_omega.commands import (
     report,
     train_tokenizer,
 )
+from megatron_omega.config.load import load_config
 from megatron_omega.host import run_folder
 from megatron_omega.host.command_line import COMMAND, CommandLine
+from megatron_omega.monitoring.files import read_objects
 
 PRESET = "omega-tiny"
 CORPUS = Path("runs/corpus")
 """Where the preset expects its corpus."""
 TEXT, TOKENIZER, SHARD = CORPUS / "text.jsonl", CORPUS / "tokenizer.model", CORPUS / "text_text_document"
+SHORTEST_CURVE = 10
 PROMPT = "This function returns"
 
 
@@ -45,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
         return code
     _say("what it learned")
     code = report.main(["--run", str(arguments.run)])
+    print("\n".join(what_it_means(arguments.run)))
     _say("what it writes")
     generate.main(["--checkpoint", str(arguments.run), "--prompt", PROMPT, "--max-new-tokens", "48", "--seed", "1"])
     print("\n".join(last_words(arguments.run)))
@@ -75,6 +82,35 @@ def _unless(made: Path, what: str, step: Callable[[Sequence[str]], object], word
     if not made.exists():
         _say(what)
         step(words)
+
+
+def what_it_means(run: Path) -> list[str]:
+    """Return what the losses of a run say, and what more steps would give, by its own curve."""
+    rows = [row for row in read_objects(run / run_folder.METRICS) if row.get("lm_loss") is not None]
+    if len(rows) < SHORTEST_CURVE:
+        return []
+    config = load_config(run / run_folder.CONFIG)
+    steps, tokens = rows[-1]["step"], rows[-1]["consumed_tokens"]
+    half, end = (_mean_around(rows, place) for place in (len(rows) // 2, len(rows)))
+    slope = max(0.0, half - end)
+    share = tokens / accounting.parameter_count(config.model)
+    lines = [
+        "",
+        f"{steps:,} steps were {tokens / 1e6:.2f} million tokens, {share:.1g} a parameter; 20 and more are useful.",
+        "It has learned which pieces are frequent and which follow each other: what it writes below is gibberish.",
+        f"At each place it is as unsure as between {math.exp(end):,.0f} equally likely pieces "
+        f"of {config.model.vocab_size:,}.",
+    ]
+    if slope > 0.01:
+        later = math.exp(max(end - slope * math.log2(10), 0.5))
+        lines.append(f"By its own curve, ten times the steps would leave {later:,.0f}: words, then phrases.")
+    return lines
+
+
+def _mean_around(rows: Sequence[dict[str, Any]], end: int) -> float:
+    """Return the mean loss of the last tenth of the steps before place `end`."""
+    some = rows[max(0, end - max(3, len(rows) // 10)) : end]
+    return sum(row["lm_loss"] for row in some) / len(some)
 
 
 def last_words(run: Path) -> list[str]:

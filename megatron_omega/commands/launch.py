@@ -1,8 +1,8 @@
 """Start a run on this machine, on several, or under Slurm; docs/launching.md shows each.
 
-    megatron-omega launch local    --ranks 8 --config examples/omega-tiny/run.yaml [--section.field value ...]
+    megatron-omega launch local --ranks 8 --config examples/omega-tiny/run.yaml [--section.field value ...]
     megatron-omega launch hostfile --hosts n1 n2 --ranks-per-node 8 --config ...
-    megatron-omega launch slurm    --nodes 64 --ranks-per-node 8 --config examples/omega-11.9b/run.yaml [--submit]
+    megatron-omega launch slurm --nodes 64 --ranks-per-node 8 --config examples/omega-11.9b/run.yaml [--submit]
 
 What is not an option of this verb is the command line of `train`. `begin` and `end` are for the scripts.
 """

@@ -1,6 +1,6 @@
 """Plan a run without a GPU: rank every layout of a configuration on a number of accelerators.
 
-    megatron-omega plan --config examples/omega-11.9b/run.yaml --gpus 256 --gpu h100-80g
+    megatron-omega plan --config omega-1b --gpus 16 --gpu h100-80g
 
 Needs neither torch nor DeepSpeed. `--explain LAYOUT` shows one layout in detail, `--write DIR` turns one into files.
 """

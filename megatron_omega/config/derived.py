@@ -92,7 +92,9 @@ def _num_attention_heads(values: Values) -> tuple[int, str] | None:
     if hidden is None:
         return None
     wanted = [size for size in ((given,) if given else HEAD_DIMS) if hidden % size == 0 and (given or hidden > size)]
-    return (hidden // wanted[0], f"model.hidden_size in heads of {wanted[0]}") if wanted else None
+    even = [size for size in wanted if hidden // size % 2 == 0]  # which two tensor-parallel ranks can share
+    size = next(iter(even or wanted), None)
+    return None if size is None else (hidden // size, f"model.hidden_size in heads of {size}")
 
 
 def _encoder_layers(values: Values) -> tuple[int, str] | None:
