@@ -70,7 +70,9 @@ def _cut_at_bridge(
     return (*encoder, bridge, *(bridge + cut for cut in decoder))
 
 
-def _latest_starts(loads: Sequence[float], limit: float, sizes: Sequence[float], size_limit: float) -> list[int] | None:
+def _earliest_starts(
+    loads: Sequence[float], limit: float, sizes: Sequence[float], size_limit: float
+) -> list[int] | None:
     """Earliest layer at which the last k stages can begin under both limits, for k = 0, 1, ...; None: never the first.
 
     Filling stages from the back is optimal: a stage that starts earlier leaves a prefix that is no heavier.
@@ -94,7 +96,7 @@ def _fits(
     size_limit: float,
     num_stages: int,
 ) -> bool:
-    starts = _latest_starts(loads, limit, sizes, size_limit)
+    starts = _earliest_starts(loads, limit, sizes, size_limit)
     return starts is not None and len(starts) - 1 <= num_stages
 
 
@@ -107,7 +109,7 @@ def _smallest(values: Sequence[float], fits: Callable[[float], bool]) -> float:
 
 
 def _run_sums(values: Sequence[float]) -> list[float]:
-    """Every sum a stage could have, ascending. Sums run from the back, as `_latest_starts` adds them."""
+    """Every sum a stage could have, ascending. Sums run from the back, as `_earliest_starts` adds them."""
     sums: set[float] = set()
     for end in range(len(values), 0, -1):
         total = 0.0
@@ -127,7 +129,7 @@ def _bottleneck(loads: tuple[float, ...], num_stages: int) -> float:
 def _cut(loads: tuple[float, ...], sizes: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     limit = _bottleneck(loads, num_stages)
     size_limit = _smallest(_run_sums(sizes), lambda size: _fits(loads, limit, sizes, size, num_stages))
-    starts = _latest_starts(loads, limit, sizes, size_limit)
+    starts = _earliest_starts(loads, limit, sizes, size_limit)
     assert starts is not None  # both limits were found feasible
     cuts: list[int] = []
     begin = 0

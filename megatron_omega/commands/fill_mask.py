@@ -1,4 +1,4 @@
-"""Find what stands behind <mask> (or [MASK]), with the encoder and its MLM head, from a checkpoint of any layout.
+"""Predict the words masked as <mask> (or [MASK]) with the encoder and its MLM head, from a checkpoint of any layout.
 
 megatron-omega fill-mask --checkpoint runs/omega-tiny --text "The [MASK] of the file is returned."
 """

@@ -1,4 +1,4 @@
-"""The truth beside a shard: `{prefix}.json` says which tokenizer made it, from what, and how large it must be."""
+"""A shard's metadata: `{prefix}.json` says which tokenizer made it, from what, and how large it must be."""
 
 from __future__ import annotations
 

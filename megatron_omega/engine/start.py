@@ -11,7 +11,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megatron_omega.engine.repairs import handing_over_groups
+from megatron_omega.engine.repairs import handing_over_groups, skip_inference_extension
 from megatron_omega.errors import ConfigError
 from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
@@ -22,11 +22,8 @@ def accelerator() -> Any:  # DeepSpeed declares that it may be None; it never is
 
 
 def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
-    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda").
-
-    DeepSpeed would compile a C++ extension for minutes at a process's first start on a CPU, for inference only.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    """Join the process group that the launcher prepared; return the device type ("cpu", "cuda")."""
+    skip_inference_extension()
     device = accelerator()
     if device.device_name() != "cpu":
         device.set_device(local_rank)

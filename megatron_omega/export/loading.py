@@ -1,4 +1,4 @@
-"""From a folder to a model that can be asked: an unsharded Omega, filled by canonical names, and its tokenizer.
+"""Load a checkpoint or an export as one model with its tokenizer: an unsharded Omega, filled by canonical names.
 
 The folder may be a checkpoint of any layout, a run, or an export. The model is built without memory and filled tensor
 by tensor, so that no weight is ever held twice.

@@ -1,4 +1,4 @@
-"""What stands behind a mask, by the encoder and its MLM head."""
+"""Predict masked tokens with the encoder and its MLM head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MASK = re.compile(rf" ?(?:{re.escape(MASK_PIECE)}|\[MASK\])")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One piece that may stand behind a mask."""
+    """One piece that may replace a mask."""
 
     piece: str
     token_id: int

@@ -1,7 +1,7 @@
 """What the end of a run means: done, start again, or stop. One rule for this host, for hosts by ssh and for Slurm.
 
-Success is the marker that rank 0 writes last, never an exit code alone: a launcher may lose ranks and return 0. Where
-there is no success, the first rank to fail is the cause; those that follow lost a peer, or were ended by the launcher.
+Success is the marker that rank 0 writes last, never an exit code alone: a launcher may lose ranks and return 0. Without
+success, the first rank to fail is the cause; those that follow lost a peer, or were ended by the launcher.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def shell_code(returned: int) -> int:
 def judge(ends: Sequence[End], launcher_code: int = 0, *, succeeded: bool = False) -> Outcome:
     """Return the outcome on ranks that ended in the order of `ends`; ranks that a launcher lost are absent.
 
-    `succeeded`: the marker stands and is no left-over. `launcher_code` counts where no rank's code is known.
+    `succeeded`: SUCCESS exists and this run wrote it. `launcher_code` counts if no rank's code is known.
     """
     failed = [end for end in ends if end.code != DONE]
     users = [end for end in failed if end.code in USERS]

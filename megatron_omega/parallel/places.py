@@ -1,4 +1,4 @@
-"""Who is who: every rank's host and place in the grid, in words."""
+"""Every rank's host and place in the grid, in words."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner import pipeline_schedule as schedule
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
-from megatron_omega.planner.hardware import CollectiveKind, Hardware
+from megatron_omega.planner.hardware import COPIES, PARTITION_HOST, CollectiveKind, Hardware
 from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
 from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
 from megatron_omega.planner.orthogonal import STEPS, exchanged_bytes, moved_matrices, moved_parameters
@@ -25,12 +25,8 @@ from megatron_omega.planner.work import Work, layer_works, pipeline_messages, ta
 
 EXACT_INSTRUCTIONS = 40_000
 """Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
-PARTITION_HOST = 900
-"""What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; fitted to real steps (docs/planner.md)."""
 ACCUMULATED, CLEARED = 18, 2
 """Bytes per parameter and micro-batch that adding up bf16 gradients in fp32 moves, and that clearing them does."""
-COPIES = {0: 0, 1: 0, 2: 1, 3: 2}
-"""How often DeepSpeed and gloo copy what they send, by ZeRO stage: joined, and cloned."""
 
 
 @dataclass(frozen=True)

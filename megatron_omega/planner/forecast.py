@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.candidates import of_config
 from megatron_omega.planner.estimate import Estimate, Planner
-from megatron_omega.planner.hardware import GIB, Hardware
+from megatron_omega.planner.hardware import GIB, LATER, PROCESS, Hardware
 from megatron_omega.planner.machine import Machine
-
-PROCESS = int(0.30 * GIB)
-"""What a CPU process holds once torch, DeepSpeed and this package are imported, where nobody has measured it."""
-LATER = int(0.13 * GIB)
-"""What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,24 @@ from megatron_omega.config.schema.base import Fraction, NonNegativeFloat, Positi
 from megatron_omega.errors import ConfigError
 
 GIB = 1024**3
+
+# What a CPU asks for what a GPU gives for nothing. Measured once, on small cores; calibration measures the rest.
+PROCESS = int(0.30 * GIB)
+"""What a CPU process holds once torch, DeepSpeed and this package are imported, where nobody has measured it."""
+LATER = int(0.13 * GIB)
+"""What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
+CPU_RUNTIME = 10 * 2**20
+"""What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
+CPU_HOOKS = 3 * 2**20
+"""What the hooks of ZeRO-3 take of it in a small model."""
+PARTITION_HOST = 900
+"""What ZeRO-3's hooks cost the host per layer and micro-batch, in launches; fitted to real steps (docs/planner.md)."""
+COPIES = {0: 0, 1: 0, 2: 1, 3: 2}
+"""How often DeepSpeed and gloo copy what they send, by ZeRO stage: joined, and cloned."""
+BACKWARD_HOST = 0.8
+"""What a host spends on launching a backward pass, per launch of the forward: autograd does not go through Python."""
+CHECKPOINT_HOST = (100, 150)
+"""What `torch.utils.checkpoint` costs a host, forward and backward, in launches: random states, above all."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "transfer"]
 
 

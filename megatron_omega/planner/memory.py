@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from megatron_omega.planner.activations import FP32
-from megatron_omega.planner.hardware import GIB
+from megatron_omega.planner.hardware import CPU_HOOKS, CPU_RUNTIME, GIB
 
 REDUCE_BUCKET = 200_000_000
 """Elements DeepSpeed gathers before a reduction at stages 2 and 3, as in ds_configs/."""
@@ -23,10 +23,6 @@ LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that stage 3 keeps alive at most."""
 GPU_RUNTIME = int(2.0 * GIB)
 """CUDA context, kernels, communicators."""
-CPU_RUNTIME = 10 * 2**20
-"""What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
-CPU_HOOKS = 3 * 2**20
-"""What the hooks of ZeRO-3 take of it in a small model."""
 ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
 

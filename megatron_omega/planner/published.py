@@ -1,4 +1,4 @@
-"""Published runs of another system, predicted with our hardware figures: the check that the roofline is not wishful.
+"""Published runs of another system, predicted with our hardware figures: the check that the roofline is not optimistic.
 
 The runs are Megatron-LM's GPT models on A100, tensor parallelism 8 (arXiv 2205.05198, table 5): with sequence
 parallelism and selective recomputation, and without, with full recomputation. Their layers are described here as that

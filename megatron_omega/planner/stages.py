@@ -12,13 +12,11 @@ from megatron_omega.config.schema import Branches, RunConfig, Stack
 from megatron_omega.planner import activations
 from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate
-from megatron_omega.planner.hardware import Hardware
+from megatron_omega.planner.hardware import BACKWARD_HOST, CHECKPOINT_HOST, Hardware
 from megatron_omega.planner.memory import Moment
 from megatron_omega.planner.work import (
-    BACKWARD_HOST,
     BACKWARD_LAUNCHES,
     BACKWARD_TRAFFIC,
-    CHECKPOINT_HOST,
     FORWARD_TRAFFIC,
     Collective,
     Messages,

@@ -25,10 +25,6 @@ BRANCH_LAUNCHES: dict[Branch, int] = {"full": 6, "causal": 6, "local": 3, "axial
 """Kernels of a branch's forward pass, counted on the real code."""
 BACKWARD_LAUNCHES = 1.6
 """Kernels of a backward pass per kernel of the forward."""
-BACKWARD_HOST = 0.8
-"""What a host spends on launching a backward pass, per launch of the forward: autograd does not go through Python."""
-CHECKPOINT_HOST = (100, 150)
-"""What `torch.utils.checkpoint` costs a host, forward and backward, in launches: random states, above all."""
 
 
 class Collective(NamedTuple):

@@ -63,6 +63,6 @@ class StopRequests:
         return _MINUTES if self._deadline is not None and time.monotonic() >= self._deadline else 0
 
     def _remove_file(self) -> None:
-        """The wish is granted: the next start shall not find it."""
+        """Remove the stop file, so that the next start does not stop at once."""
         if self._is_main:
             self._file.unlink(missing_ok=True)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.config.schema import ModelConfig, OptimizerConfig
 from megatron_omega.engine.optimizer import parameter_groups, set_learning_rate
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.omega import Omega, vocabulary_logits
 
 Inputs = tuple[Tensor, ...]
-IGNORED = -100
+
 PAD, BEGIN, MODE = 0, 1, 2
 FIRST = 8
 """First id that is a token of a task."""
@@ -99,7 +100,7 @@ def induction(length: int) -> Task:
         text = _distinct(rows, length, FIRST, 2 * length, generator)
         ids = torch.cat((text, text[:, :-1]), dim=1)
         labels = torch.cat((text[:, 1:], text), dim=1)[:, : ids.shape[1]].clone()
-        labels[:, :length] = IGNORED
+        labels[:, :length] = IGNORED_LABEL
         return ids[:, :0], ids, labels
 
     return Task("induction", FIRST + 2 * length, 2 * length, make)
@@ -110,7 +111,7 @@ def behind(length: int, distance: int = 3) -> Task:
 
     def make(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         text = torch.randint(FIRST, FIRST + 16, (rows, length), generator=generator)
-        labels = torch.cat((torch.full((rows, distance), IGNORED), text[:, :-distance]), dim=1)
+        labels = torch.cat((torch.full((rows, distance), IGNORED_LABEL), text[:, :-distance]), dim=1)
         return text[:, :0], text, labels
 
     return Task("behind", FIRST + 16, length, make)
@@ -124,7 +125,7 @@ def far(length: int, *, anywhere: bool = False) -> Task:
         text = torch.randint(FIRST, FIRST + 8, (rows, length), generator=generator)
         values = torch.randint(FIRST + 8, FIRST + 16, (rows, 1), generator=generator)
         places = torch.randint(0, length // 3, (rows, 1), generator=generator)
-        labels = torch.full_like(text, IGNORED)
+        labels = torch.full_like(text, IGNORED_LABEL)
         labels[:, length // 2 if anywhere else length - WIDTH : None if anywhere else length - WIDTH + 1] = values
         return text[:, :0], text.scatter(1, places, values), labels
 
@@ -201,15 +202,15 @@ def train(
 
 def _batch(model: ModelConfig, read: Tensor, written: Tensor, labels: Tensor) -> tuple[Inputs, Inputs]:
     """Return what the model takes: one document in every row."""
-    factors = torch.tensor([1.0 / int((labels != IGNORED).sum()), 0.0])
+    factors = torch.tensor([1.0 / int((labels != IGNORED_LABEL).sum()), 0.0])
     decoder = (written, torch.ones_like(written))
     if model.is_decoder_only:
-        return decoder, (labels, torch.full_like(labels, IGNORED), factors)
-    return (read, torch.ones_like(read), *decoder), (labels, torch.full_like(read, IGNORED), factors)
+        return decoder, (labels, torch.full_like(labels, IGNORED_LABEL), factors)
+    return (read, torch.ones_like(read), *decoder), (labels, torch.full_like(read, IGNORED_LABEL), factors)
 
 
 @torch.no_grad()
 def _accuracy(model: Omega, hidden: Tensor, labels: Tensor) -> float:
-    asked = labels != IGNORED
+    asked = labels != IGNORED_LABEL
     found = vocabulary_logits(model, hidden[asked]).argmax(dim=-1)
     return (found == labels[asked]).float().mean().item()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_omega.studies.probes import IGNORED, Task, behind, copy, count, far, induction, omega, recall, train
+from megatron_omega.config.labels import IGNORED_LABEL
+from megatron_omega.studies.probes import Task, behind, copy, count, far, induction, omega, recall, train
 
 ANYWHERE = far(48, anywhere=True)
 
@@ -71,7 +72,7 @@ def test_tasks_ask_something_that_can_be_known(task: Task) -> None:
     again = task.make(5, torch.Generator().manual_seed(0))
     assert all(torch.equal(*pair) for pair in zip((read, written, labels), again, strict=True))
     assert written.shape == labels.shape and max(read.shape[1], written.shape[1]) <= task.length
-    assert (labels != IGNORED).any(dim=1).all()
+    assert (labels != IGNORED_LABEL).any(dim=1).all()
     assert all(ids.max() < task.vocab_size for ids in (read, written, labels) if ids.numel())
 
 
@@ -85,5 +86,5 @@ def test_labels_are_right() -> None:
     read, written, labels = count(20).make(1, generator)
     assert [(read[0, 1:] == kind).sum().item() for kind in written[0]] == (labels[0] - 12).tolist()
     _, written, labels = far(32).make(1, generator)
-    (place,) = (labels[0] != IGNORED).nonzero().flatten().tolist()
+    (place,) = (labels[0] != IGNORED_LABEL).nonzero().flatten().tolist()
     assert place == 24 and labels[0, place] in written[0, :10] and labels[0, place] >= 16

@@ -55,7 +55,7 @@ class ResilienceConfig(Section):
     spike_z_score: NonNegativeFloat = 8.0
     """Robust z-score of the loss above which a step is skipped; 0 skips only what is not finite."""
     spike_window: Annotated[int, Field(ge=8)] = 64
-    """Accepted steps that the z-score is measured against; none is judged before a quarter of them is there."""
+    """Accepted steps that the z-score is measured against; no step is judged until a quarter of them is there."""
     spike_limit: Positive = 3
     """Bad steps in a row after which the run goes back to its last checkpoint and leaves their samples out."""
     max_rollbacks: NonNegative = 3
