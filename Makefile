@@ -7,6 +7,8 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PIP_HASHED := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps
+LOCK := uv pip compile -q --no-deps --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
 # Where pip's own choice brings CUDA libraries that are not wanted, point pip elsewhere, or give TORCH='torch==2.13.0+cpu'.
 TORCH ?= torch==2.13.0
 # One thread for each rank and each test worker: more ranks than cores would fight otherwise.
@@ -15,7 +17,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos clean
+.PHONY: help setup demo test check docs lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -33,6 +35,28 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@# The judge of the corpus format, without its dependencies; where it cannot be had, its tests are skipped.
 	-$(PIP_INSTALL) --no-deps megatron-core==0.16.1
 	@touch $@
+
+setup-hashed: ## Make .venv as setup does, every package but torch checked against its hash first
+	@test ! -e $(VENV) || { echo "$(VENV) exists; move it away first: a hash says nothing of what is installed already" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_HASHED) -r requirements/hashed.txt
+	@# torch differs by accelerator, and brings its own CUDA libraries; give TORCH as a file with its hash to pin it too.
+	$(PIP_INSTALL) '$(TORCH)'
+	DS_BUILD_OPS=0 $(PIP_HASHED) --no-build-isolation -r requirements/hashed-deepspeed.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+lock: ## Write the hashes of constraints.txt anew (needs uv and the package index)
+	@command -v uv > /dev/null || { echo "uv is needed: pip install uv" >&2; exit 2; }
+	grep -v '^torch==\|^deepspeed==' constraints.txt | $(LOCK) - > requirements/hashed.txt.new
+	grep '^deepspeed==' constraints.txt | $(LOCK) - > requirements/hashed-deepspeed.txt.new
+	@for file in hashed hashed-deepspeed; do \
+		{ grep '^# ' requirements/$$file.txt; cat requirements/$$file.txt.new; } > requirements/$$file.txt.whole \
+		&& mv requirements/$$file.txt.whole requirements/$$file.txt && rm requirements/$$file.txt.new; done
+
+audit: ## Look for known weaknesses of every pinned package (needs pip-audit and the network; by hand, before a release)
+	@command -v pip-audit > /dev/null || { echo "pip-audit is needed: pip install pip-audit" >&2; exit 2; }
+	pip-audit --disable-pip --no-deps --requirement requirements/hashed.txt --requirement requirements/hashed-deepspeed.txt
 
 demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
@@ -76,6 +100,9 @@ hangs: setup ## Stop a random rank at a random moment, 10 times, and see whether
 
 chaos: setup ## Do 25 random faults to one run, which has to end as if nothing had happened
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m faults.chaos
+
+hostile: setup ## Damage every byte of small files, 500 configurations and 200 files of each kind, and print how each ended
+	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m hostile
 
 format: setup ## Format the sources
 	$(BIN)/ruff check --fix .

@@ -15,6 +15,11 @@ GRACE_SECONDS = 3.0
 LONGEST_GRACE_SECONDS = 60.0
 
 
+def _printable(text: str) -> str:
+    """Return text that any stream takes: what is no Unicode, as in the name of a file, with escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _announced(error: OmegaError) -> str:
     if isinstance(error, Preempted):
         return str(error)
@@ -32,7 +37,7 @@ def exit_cleanly() -> Iterator[None]:
     except OmegaError as error:
         rank = speaking_rank()
         if rank == 0 or _outlives_rank_0(rank, error):
-            print(redact(_announced(error)), file=sys.stderr)
+            print(_printable(redact(_announced(error))), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: not an error of ours

@@ -163,6 +163,12 @@ def open_sources(config: RunConfig) -> Sources:
     train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
     needed = train if config.data.split[0] else validation  # without a train part the run only validates
     short = [_too_short(needed.part, windows) for windows in needed.corpora if not len(windows)]
+    if not short and needed is train and config.evaluation.interval_steps and config.data.split[1]:
+        short += [
+            _too_short("validation", windows) + ", or turn validation off (evaluation.interval_steps: 0)"
+            for windows, corpus in zip(validation.corpora, config.data.corpora, strict=True)
+            if corpus.weight and not len(windows)
+        ]
     if short:
         raise DataError(*short)
     return Sources(train, validation, test, tokenizer)

@@ -237,3 +237,16 @@ def test_a_part_without_a_window_says_so_when_it_is_read(make_config: MakeConfig
     assert len(sources.validation) == 0
     with pytest.raises(DataError, match="the validation part of .* fewer than one sample"):
         sources.validation[0]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_validation_part_without_a_sample_is_found_at_the_start(
+    make_config: Callable[..., RunConfig], prefix: str, tmp_path: Path, tokenizer: Tokenizer, others: int
+) -> None:
+    write_shard(tmp_path / "three", [[5] * 400 + [tokenizer.eos_id]] * 3, "<u2")
+    corpora = (Corpus(prefix=str(tmp_path / "three")), *[Corpus(prefix=prefix)] * others)
+    config = make_config(corpora=corpora, encoder=32, decoder=32, split=(98.0, 1.0, 1.0))
+    with pytest.raises(DataError, match=r"the validation part of .*three has 0 tokens in 0 documents"):
+        open_sources(config)
+    without = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"interval_steps": 0})})
+    assert len(open_sources(without).train)
