@@ -16,7 +16,6 @@ from typing import Any, get_args
 
 import yaml
 import zstandard
-from megatron_omega.corpus.compression import open_binary
 from written_models import TEXT, tiny_tokenizer, write_run
 
 from hostile.mutations import STRANGE, mutate_bytes, mutate_json
@@ -24,6 +23,7 @@ from hostile.trials import Outcome, run_command
 from megatron_omega.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_omega.checkpoint.tensor_file import checksum
 from megatron_omega.config.arguments import Setting, settings
+from megatron_omega.corpus.reading.compression import open_binary
 from megatron_omega.errors import DataError
 
 CONFIG_SECONDS = 5
