@@ -110,13 +110,13 @@ def count_compiled(layer: torch.nn.Module, call: Call) -> tuple[int, int]:
     without_cache = torch._inductor.config.patch(fx_graph_cache=False)  # what comes from a cache shows no code
     with without_cache, torch._functorch.config.patch(enable_autograd_cache=False):
         _, codes = run_and_get_code(lambda: call().sum().backward())
-    passes = [calls for calls in map(_calls, codes) if calls]
-    return passes[0], sum(passes[1:])
+    passes = {name: next(code for code in codes if f"_{name}']" in code) for name in ("forward", "backward")}
+    return _calls(passes["forward"]), _calls(passes["backward"])
 
 
 def _calls(code: str) -> int:
     """Count the launches in the `call` function of generated code."""
-    body = code.partition("def call(")[2]
+    body = code.partition("def call(")[2].partition("def get_args(")[0]
     lines = [line.strip() for line in body.splitlines()]
     own = sum(line.startswith(("cpp_fused_", "triton_")) for line in lines)
     return own + sum(bool(_FOREIGN.match(line)) for line in lines)
