@@ -32,7 +32,10 @@ def _matrix(weight: Tensor) -> Tensor:
 
 class _Products(Function):
     @staticmethod
-    def forward(context: Any, hidden: Tensor, parallel: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(context: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # Without gradients torch's tracer compares the number of arguments with that of names here, and leaves out the
+        # context if they match; with names for some of the arguments it would for two weights.
+        hidden, parallel, *weights = arguments
         context.parallel = parallel
         entered = parallel.gather(hidden) if parallel.sequence_parallel else hidden
         context.save_for_backward(entered, *weights)
