@@ -27,7 +27,7 @@ def list_checkpoints(directory: Path, *, up_to_step: int | None = None) -> list[
     """
     try:
         names = [path.name for path in directory.iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     steps = {int(match[1]): name for name in names if (match := _STEP_FOLDER.fullmatch(name))}
     return [directory / steps[step] for step in sorted(steps, reverse=True) if up_to_step is None or step <= up_to_step]
