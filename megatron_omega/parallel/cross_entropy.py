@@ -80,7 +80,7 @@ def _add_gradients(
     """Fill `d_hidden` and add to `d_table`; scaled are these, not the much larger logits."""
     torch.mm(d_logits, table, out=d_hidden).mul_(scale)
     if hidden.dtype == d_table.dtype:
-        d_table.addmm_(d_logits.t(), hidden, alpha=scale)
+        torch.addmm(d_table, d_logits.t(), hidden, alpha=scale, out=d_table)  # torch counts FLOPs of this form alone
     else:
         d_table.add_(d_logits.t() @ hidden, alpha=scale)
 
