@@ -86,7 +86,7 @@ def as_evaluation(
     }
     carried = weights.path / run_folder.TOKENIZER
     if carried.exists():
-        first["data.tokenizer"] = json.dumps(str(carried))
+        first["data.tokenizer"] = str(carried)
     if shard is not None:
         last |= {"data.corpora": f"[{{prefix: {json.dumps(shard)}}}]", "data.split": "[0, 1, 0]"}
     overrides = (*_overrides(first), *arguments.overrides, *_overrides(last))

@@ -76,7 +76,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def figures(path: Path) -> list[dict[str, Any]]:
-    hidden = (*TIMES, "consumed_samples")
+    hidden = (*TIMES, "consumed_samples", "epoch", "corpus_epochs")  # these count what was left out
     return [{name: value for name, value in row.items() if name not in hidden} for row in rows(path)]
 
 
