@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.join import Parts, first_occurrences, publish, write_joined
 from megatron_omega.corpus.options import Options, Result, Stream, Tally
 from megatron_omega.corpus.parts import PartReport, UnitReport, part_path
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.reading.tables import import_arrow
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.origins import Origins, Runs, join_runs, reordered, unit_runs

@@ -19,8 +19,8 @@ from typing import IO
 import xxhash
 
 from megatron_omega.corpus.encoding import TextEncoder
-from megatron_omega.corpus.reading.input_file import InputFile, Unit
 from megatron_omega.corpus.inputs import read_unit
+from megatron_omega.corpus.reading.input_file import InputFile, Unit
 from megatron_omega.corpus.reading.records import BadRecord, BlankLine
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.tokenizer import Tokenizer

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from megatron_omega.corpus.encoding import open_encoder
 from megatron_omega.corpus.finish import check_reports, check_tally, join_parts, write_bad
-from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.options import Options, Progress, Result, Stream, Tally
 from megatron_omega.corpus.parts import PartMaker, PartReport, Task, read_report, remove_files
 from megatron_omega.corpus.pool import make_parts
+from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.tasks import (
     automatic_unit,
     plan_tasks,

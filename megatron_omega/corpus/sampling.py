@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megatron_omega.corpus.inputs import read_unit, units_of
 from megatron_omega.corpus.reading.compressed_source import Note, ignore_note
 from megatron_omega.corpus.reading.compression import uncompressed_size
 from megatron_omega.corpus.reading.input_file import InputFile, Unit
-from megatron_omega.corpus.inputs import read_unit, units_of
 from megatron_omega.corpus.reading.records import BadRecord, BlankLine
 from megatron_omega.corpus.reading.tables import column_bytes
 from megatron_omega.errors import DataError

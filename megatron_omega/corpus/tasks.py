@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from megatron_omega.corpus.reading.input_file import InputFile, Unit
 from megatron_omega.corpus.inputs import plan_units, read_unit
 from megatron_omega.corpus.options import Options, Stream
 from megatron_omega.corpus.parts import Task
+from megatron_omega.corpus.reading.input_file import InputFile, Unit
 from megatron_omega.corpus.reading.records import Document
 
 _SMALLEST_UNIT = 16 << 20

@@ -13,19 +13,17 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omega.corpus.inputs import plan_units, read_unit
 from megatron_omega.corpus.reading.finding import expand_inputs
 from megatron_omega.corpus.reading.input_file import InputFile
-from megatron_omega.corpus.inputs import plan_units, read_unit
 from megatron_omega.corpus.reading.recognition import describe
-from megatron_omega.corpus.reading.records import BadRecord, BlankLine, Document, Record
+from megatron_omega.corpus.reading.records import BadRecord, Document, Record
 from megatron_omega.errors import DataError
 
 LIMIT = 1000
 
 
-def read_all(
-    files: list[InputFile], unit_bytes: int = 1 << 20, keys: tuple[str, ...] = ("text",)
-) -> list[Record]:
+def read_all(files: list[InputFile], unit_bytes: int = 1 << 20, keys: tuple[str, ...] = ("text",)) -> list[Record]:
     return [
         record
         for task in plan_units(files, unit_bytes)
@@ -175,7 +173,9 @@ def test_a_missing_column_and_a_broken_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.parquet has no column 'text'; it has body"):
         read_all([describe(tmp_path / "a.parquet")])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 900)[:-20])
-    with pytest.raises(DataError, match=r"b.jsonl.gz is damaged: its gz stream 1, which begins at byte 0, is cut short"):
+    with pytest.raises(
+        DataError, match=r"b.jsonl.gz is damaged: its gz stream 1, which begins at byte 0, is cut short"
+    ):
         read_all([describe(tmp_path / "b.jsonl.gz")])
     rows = jsonl(["x"] * 9000)
     for name, data in (("z.jsonl.zst", zstandard.compress(rows)), ("z.jsonl.xz", lzma.compress(rows))):

@@ -14,12 +14,12 @@ import pytest
 import zstandard
 
 from megatron_omega.corpus import preprocess as engine
-from megatron_omega.corpus.reading.hugging_face import line_blocks
-from megatron_omega.corpus.reading.finding import expand_inputs
 from megatron_omega.corpus.merge import merge_shards
 from megatron_omega.corpus.options import Options, Result, Stream
 from megatron_omega.corpus.parts import PartMaker, PartReport, Task
 from megatron_omega.corpus.preprocess import preprocess
+from megatron_omega.corpus.reading.finding import expand_inputs
+from megatron_omega.corpus.reading.hugging_face import line_blocks
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.origins import load_origins
 from megatron_omega.data.sidecar import read_sidecar

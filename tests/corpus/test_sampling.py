@@ -16,9 +16,7 @@ from megatron_omega.errors import DataError
 def lines(number: int, seed: int) -> bytes:
     source = random.Random(seed)
     words = ["".join(source.choices("abcdefgh", k=5)) for _ in range(20 + 40 * (seed % 4))]
-    return b"".join(
-        json.dumps({"text": " ".join(source.choices(words, k=60))}).encode() + b"\n" for _ in range(number)
-    )
+    return b"".join(json.dumps({"text": " ".join(source.choices(words, k=60))}).encode() + b"\n" for _ in range(number))
 
 
 def taken(folder: Path, budget: int, count: RecordCount) -> Counter[str]:

@@ -14,10 +14,23 @@ from typing import IO, Protocol
 
 from typing_extensions import Buffer
 
-from megatron_omega.corpus.reading.compressed_source import INPUT_BYTES, Compression, CompressedSource, Note, ignore_note
+from megatron_omega.corpus.reading.compressed_source import (
+    INPUT_BYTES,
+    CompressedSource,
+    Compression,
+    Note,
+    ignore_note,
+)
 from megatron_omega.corpus.reading.zstd_frames import content_size, zstd_blocks
 
-SUFFIXES: dict[str, Compression] = {".gz": "gz", ".tgz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
+SUFFIXES: dict[str, Compression] = {
+    ".gz": "gz",
+    ".tgz": "gz",
+    ".zst": "zst",
+    ".zstd": "zst",
+    ".xz": "xz",
+    ".bz2": "bz2",
+}
 _BLOCK = 1 << 20
 _STEP = 1 << 18
 """Most bytes that one step of a decompressor gives."""

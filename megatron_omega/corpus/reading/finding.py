@@ -1,4 +1,4 @@
-"""Which files an input names: files, globs and folders -> `InputFile`s, each real file once, and what was left aside."""
+"""Which files an input names: files, globs and folders -> `InputFile`s, each real file once; what was left aside."""
 
 from __future__ import annotations
 

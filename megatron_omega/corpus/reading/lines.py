@@ -77,8 +77,8 @@ def read_rows(file: InputFile, keys: Sequence[str], limit: int, note: Note = ign
                 yield _row_record(row, header, columns, keys, position)
         except csv.Error as error:
             raise DataError(
-                f"{file.path} is no {file.format} file from line {rows.line_num} on ({error}); mend its quotes, or give "
-                "--input-format"
+                f"{file.path} is no {file.format} file from line {rows.line_num} on ({error}); mend its quotes, "
+                "or give --input-format"
             ) from None
 
 

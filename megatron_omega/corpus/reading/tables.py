@@ -36,7 +36,9 @@ def row_groups(number: int, file: InputFile, unit_bytes: int) -> list[Unit]:
 def column_bytes(file: InputFile, keys: Sequence[str]) -> int:
     """Return the uncompressed bytes of a parquet file's columns `keys`."""
     metadata = _metadata(file)
-    columns = (metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns))
+    columns = (
+        metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)
+    )
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
 
 

@@ -97,7 +97,9 @@ def _reason(error: Exception, header: bytes) -> str:
     import zstandard
 
     if "too much memory" in str(error):
-        return f"{error}: its window is beyond 2^{_WINDOW_LOG} bytes, compress it again with --long={_WINDOW_LOG} at most"
+        return (
+            f"{error}: its window is beyond 2^{_WINDOW_LOG} bytes, compress it again with --long={_WINDOW_LOG} at most"
+        )
     try:
         dictionary = zstandard.get_frame_parameters(header).dict_id
     except zstandard.ZstdError:
