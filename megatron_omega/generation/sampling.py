@@ -20,6 +20,14 @@ class Sampling:
     """Keep this many most probable tokens; 0 keeps all."""
     top_p: float = 0.95
     """Keep the smallest set of most probable tokens that holds this share of the probability."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as probable as the most probable one (arXiv 2407.01082); 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive, and multiplies negative logits of tokens that were read or written (arXiv 1909.05858)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as the token was written."""
+    presence_penalty: float = 0.0
+    """Taken from a token's logit if the token was written."""
 
     def __post_init__(self) -> None:
         findings = []
@@ -29,6 +37,13 @@ class Sampling:
             findings.append(f"top_k={self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             findings.append(f"top_p={self.top_p:g} must be more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            findings.append(f"min_p={self.min_p:g} must be 0 (all tokens) to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            findings.append(f"repetition_penalty={self.repetition_penalty:g} must be more than 0; 1 changes nothing")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not abs(value := getattr(self, name)) < float("inf"):
+                findings.append(f"{name}={value:g} must be a finite number; 0 changes nothing")
         if findings:
             raise ConfigError(*findings)
 
