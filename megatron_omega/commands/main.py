@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "use": {
         "generate": ("generate", "continue a text with a trained model"),
         "fill-mask": ("fill_mask", "predict masked tokens with a trained model"),
+        "serve": ("serve", "answer over HTTP as OpenAI's API does, with a page to try models"),
         "inspect-checkpoint": ("inspect_checkpoint", "look into checkpoints, verify and compare them"),
         "export-hf": ("export", "export a checkpoint as safetensors, and prove that the export says the same"),
     },

@@ -8,14 +8,38 @@ The decoder begins with the begin token after an empty prompt, and where the mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_omega.data.objectives import first_decoder_id
 from megatron_omega.export.loading import TextModel
 
+Ids = tuple[int, ...]
 
-def prompt_ids(text_model: TextModel, prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what encoder and decoder read before the first token that continues `prompt`."""
+
+def prompt_ids(text_model: TextModel, prompt: str | Sequence[int]) -> tuple[Ids, Ids]:
+    """Return what encoder and decoder read before the first token that continues `prompt`, a text or its ids."""
     model, special = text_model.config.model, text_model.tokenizer.special
-    text = text_model.tokenizer.encode(prompt)
+    text = text_model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if model.is_decoder_only:
         return (), (special.bos, *text)
     return (special.modes.prefix, *text), (first_decoder_id(text, special, model.decoder_start),)
+
+
+def scored_ids(text_model: TextModel, text: Sequence[int]) -> tuple[Ids, Ids]:
+    """Return what encoder and decoder read so that all tokens of `text` are measured: it continues an empty prompt."""
+    encoder, start = prompt_ids(text_model, ())
+    return encoder, (*start, *text)
+
+
+def gap_ids(
+    text_model: TextModel, before: Sequence[int], after: Sequence[int], most_tokens: int
+) -> tuple[Ids, Ids, Ids]:
+    """Return what encoder and decoder read to fill the gap between two texts, and the ids that end what fills it.
+
+    The gap is the first span of span corruption; one that may be longer than twice a usual span is an extreme one.
+    """
+    special = text_model.tokenizer.special
+    first, second = special.sentinels[:2]
+    is_usual = most_tokens <= 2 * text_model.config.objective.span_mean_length
+    mode = special.modes.span if is_usual else special.modes.extreme
+    return (mode, *before, first, *after), (special.bos, first), (second,)
