@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_omega.config import yaml_text
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file, writing
 from megatron_omega.planner.machine import CALIBRATED
 
 
@@ -21,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--output", type=Path, default=CALIBRATED, help=f"hardware file to write (default: {CALIBRATED})"
+        "--output", type=output_file, default=CALIBRATED, help=f"hardware file to write (default: {CALIBRATED})"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--name", help="of the accelerator in the file (default: cpu, or the card's name)")
@@ -44,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--device cuda, but this machine has no usable GPU; use --device cpu")
     name = arguments.name or ("cpu" if device == "cpu" else "-".join(torch.cuda.get_device_name().lower().split()))
     file = calibrate(name, device, ranks=arguments.ranks)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(yaml_text.dump(file.model_dump(mode="json")), encoding="utf-8")
+    with writing(arguments.output):
+        arguments.output.write_text(yaml_text.dump(file.model_dump(mode="json")), encoding="utf-8")
     facts, link = file.accelerators[name], file.links["measured"]
     if arguments.json:
         print(json.dumps(file.model_dump(mode="json")))

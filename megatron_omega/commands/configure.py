@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_omega.config import yaml_text
 from megatron_omega.config.arguments import settings
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import COMMAND, CommandLine
+from megatron_omega.host.command_line import COMMAND, CommandLine, output_file, writing
 from megatron_omega.planner.hardware import Hardware, find_hardware, read_hardware
 from megatron_omega.planner.machine import CPU, this_machine
 from megatron_omega.planner.proposal import TOKENS_PER_PARAMETER, Proposal, Wish, propose
@@ -37,7 +37,7 @@ def build_parser() -> CommandLine:
     parser.add_argument("--vocab-size", type=int, default=32768, help="pieces of the tokenizer (default 32768)")
     parser.add_argument("--tokenizer", default="corpus/tokenizer.model", help="SentencePiece model")
     parser.add_argument("--corpus", default="corpus/text_text_document", help="prefix of the shard")
-    parser.add_argument("--output", type=Path, help="file to write (default: print)")
+    parser.add_argument("--output", type=output_file, help="file to write (default: print)")
     return parser
 
 
@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
     if options.output is None:
         print(text, end="")
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text, encoding="utf-8")
+    with writing(options.output):
+        options.output.write_text(text, encoding="utf-8")
     zero = proposal.estimate.candidate.zero_stage
     print(f"wrote {options.output}: {_summary(proposal, hardware)}")
     print(f"next: {COMMAND} train --config {options.output} --deepspeed_config zero{zero} --dry-run")

@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_omega.corpus.installed_text import write_installed_text
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file, writing
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the tool."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="jsonl to write")
+    parser.add_argument("--output", type=output_file, required=True, help="jsonl to write")
     parser.add_argument("--megabytes", type=float, default=6.0, help="how much text to gather (default 6)")
     arguments = parser.parse_args(argv)
-    written = write_installed_text(arguments.output, arguments.megabytes, _show)
+    with writing(arguments.output):
+        written = write_installed_text(arguments.output, arguments.megabytes, _show)
     if sys.stderr.isatty():
         print(end="\r" + " " * 40 + "\r", file=sys.stderr)
     print(f"{arguments.output}: {written.documents:,} documents, {written.size_bytes / 1e6:.1f} MB of text")

@@ -27,7 +27,7 @@ from megatron_omega.data.sidecar import read_sidecar
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.host import run_folder
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file, writing
 from megatron_omega.monitoring.files import read_objects
 from megatron_omega.monitoring.history import Stretch, stretch_of, stretches
 
@@ -39,7 +39,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
     parser.add_argument("--show", type=int, metavar="DOCUMENT", help="print one document")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help="draw the lengths of documents")
+    parser.add_argument("--histogram", type=output_file, metavar="PNG", help="draw the lengths of documents")
     parser.add_argument("--tokenizer-model", help="SentencePiece model (default: the run's, or the one of the sidecar)")
     parser.takes_run(required=False)
     parser.add_argument("--step", type=int, help="with --run: print what each data-parallel rank read in this step")
@@ -70,7 +70,8 @@ def look_at_shards(arguments: argparse.Namespace) -> None:
         found = {**statistics(shard), **({"check": "passed"} if arguments.check else {})}
         print(json.dumps(found) if arguments.json else "\n".join(f"{k:>17}  {v}" for k, v in in_words(found).items()))
     if arguments.histogram:
-        plot_lengths(shards, arguments.histogram)
+        with writing(arguments.histogram):
+            plot_lengths(shards, arguments.histogram)
         if not arguments.json:
             print(f"{'histogram':>17}  {arguments.histogram}")
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import COMMAND, CommandLine
+from megatron_omega.host.command_line import COMMAND, CommandLine, output_file, writing
 from megatron_omega.host.shipped import located, presets
 from megatron_omega.launching import scripts
 from megatron_omega.launching.outcome import LOST, Outcome
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for verb in (hosts, slurm):
         verb.add_argument("--ranks-per-node", type=int, required=True, help="processes on each machine")
-        verb.add_argument("--output", type=Path, help="script to write (default: in the folder of --config)")
+        verb.add_argument("--output", type=output_file, help="script to write (default: in the folder of --config)")
         verb.add_argument("--dry-run", action="store_true", help="print only")
     begin = verbs.add_parser("begin", allow_abbrev=False, help="for scripts: record a start, print where codes go")
     begin.add_argument("--by-pdsh", action="store_true", help="check that other hosts will read the command as it is")
@@ -100,7 +100,8 @@ def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
     for file, text in texts.items():
         print(f"== {file}\n{text}")
         if not arguments.dry_run:
-            file.write_text(text)
+            with writing(file):
+                file.write_text(text)
     print("== where there is no ssh between the hosts, instead of the script, in the checkout on each host:")
     print("\n".join(scripts.without_ssh(launch, arguments.hosts, files, arguments.port)))
     return 0
@@ -119,7 +120,8 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
     print(text, end="")
     if arguments.dry_run:
         return 0
-    path.write_text(text)
+    with writing(path):
+        path.write_text(text)
     if arguments.submit:
         jobs = scripts.submit(path, arguments.chain)
         print(f"submitted: {', '.join(jobs)}", file=sys.stderr)

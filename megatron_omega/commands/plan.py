@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file, writing
 from megatron_omega.planner import report
 from megatron_omega.planner.candidates import MICRO_BATCHES, obstacle, parse_label
 from megatron_omega.planner.estimate import Estimate, Planner
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--write", type=Path, metavar="DIR", help="write run.yaml, deepspeed.json and train.slurm of the layout"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw schedule and memory of the layout (.png or .html)"
+        "--plot", type=output_file, metavar="FILE", help="draw schedule and memory of the layout (.png or .html)"
     )
     parser.add_argument("--tokens", type=float, default=Assumptions.tokens, help="tokens of the run (default: 100e9)")
     parser.add_argument(
@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.plot:
         from megatron_omega.planner.plot import plot
 
-        plot(chosen, arguments.plot)
+        with writing(arguments.plot):
+            plot(chosen, arguments.plot)
     if arguments.write:
         paths = write_plan(chosen, arguments.write)
         print(f"wrote {', '.join(map(str, paths))}", file=sys.stderr)

@@ -22,16 +22,18 @@ from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
 from megatron_omega.errors import DataError
 from megatron_omega.host import run_folder
 from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.regular_files import read_text
 
 _WINDOWS = 256
 _LONGEST = 120
 _SHOWN_TOKENS = 12
+_MOST_BYTES = 1 << 30
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
     """Return every validation of the run, oldest first."""
     try:
-        lines = (run / run_folder.EVENTS).read_text().splitlines()
+        lines = read_text(run / run_folder.EVENTS, _MOST_BYTES).splitlines()
     except OSError as error:
         raise DataError(
             f"{run / run_folder.EVENTS} cannot be read: {error.strerror}; give the folder of a run"

@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_omega.config.arguments import Arguments, read_overrides
 from megatron_omega.config.load import load_config
 from megatron_omega.errors import ConfigError, OmegaError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, writing
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.studies.layouts import train_rank
 from megatron_omega.studies.sweep import (
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
 
     outcome = run_sweep(sweep, trainer(options), tell)
     page = report(outcome)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "report.md").write_text(page + "\n", encoding="utf-8")
-    (options.output / "run.yaml").write_text(best_configuration(sweep, outcome), encoding="utf-8")
+    for name, text in (("report.md", page + "\n"), ("run.yaml", best_configuration(sweep, outcome))):
+        with writing(options.output / name):
+            (options.output / name).write_text(text, encoding="utf-8")
     print(f"\n{page}\n\n{options.output}/run.yaml has the best values", file=sys.stdout)

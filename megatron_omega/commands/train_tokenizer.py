@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from megatron_omega.corpus.reading.input_file import InputFile
 from megatron_omega.corpus.sampling import RecordCount, TextSampler
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_omega.errors import ConfigError, DataError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file
 from megatron_omega.log import configure_logging, get_logger
 
 MAX_RECORD_BYTES = 64 << 20
@@ -28,7 +27,7 @@ MAX_RECORD_BYTES = 64 << 20
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="jsonl, parquet, Arrow or text files, globs, folders")
-    parser.add_argument("--output", type=Path, required=True, help="model file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=32768, help="pieces, specials included (default 32768)")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys whose text is read (default text)")

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.regular_files import read_text
 from megatron_omega.host.shipped import deepspeed_settings, located
 
 AUTO = "auto"
@@ -101,7 +102,7 @@ def read_deepspeed_json(path: Path | str | None) -> dict[str, Any]:
         return dict(DEFAULT_SETTINGS)
     try:
         file = located(path, deepspeed_settings())
-        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+        values = json.loads(read_text(file), object_pairs_hook=_each_key_once)
     except OSError as error:
         known = ", ".join(deepspeed_settings())
         raise ConfigError(

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.host.regular_files import read_text
+
 Values = Mapping[str, Any]
 """Sections with what was given."""
 HEAD_DIMS = (64, 32, 48, 40, 24, 20, 16)
 """Sizes of a head to try, the best first."""
 FFN_MULTIPLE = 64
+USUAL_WINDOW = 128
 WARMUP_SHARE, LONGEST_WARMUP = 0.02, 2000
 
 
@@ -109,7 +112,7 @@ def _vocab_size(values: Values) -> tuple[int, str] | None:
         return None
     path = Path(f"{corpora[0].get('prefix')}.json")
     try:
-        size = json.loads(path.read_text(encoding="utf-8"))["vocab_size"]
+        size = json.loads(read_text(path))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # no metadata, or none of ours: opening the corpus says so
     return (size, f"the tokenizer's, by {path}") if isinstance(size, int) else None
@@ -131,6 +134,13 @@ def _encoder_seq_length(values: Values) -> tuple[int, str] | None:
     return None if length is None else (length, "as long as the decoder's")
 
 
+def _local_window(values: Values) -> tuple[int, str] | None:
+    """Shorten the usual window to a text that is shorter."""
+    lengths = [_number(values, f"data.{stack}_seq_length") or 0 for stack in ("encoder", "decoder")]
+    longest = max(lengths)
+    return (longest, "all of the longest stream") if 0 < longest < USUAL_WINDOW else None
+
+
 def _warmup_steps(values: Values) -> tuple[int, str] | None:
     steps = _number(values, "training.train_steps")
     if steps is None:
@@ -146,6 +156,7 @@ RULES = (
     Rule("model.vocab_size", ("data.corpora",), _vocab_size),
     Rule("data.decoder_seq_length", ("model.hidden_size",), _decoder_seq_length),
     Rule("data.encoder_seq_length", ("model.encoder_layers", "data.decoder_seq_length"), _encoder_seq_length),
+    Rule("model.local_window", ("data.decoder_seq_length",), _local_window),
     Rule("schedule.warmup_steps", ("training.train_steps",), _warmup_steps),
 )
 """In the order in which they are applied."""

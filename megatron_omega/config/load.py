@@ -29,6 +29,7 @@ from megatron_omega.config.peers import counterpart
 from megatron_omega.config.schema import BRANCH_FORMS, RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.environment import has_gpu
+from megatron_omega.host.regular_files import read_text
 from megatron_omega.host.shipped import located, presets
 
 __all__ = ["Arguments", "ResolvedRun", "dump_config", "load_config", "parse_arguments", "resolve_run"]
@@ -64,18 +65,18 @@ def resolve_run(arguments: Arguments, world_size: int | None = None, *, trains: 
     """
     read = _read(arguments.config, arguments.overrides, machine=derive_precision)
     config, findings = read.config, list(read.findings)
-    user_json: Mapping[str, Any] = {}
+    user_json: Mapping[str, Any] | None = None
     try:
         user_json = read_deepspeed_json(arguments.deepspeed_config)
     except ConfigError as error:
         findings += error.findings
-    stage = effective_zero_stage(config, user_json)
+    stage = None if user_json is None else effective_zero_stage(config, user_json)
     findings += read.true_of(check.findings(config, world_size, stage, needs_training_text=trains))
     replica = ranks_per_replica(config)
     data_parallel_size = max(1, (world_size or replica) // replica)
     settings_for_engine = None
     try:
-        settings_for_engine = resolve_deepspeed(config, user_json, data_parallel_size)
+        settings_for_engine = resolve_deepspeed(config, user_json or {}, data_parallel_size)
     except ConfigError as error:
         findings += read.true_of(error.findings)
     if findings or settings_for_engine is None:
@@ -201,13 +202,12 @@ def _read_file(path: ConfigSource) -> dict[str, Any]:
     if path is None or isinstance(path, Mapping):
         return dict(path or {})
     try:
-        text = located(path, presets()).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        text = read_text(located(path, presets()))
+    except OSError as error:
         known = ", ".join(presets())
         raise ConfigError(
-            f"--config {path} cannot be read: {reason}; give the path of a YAML file, or a name that comes with the "
-            f"package: {known}"
+            f"--config {path} cannot be read: {error.strerror}; give the path of a YAML file, or a name that comes "
+            f"with the package: {known}"
         ) from None
     values = yaml_text.parse(text, str(path))
     if values is None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_omega.data.indexed import token_dtype
 from megatron_omega.data.tokenizer import Tokenizer
+from megatron_omega.host.private import code_folder, refuse_foreign
 from megatron_omega.log import get_logger
 
 _SPACE = "\u2581"
@@ -197,14 +198,13 @@ def load_library() -> ctypes.CDLL | None:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for folder in (base / "megatron_omega", Path(tempfile.gettempdir()) / f"megatron_omega-{os.getuid()}"):
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder.stat().st_uid != os.getuid():
-                continue
-            if not (folder / name).exists() and not _compile(source, folder / name):
+            library = code_folder(folder) / name
+            if not library.exists() and not _compile(source, library):
                 return None
-            return ctypes.CDLL(str(folder / name))
+            refuse_foreign(library)
+            return ctypes.CDLL(str(library))
         except OSError:
-            continue  # not writable, or not loadable from there: try the next place
+            continue  # not writable, not ours alone, or not loadable from there: try the next place
     return None
 
 
@@ -222,5 +222,6 @@ def _compile(source: Path, target: Path) -> bool:
         )
         partial.unlink(missing_ok=True)
         return False
+    partial.chmod(0o700)  # whatever the umask
     partial.replace(target)
     return True

@@ -289,7 +289,8 @@ def _map(path: str) -> MappedFile:
         return mapped
     except FileNotFoundError:
         raise DataError(
-            f"shard {path} does not exist; a prefix is the path without .bin and .idx, as preprocess_data.py printed it"
+            f"shard {path} does not exist; a prefix is the path without .bin and .idx, as "
+            "megatron-omega preprocess-data printed it"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(
@@ -335,7 +336,7 @@ def write_index(file: IO[bytes], lengths: Iterable[NDArray[np.integer]], dtype: 
 
 
 def write_shard(prefix: str | Path, documents: Iterable[Iterable[int]], dtype: DTypeLike) -> None:
-    """Write a small shard from token lists in memory (tests, notebooks); the tool for corpora is preprocess_data."""
+    """Write a small shard from token lists in memory (tests, notebooks); the tool for corpora is preprocess-data."""
     lengths: list[int] = []
     with Path(f"{prefix}.bin").open("wb") as file:
         for document in documents:

@@ -1,7 +1,7 @@
 """Weights to hand on: safetensors, a config.json that explains them, the tokenizer. No optimizer, no layout.
 
     model.safetensors                       or model-00001-of-00003.safetensors ... with model.safetensors.index.json
-    config.json                             settings, and for every parameter its shape, file and checksum
+    config.json                             settings, for every parameter its shape, file and checksum, and its own sum
     tokenizer.model                         SentencePiece
     README.md                               what the numbers mean (`export_card`)
 
@@ -32,13 +32,15 @@ from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, sync_folder, write_d
 from megatron_omega.errors import CheckpointError
 from megatron_omega.export.card import model_card
 from megatron_omega.host import run_folder
-from megatron_omega.host.regular_files import read_regular
+from megatron_omega.host.regular_files import open_regular, read_regular
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = run_folder.TOKENIZER
 CARD_NAME = "README.md"
 INDEX_NAME = "model.safetensors.index.json"
 FORMAT = "megatron-omega-export"
+_MOST_HEADER_BYTES = 100_000_000
+"""As safetensors itself has it."""
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,7 +62,10 @@ class ExportDescription(BaseModel):
 
     model_type: Literal["gpt-omega"] = "gpt-omega"
     format: Literal["megatron-omega-export"] = FORMAT
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    """1 had no checksum."""
+    checksum: str = ""
+    """XXH3 (64 bit) of everything else here, as compact JSON with sorted keys."""
     dtype: Literal["fp32", "bf16"]
     step: int
     """Optimizer steps the weights have seen."""
@@ -69,6 +74,8 @@ class ExportDescription(BaseModel):
     config: dict[str, JsonValue]
     """Every setting of the run."""
     parameters: dict[str, ExportedParameter]
+    headers: dict[str, str] = {}
+    """XXH3 (64 bit) of the header of each safetensors file, with its length; since version 2."""
 
 
 def write_export(
@@ -103,24 +110,33 @@ def _write(
     folder: Path, source: CheckpointReader, tokenizer: bytes, dtype: Literal["fp32", "bf16"], shard_bytes: int
 ) -> ExportDescription:
     parameters: dict[str, ExportedParameter] = {}
+    headers: dict[str, str] = {}
     shards = list(_shards(source, DTYPES[dtype].itemsize, shard_bytes))
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {name: source.tensor(name).to(DTYPES[dtype]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         _publish(folder / file)
+        headers[file] = _header_checksum(folder / file)
         for name, tensor in tensors.items():
             parameters[name] = ExportedParameter(shape=tuple(tensor.shape), file=file, checksum=_checksum(tensor))
     manifest = source.manifest
     description = ExportDescription(
-        dtype=dtype, step=manifest.step, identity=manifest.identity, config=manifest.config, parameters=parameters
-    )
+        dtype=dtype, step=manifest.step, identity=manifest.identity, config=manifest.config, parameters=parameters,
+        headers=headers,
+    )  # fmt: skip
     if len(shards) > 1:
         write_durably(folder / INDEX_NAME, json.dumps(_index(description), indent=2).encode())
     write_durably(folder / TOKENIZER_NAME, tokenizer)
     write_durably(folder / CARD_NAME, model_card(description.dtype, description.config, len(shards)).encode())
+    description = description.model_copy(update={"checksum": _own_checksum(description)})
     write_durably(folder / CONFIG_NAME, description.model_dump_json(indent=2).encode())
     return description
+
+
+def _own_checksum(description: ExportDescription) -> str:
+    values = description.model_dump(mode="json", exclude={"checksum"})
+    return checksum(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _publish(path: Path) -> None:
@@ -155,6 +171,14 @@ def _checksum(tensor: Tensor) -> str:
     return checksum(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def _header_checksum(path: Path) -> str:
+    """Return the checksum of what a safetensors file says before its tensors. Raises OSError."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        length = file.read(8)
+        size = int.from_bytes(length, "little")
+        return checksum(length + (file.read(size) if size <= _MOST_HEADER_BYTES else b""))
+
+
 class ExportReader:
     """An open export."""
 
@@ -187,6 +211,7 @@ class ExportReader:
         entry = self.description.parameters[name]
         try:
             if entry.file not in self._opened:
+                self._require_header(entry.file)
                 file = safe_open(self.path / entry.file, framework="pt")
                 self._opened[entry.file] = self._files.enter_context(file)
             tensor: Tensor = self._opened[entry.file].get_tensor(name)
@@ -195,6 +220,11 @@ class ExportReader:
         if tuple(tensor.shape) != entry.shape or _checksum(tensor) != entry.checksum:
             raise CheckpointError(f"{self.path / entry.file} has changed bytes; tensor {name}; export it again")
         return tensor
+
+    def _require_header(self, file: str) -> None:
+        wanted = self.description.headers.get(file)
+        if self.description.version > 1 and wanted != _header_checksum(self.path / file):
+            raise CheckpointError(f"{self.path / file} has changed bytes in its header; export it again")
 
     def close(self) -> None:
         """Close all files."""
@@ -225,6 +255,8 @@ def open_export(path: Path | str) -> ExportReader:
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
         raise CheckpointError(f"{file} cannot be read ({reason}); export the checkpoint again") from None
+    if description.version > 1 and description.checksum != _own_checksum(description):
+        raise CheckpointError(f"{file} is damaged: its checksum does not match; export the checkpoint again")
     for name, entry in description.parameters.items():
         if Path(entry.file).name != entry.file or "\0" in entry.file:
             raise CheckpointError(f"{file}: {name} is said to be in {entry.file!r}, outside the folder; do not use it")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.regular_files import require_writable_name
 
 COMMAND = "megatron-omega"
 
@@ -24,6 +26,29 @@ def program_name(argv: Sequence[str] | None = None) -> str:
     if name not in (COMMAND, "__main__.py"):
         return name
     return " ".join([COMMAND, *words[:1]])
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that an option names for writing; for `add_argument(type=...)`.
+
+    Raises ArgumentTypeError, before any work is done, if something else is there: a folder, a pipe, a device.
+    """
+    path = Path(text)
+    try:
+        require_writable_name(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} {error.strerror}; give the name of a file to write") from None
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make the folders above `path` and let it be written. Raises ConfigError instead of OSError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; free space or choose another place") from None
 
 
 class CommandLine(argparse.ArgumentParser):

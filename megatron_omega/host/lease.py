@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_omega.host.private import make_folders
+from megatron_omega.host.regular_files import read_text
 
 RENEWAL_SECONDS = 10.0
 LAPSE_SECONDS = 60.0
@@ -197,7 +198,7 @@ def _link(own: Path, path: Path) -> None:
 def _read(path: Path) -> Holder | None:
     """Return who holds the lease; None if nobody does, or it does not say."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return Holder(**json.loads(read_text(path)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_CHANGED_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def private_folder(path: Path) -> Path:
@@ -25,6 +27,24 @@ def refuse_others(path: Path, *, is_folder: bool = False) -> None:
     is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
     if not is_kind or found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
         raise PermissionError(f"{path} is not private to this user")
+
+
+def code_folder(path: Path) -> Path:
+    """Return `path` as a folder for code that will be run: nobody but this user can put any there. Made if it is not.
+
+    Raises PermissionError if it is somebody else's, one that others can write to, or a link; OSError otherwise.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    refuse_foreign(path, is_folder=True)
+    return path
+
+
+def refuse_foreign(path: Path, *, is_folder: bool = False) -> None:
+    """Raise PermissionError unless `path` is a file or folder, no link, of this user, which no other can change."""
+    found = path.lstat()
+    is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
+    if not is_kind or found.st_uid != os.geteuid() or found.st_mode & _CHANGED_BY_OTHERS:
+        raise PermissionError(errno.EPERM, "is a link, another user's, or open to changes by others", str(path))
 
 
 def write_private(path: Path, text: str) -> None:

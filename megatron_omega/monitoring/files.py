@@ -50,7 +50,7 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (byte after the line, object) for every whole line."""
-    if not path.exists():
+    if not path.is_file():
         return
     end = 0
     with path.open("rb") as file:

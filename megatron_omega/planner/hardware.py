@@ -18,6 +18,7 @@ from megatron_omega.config import yaml_text
 from megatron_omega.config.schema import Section
 from megatron_omega.config.schema.base import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.regular_files import read_text
 
 GIB = 1024**3
 
@@ -200,7 +201,7 @@ def read_hardware(path: Path | None = None) -> HardwareFile:
     """
     path = path or default_file()
     try:
-        values: Any = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
+        values: Any = yaml_text.parse(read_text(path), str(path))
         return HardwareFile.model_validate(values)
     except OSError as error:
         raise ConfigError(f"hardware file {path} cannot be read: {error.strerror}") from None

@@ -12,6 +12,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError, OmegaError
 from megatron_omega.host import run_folder
 from megatron_omega.host.lease import HeldError, Lease
+from megatron_omega.host.regular_files import read_text
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext
 
@@ -23,7 +24,7 @@ def notice_of_completion(config: RunConfig) -> str | None:
     """Return the sentence for a run that has nothing left to do; None if it has."""
     folder = Path(config.logging.run_directory)
     try:
-        step = json.loads((folder / run_folder.SUCCESS).read_text(encoding="utf-8"))["step"]
+        step = json.loads(read_text(folder / run_folder.SUCCESS))["step"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if not config.checkpoint.resume or not isinstance(step, int) or step < config.training.train_steps:

@@ -7,13 +7,15 @@ end well left there is thrown away, since a file may be half there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from os import environ as process_environment
 from pathlib import Path
 
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import ProcessPlace, host_name
+from megatron_omega.host.private import code_folder, refuse_foreign
 from megatron_omega.log import get_logger
 from megatron_omega.model.compilation import Compilations
 from megatron_omega.training.hooks import Hook
@@ -47,18 +49,35 @@ def share_cache(
 ) -> Path:
     """Let this host's ranks compile into one folder of the run, unless the environment names another; return it.
 
-    The first rank of a host empties it if the start before did not end well.
+    The first rank of a host empties it if the start before did not end well. What stands there will be run: raises
+    ConfigError if others could have put it there.
     """
     folder = _cache(run_directory)
+    _refuse_foreign(folder, environ)
     if place.local_rank == 0:
         if (folder / _IN_USE).exists():
             log.warning("the start before ended while %s was in use: compiled layers are compiled again", folder)
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        code_folder(folder)
         (folder / _IN_USE).touch()
     for variable, name in _CACHES.items():
         environ.setdefault(variable, str(folder / name))
     return folder
+
+
+def _refuse_foreign(folder: Path, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if code that this run may load is not this user's alone."""
+    named = [Path(environ[variable]) for variable in (*_CACHES, "TORCH_EXTENSIONS_DIR") if environ.get(variable)]
+    for place in (folder.parent, folder, *(folder / name for name in _CACHES.values()), *named):
+        try:
+            refuse_foreign(place, is_folder=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(
+                f"{place}, where compiled code is kept and run from, {error.strerror}; remove it, or name another "
+                f"folder by {next(iter(_CACHES))}"
+            ) from None
 
 
 class CompiledLayers(Hook):

@@ -67,6 +67,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"batch__global_batch_size": 12, "batch__micro_batch_size": 4, "batch__ramp_up": {"start": 6, "increment": 6, "samples": 9}}, "batch.ramp_up: the global batch size=6 is not divisible"),
     ({"schedule__warmup_steps": 1001}, "schedule.warmup_steps=1001 is more than training.train_steps=1000"),
     ({"schedule__decay": "wsd", "schedule__warmup_steps": 900}, "overlap within training.train_steps=1000; use a fraction of at most 0.1"),
+    ({"data__encoder_seq_length": 64, "data__decoder_seq_length": 64}, "model.local_window=128 reaches beyond the 64 tokens of a text (data.encoder_seq_length, data.decoder_seq_length); use at most 64"),
+    ({"model__decoder_branches": ["select"], "model__select_blocks": 64}, "model.select_blocks=64 with model.axial_width=32 leaves nothing out of data.decoder_seq_length=2048; use at most 63"),
+    ({"objective__span_mean_length": 4096}, "objective.span_mean_length=4096 is longer than a text of 2048 tokens"),
+    ({"objective__mask_span_length": 4096}, "objective.mask_span_length=4096 is longer than data.encoder_seq_length=2048"),
+    ({"precision__dtype": "fp16", "precision__min_loss_scale": 3e6}, "precision.min_loss_scale=3e+06 is above the first loss scale"),
     ({"optimizer__beta2": 1.0}, "optimizer.beta2=1 never forgets"),
     ({"checkpoint__load_weights_only": True}, "without checkpoint.load"),
     ({"data__corpora": []}, "data.corpora is empty"),
@@ -171,3 +176,19 @@ def test_suggested_batch_sizes_work(size: int, micro: int, replicas: int) -> Non
 @given(st.integers(1, 5000))
 def test_divisors(number: int) -> None:
     assert check.divisors(number) == [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "notice"),
+    [
+        ({"batch__ramp_up": {"start": 4, "increment": 4, "samples": 8000}}, "never reaches batch.global_batch_size"),
+        ({"data__reweight": [{"from_sample": 8000, "weights": [1]}]}, "data.reweight[0].from_sample lies behind"),
+    ],
+)
+def test_what_begins_after_the_end_is_noticed(changes: dict[str, Any], notice: str) -> None:
+    assert [each for each in check.notices(configuration(**changes)) if notice in each]
+
+
+def test_a_tool_may_read_a_model_with_shorter_texts() -> None:
+    short = configuration(data__encoder_seq_length=64, data__decoder_seq_length=64)
+    assert check.findings(short, world_size=1, zero_stage=1, needs_training_text=False) == []

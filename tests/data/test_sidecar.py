@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -44,3 +44,16 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             Tokenizer.open(path)
     with pytest.raises(DataError, match="is no regular file"):
         read_sidecar(tmp_path / "t")
+
+
+def test_every_changed_byte_is_found_and_the_first_format_is_still_read(tmp_path: Path) -> None:
+    path, text = sidecar_path(tmp_path / "t"), to_json(SIDECAR).encode()
+    for place in range(len(text)):
+        path.write_bytes(text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :])
+        with pytest.raises(DataError, match="is damaged"):
+            read_sidecar(tmp_path / "t")
+    path.write_bytes(b"{" + text[text.index(b"\n") :])
+    with pytest.raises(DataError, match="it has no checksum"):
+        read_sidecar(tmp_path / "t")
+    path.write_bytes(path.read_bytes().replace(b"shard 2", b"shard 1"))
+    assert read_sidecar(tmp_path / "t") == replace(SIDECAR, format="megatron-omega shard 1")

@@ -75,7 +75,7 @@ def test_damage_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors["decoder.norm.weight"] = tensors["decoder.norm.weight"] + 1
-    save_file(tensors, file)
+    save_file(tensors, file, metadata={"format": "pt"})
     found = open_export(folder)
     found.tensor("token_table.weight")
     with pytest.raises(CheckpointError, match=r"changed bytes; tensor decoder\.norm\.weight"):
@@ -86,10 +86,26 @@ def test_damage_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         open_export(folder).tensor("decoder.norm.weight")
 
 
+def test_a_description_or_header_with_another_byte_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path / "export", checkpoint)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole.replace(b'"format":"pt"', b'"format":"tp"', 1))
+    with pytest.raises(CheckpointError, match="in its header"):
+        open_export(folder).tensor("token_table.weight")
+    weights.write_bytes(whole)
+    config.write_text(config.read_text().replace('"step": ', '"step": 1', 1))
+    with pytest.raises(CheckpointError, match="its checksum does not match"):
+        open_export(folder)
+
+
 def test_a_description_that_leads_outside_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = make(tmp_path / "export", checkpoint)
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"model.safetensors"', '"../model.safetensors"', 1))
+    unsigned = config.read_text().replace('"version": 2', '"version": 1')
+    config.write_text(unsigned)
+    assert open_export(folder).tensor("token_table.weight").numel() > 0  # as the first version wrote it
+    config.write_text(unsigned.replace('"model.safetensors"', '"../model.safetensors"', 1))
     with pytest.raises(CheckpointError, match="outside the folder"):
         open_export(folder)
     config.write_text("{}")

@@ -12,9 +12,14 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from hostile.attacks import Trial, changed_streams, mutated_files, random_configurations
+from hostile.arguments import READ, WRITTEN, mistaken_arguments
+from hostile.attacks import TARGETS, Trial, changed_streams, mutated_files, random_configurations, write_targets
 
 CHANGES, CONFIGURATIONS, MUTATIONS = 3, 500, 200
+ARGUMENTS = (
+    ("read arguments", READ, ("pipe", "device", "folder", "sparse")),
+    ("written arguments", WRITTEN, ("pipe", "device")),
+)
 
 
 def summary(name: str, trials: Iterable[Trial]) -> list[Trial]:
@@ -34,7 +39,8 @@ def summary(name: str, trials: Iterable[Trial]) -> list[Trial]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("streams", "configurations", "files"))
+    parser.add_argument("--only", choices=("streams", "configurations", "files", "arguments"))
+    parser.add_argument("--target", nargs="+", help="of the files: only those whose name begins so")
     arguments = parser.parse_args()
     wrong: list[Trial] = []
     lost = 0
@@ -48,7 +54,14 @@ def main() -> int:
         if arguments.only in (None, "configurations"):
             wrong += summary("configurations", random_configurations(folder, CONFIGURATIONS, arguments.seed))
         if arguments.only in (None, "files"):
-            wrong += summary("files", mutated_files(folder / "files", MUTATIONS, seed=arguments.seed))
+            targets = [each for each in TARGETS if each.name.startswith(tuple(arguments.target or ("",)))]
+            wrong += summary("files", mutated_files(folder / "files", MUTATIONS, targets, arguments.seed))
+            print("\n".join(f"0 of {each.name}: {each.excuse}" for each in targets if each.excuse))
+        if arguments.only in (None, "arguments"):
+            write_targets(folder / "good")
+            for name, lines, kinds in ARGUMENTS:
+                (folder / name).mkdir()
+                wrong += summary(name, mistaken_arguments(folder / name, folder / "good", lines, kinds))
     for trial in wrong[:20]:
         print(
             f"\nWRONG {trial.name}: {trial.outcome.end}, {trial.outcome.seconds:.1f} s\n{trial.outcome.output[-1500:]}"

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.errors import ConfigError
 from megatron_omega.host.environment import ProcessPlace
 from megatron_omega.run import compilation
 from megatron_omega.run.compilation import CompiledLayers, compilation_hooks, share_cache
@@ -68,3 +69,20 @@ def test_a_run_without_compiled_layers_has_no_hook_and_swiglu_beside_them_is_tol
     wanted = {"training": {"compile": "layers"}, "parallel": {"recompute": "swiglu"}}
     assert len(compilation_hooks(RunConfig.model_validate(wanted))) == 1
     assert "swiglu" in caplog.text
+
+
+@pytest.mark.parametrize("open_to_others", ["link", "writable", "named"])
+def test_code_that_others_could_have_put_there_is_not_run(tmp_path: Path, open_to_others: str) -> None:
+    folder, _ = start(tmp_path)
+    environ: dict[str, str] = {}
+    if open_to_others == "link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif open_to_others == "writable":
+        folder.chmod(0o770)
+    else:
+        (shared := tmp_path / "shared").mkdir()
+        shared.chmod(0o777)
+        environ["TORCH_EXTENSIONS_DIR"] = str(shared)
+    with pytest.raises(ConfigError, match="open to changes by others"):
+        share_cache(tmp_path, ProcessPlace(1, 1, 2), environ)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_omega.config.check.architecture import architecture, objective
 from megatron_omega.config.check.data import corpus, streams
 from megatron_omega.config.check.layout import stages, tensor_parallel, zero
+from megatron_omega.config.check.sizes import ends, sizes
 from megatron_omega.config.check.training import batches, checkpoints, schedule
 from megatron_omega.config.check.unwise import unwise
 from megatron_omega.config.check.words import divisors, one_of
@@ -40,9 +41,10 @@ def findings(
     found += batches(config, world_size)
     if needs_corpus:
         found += corpus(config, needs_training_text=needs_training_text)
+        found += sizes(config) if needs_training_text else ()
     return found
 
 
 def notices(config: RunConfig) -> list[str]:
     """Return what is legal but probably not meant."""
-    return [*unwise(config)]
+    return [*unwise(config), *ends(config)]

@@ -16,6 +16,7 @@ from megatron_omega.corpus.reading.compression import SUFFIXES
 from megatron_omega.corpus.reading.input_file import Format, InputFile
 from megatron_omega.corpus.reading.recognition import FORMATS, describe
 from megatron_omega.errors import DataError
+from megatron_omega.host.regular_files import read_regular
 from megatron_omega.log import get_logger
 
 _ABOUT_DATA = re.compile(
@@ -179,6 +180,6 @@ def saved_splits(folder: Path) -> list[str]:
 
 def _json_file(path: Path) -> Any:
     try:
-        return orjson.loads(path.read_bytes())
+        return orjson.loads(read_regular(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not that of a saved data set ({error}); save it again") from None
