@@ -60,7 +60,7 @@ def test_an_encoder_layer_and_a_decoder_layer_of_the_card() -> None:
     heads=st.integers(1, 6), head_dim=st.sampled_from([2, 4, 20]), ffn=st.integers(1, 300), encoder=st.integers(0, 4),
     decoder=st.integers(1, 4), vocab=st.integers(1, 1000), mlm=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_layers_add_up_to_the_model(
     heads: int,
     head_dim: int,
@@ -133,7 +133,7 @@ def _stages(loads: list[int], cuts: tuple[int, ...]) -> list[int]:
 
 
 @given(loads=st.lists(st.integers(0, 9), min_size=1, max_size=9), data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_heaviest_stage_is_as_light_as_any_cut_makes_it(loads: list[int], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(loads)))
     cuts = stage_boundaries(_layers(loads), stages)

@@ -35,7 +35,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ROWS, CONFIGS)
 def test_the_rules_hold(rows: list[Row], config: CheckpointConfig) -> None:
     choice = choose(rows, config)

@@ -39,7 +39,7 @@ def test_it_survives_being_written_and_read(checkpoint: Path, tmp_path: Path) ->
     assert read_manifest(forge(tmp_path, load(checkpoint))) == manifest
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, position: float, bit: int) -> None:
     data = bytearray((checkpoint / FILE_NAME).read_bytes())
@@ -49,7 +49,7 @@ def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, position
         read_manifest(tmp_path)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True))
 def test_every_truncation_is_refused(checkpoint: Path, tmp_path: Path, position: float) -> None:
     data = (checkpoint / FILE_NAME).read_bytes()

@@ -53,7 +53,7 @@ def test_every_layout_reads_what_it_would_hold(checkpoint: Path, tensor: int, da
                 assert torch.equal(found, elements(full[holding.name]["exp_avg"], holding.region))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_slice_is_the_slice_of_the_whole(checkpoint: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(SHAPES)))
@@ -87,7 +87,7 @@ def test_small_blocks_are_read_alone(saved: Saved, tmp_path: Path, monkeypatch: 
     assert read == [1, 2]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, place: float, bit: int) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True)
@@ -104,7 +104,7 @@ def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path, place: f
         read_all(copy)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=st.integers(0, 8), place=st.floats(0, 1, exclude_max=True))
 def test_every_truncation_is_refused(checkpoint: Path, tmp_path: Path, index: int, place: float) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True)

@@ -160,7 +160,7 @@ def test_what_is_unwise(changes: dict[str, Any], expected: str) -> None:
     assert any(expected in notice for notice in check.notices(configuration(**changes)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 6))
 def test_suggested_batch_sizes_work(size: int, micro: int, replicas: int) -> None:
     config = configuration(batch__global_batch_size=size, batch__micro_batch_size=micro)

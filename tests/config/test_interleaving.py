@@ -40,7 +40,7 @@ def test_the_order_is_torchs(ranks: int) -> None:
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_pass_runs_once_forward_before_backward(shape: Interleaving) -> None:
     for rank in range(shape.ranks):
         order = training_order(shape, rank)
@@ -50,7 +50,7 @@ def test_every_pass_runs_once_forward_before_backward(shape: Interleaving) -> No
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_circle_when_messages_arrive_in_the_order_they_are_sent(shape: Interleaving) -> None:
     """Nobody waits for a send; a rank takes from a channel only what is at its front, in the sender's order."""
     orders = [deque(training_order(shape, rank)) for rank in range(shape.ranks)]
@@ -82,7 +82,7 @@ def _can_run(
 
 
 @given(shape=shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_virtual_clock_ends(shape: Interleaving) -> None:
     stages = shape.num_stages
     schedule = instructions("interleaved", shape.ranks, shape.micro_batches, shape.chunks)
@@ -98,7 +98,7 @@ def test_one_stage_a_rank_is_1f1b() -> None:
 
 
 @given(shape=shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_more_is_in_flight_than_at_the_fullest_moment(shape: Interleaving) -> None:
     for rank in {0, shape.ranks - 1}:
         held, most = 0, 0

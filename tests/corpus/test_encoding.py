@@ -41,7 +41,7 @@ def test_ids_are_sentencepieces_own(tokenizer: Tokenizer, fast: CutEncoder, text
         st.sampled_from(["the", " ", "  ", "rows", "\n", "é", "日本語", "\U0001f389", "\u2581", "</s>", "x", "\x01"])
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ids_are_sentencepieces_own_for_any_mixture(tokenizer: Tokenizer, fast: CutEncoder, parts: list[str]) -> None:
     text = "".join(parts)
     assert np.frombuffer(fast.encode(text), dtype=np.uint16).tolist() == tokenizer.encode(text)

@@ -45,7 +45,7 @@ def jsonl(texts: list[str]) -> bytes:
     st.integers(1, 90),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_byte_ranges_of_any_size_give_the_same_records(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], unit_bytes: int, is_closed: bool
 ) -> None:

@@ -14,7 +14,7 @@ from megatron_omega.errors import DataError
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=4), st.sampled_from([4, 1 << 20]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_first_of_every_hash_is_kept(
     tmp_path_factory: pytest.TempPathFactory, values: list[list[int]], bucket: int
 ) -> None:
@@ -63,7 +63,7 @@ def test_damaged_origins_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sets(st.integers(0, 11))), max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_origins_name_every_record(units: list[tuple[int, set[int]]]) -> None:
     pieces, wanted = [], []
     first_record = 0

@@ -12,7 +12,7 @@ weights_of = st.lists(st.floats(0.01, 100), min_size=1, max_size=7)
 
 
 @given(weights_of)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_sample_comes_once_and_in_proportion_at_every_prefix(weights: list[float]) -> None:
     blend = Blend(weights)
     given_so_far = [0] * len(weights)
@@ -38,7 +38,7 @@ def test_proportions_do_not_drift() -> None:
 
 
 @given(weights_of, st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_new_weights_in_mid_run_neither_repeat_nor_lose(weights: list[float], data: st.DataObject) -> None:
     at = data.draw(st.integers(1, 60))
     others = data.draw(st.lists(st.floats(0, 9), min_size=len(weights), max_size=len(weights)).filter(any))
@@ -51,7 +51,7 @@ def test_new_weights_in_mid_run_neither_repeat_nor_lose(weights: list[float], da
 
 
 @given(weights_of, st.integers(0, 300))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_samples_are_found_again(weights: list[float], sample: int) -> None:
     blend = Blend(weights)
     corpus, number = blend.locate(sample)

@@ -27,7 +27,7 @@ def add_sums(prefix: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 60000), max_size=9), max_size=9), st.sampled_from([np.uint16, np.int32]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], dtype: type
 ) -> None:

@@ -24,7 +24,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_layout_takes_the_same_samples_in_each_step(
     consumed: int, micro: int, replicas: int, accumulation: int
 ) -> None:

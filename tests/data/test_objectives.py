@@ -45,7 +45,7 @@ def random_of(seed: int) -> np.random.Generator:
 
 
 @given(st.integers(2, 400), st.integers(0, 2**32), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_span_corruption_inverts(special: SpecialIds, length: int, seed: int, data: st.DataObject) -> None:
     noise = data.draw(st.integers(1, length - 1))
     spans = data.draw(st.integers(1, min(noise, length - noise, 99)))
@@ -59,7 +59,7 @@ def test_span_corruption_inverts(special: SpecialIds, length: int, seed: int, da
 
 
 @given(st.integers(2, 300), st.integers(0, 2**32), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_noise_has_the_number_of_tokens_and_of_separate_spans(length: int, seed: int, data: st.DataObject) -> None:
     noise = data.draw(st.integers(1, length - 1))
     spans = data.draw(st.integers(1, min(noise, length - noise, 99)))
@@ -76,7 +76,7 @@ def test_noise_falls_everywhere_alike() -> None:
 
 
 @given(st.integers(1, 50), st.booleans(), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_prefix_and_continuation_are_the_text(
     special: SpecialIds, length: int, is_end: bool, data: st.DataObject
 ) -> None:

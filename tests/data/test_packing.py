@@ -39,7 +39,7 @@ def check(plan: Plan, pieces: list[PieceLength], budget: Budget) -> None:
     st.tuples(*[st.sampled_from([0.0, 0.2, 1.0])] * 3).filter(any),
     st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_plan_keeps_the_rules(
     pieces: list[PieceLength], room: tuple[int, int, int], weights: tuple[float, float, float], seed: int
 ) -> None:
@@ -50,7 +50,7 @@ def test_any_plan_keeps_the_rules(
 
 
 @given(pieces_of, st.sampled_from([(64, 16), (256, 32), (2048, 32)]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_plan_without_an_encoder_keeps_the_rules(pieces: list[PieceLength], room: tuple[int, int]) -> None:
     budget = Budget(0, *room)
     check(plan_causal(pieces, budget), pieces, budget)

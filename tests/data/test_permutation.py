@@ -9,7 +9,7 @@ from megatron_omega.data.permutation import Permutation, derive_key
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_a_bijection_with_its_inverse(size: int, key: int) -> None:
     permutation = Permutation(size, key)
     values = [permutation[index] for index in range(size)]
@@ -19,7 +19,7 @@ def test_it_is_a_bijection_with_its_inverse(size: int, key: int) -> None:
 
 
 @given(st.integers(10**9, 10**15), st.integers(0, 2**64 - 1), st.integers(0, 10**9 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_large_sizes_agree_element_by_element(size: int, key: int, index: int) -> None:
     permutation = Permutation(size, key)
     value = permutation[index]

@@ -20,7 +20,7 @@ def test_special_ids_stand_first_and_in_order(tokenizer: Tokenizer) -> None:
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\u2581")))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_decoding_gives_back_any_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

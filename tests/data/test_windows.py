@@ -23,7 +23,7 @@ def make_windows(path: Path, lengths: list[int], shape: WindowShape, *, with_end
 
 
 @given(st.lists(st.integers(0, 40), min_size=8, max_size=40), st.integers(5, 30), st.integers(0, 8), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_shows_every_token_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], tokens: int, overhead: int, key: int
 ) -> None:
@@ -68,7 +68,7 @@ def test_short_documents_take_more_room(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 40), min_size=8, max_size=30), st.integers(0, 29), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_samples_of_a_document_are_found(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], document: int, key: int
 ) -> None:

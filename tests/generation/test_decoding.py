@@ -26,7 +26,7 @@ from megatron_omega.parallel.parameters import declared_parameters
 POSITIONS = ("rotary", "sinusoidal", "learned")
 DECODER_ONLY = {"encoder_layers": 0}
 T5_LIKE = {"encoder_branches": ["full"], "decoder_branches": ["causal"], "mlm_head": False}
-QUICK = settings(max_examples=50, deadline=None)
+QUICK = settings(max_examples=50)
 LENGTH = 75  # more than the window, the first room of the cache, and no multiple of the row width
 
 
@@ -58,7 +58,7 @@ def test_cached_decoding_is_the_whole_forward_pass(shape: dict, positions: str) 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=4), block=st.integers(1, 80))
 def test_how_a_text_is_cut_when_it_is_read_does_not_matter(cuts: list[int], block: int) -> None:
     model = tiny_model(tiny_config())
@@ -199,7 +199,7 @@ def test_learned_positions_bound_the_text() -> None:
         list(generate(model, "The quick brown fox jumps over the lazy dog", Sampling(), max_new_tokens=1, seed=0))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
 def test_streamed_parts_make_the_whole_text(ids: list[int]) -> None:
     assert "".join(stream_text(tiny_tokenizer(), ids)) == tiny_tokenizer().decode(ids)

@@ -34,7 +34,7 @@ HOSTILE = (
 texts = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(texts, max_size=4), texts, texts, texts)
 @example(["$(touch x)"], "a b", "x", "--comment=a b")
 def test_a_batch_script_says_what_was_meant_or_is_not_written(
@@ -57,7 +57,7 @@ def test_a_batch_script_says_what_was_meant_or_is_not_written(
     assert shown.stdout.split("\0")[:-1] == ([*arguments] or [""])  # printf without words prints one empty one
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts)
 def test_what_pdsh_passes_on_is_read_as_it_was(word: str) -> None:
     try:

@@ -58,7 +58,7 @@ def dense_reference(branch: Branch, pattern: Pattern, parts: list[Tensor], segme
     heads=st.integers(1, 3),
     sinks=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_branches_equal_their_dense_definition(
     case: tuple[Branch, bool], lengths: list[int], spare: int, first_head: int, heads: int, sinks: bool
 ) -> None:

@@ -83,7 +83,7 @@ def compare(found: Callable[[list[Tensor]], Tensor], mask: Tensor, stream: Strea
 
 
 @given(rows=PAIRS, causal=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_self_attention_by_spans_and_by_bounds_is_the_masked_one(
     rows: list[list[tuple[int, int]]], causal: bool
 ) -> None:
@@ -98,7 +98,7 @@ def test_self_attention_by_spans_and_by_bounds_is_the_masked_one(
 
 
 @given(rows=PAIRS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cross_attention_by_spans_and_by_bounds_is_the_masked_one(rows: list[list[tuple[int, int]]]) -> None:
     stream, memory = (stream_of([[pair[side] for pair in row] for row in rows]) for side in range(2))
     mask, parts = cross_mask(stream, memory, torch.double), parts_of(stream, memory)

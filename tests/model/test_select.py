@@ -51,7 +51,7 @@ def chosen_by_definition(blocks: int, query: Tensor, key: Tensor, segments: Tens
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3), spare=st.integers(0, 20), blocks=st.integers(1, 5),
     heads=st.integers(1, 3), batch=st.integers(1, 2),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_it_equals_its_definition(lengths: list[int], spare: int, blocks: int, heads: int, batch: int) -> None:
     total = sum(-(-length // WIDTH) * WIDTH for length in lengths) + spare
     rows = [packed_segments(order, WIDTH, total) for order in (lengths, lengths[::-1])[:batch]]

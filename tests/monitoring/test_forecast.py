@@ -40,17 +40,12 @@ def run_forecast(**machine: Any) -> RunForecast:
 def test_the_log_has_the_forecast_first_and_the_measurement_beside_it_last(caplog: pytest.LogCaptureFixture) -> None:
     run = run_forecast()
     hook = Forecast(run)
-    package = logging.getLogger("megatron_omega")
-    was_propagated, package.propagate = package.propagate, True
-    try:
-        with caplog.at_level(logging.INFO, logger="megatron_omega"):
-            hook.on_start(cast(Any, None))
-            first = caplog.text
-            for seconds in (9.0, *[0.5] * (WARM_UP_STEPS + 1)):
-                hook.on_step_end(cast(Any, SimpleNamespace(step_seconds=seconds)))
-            hook.on_close()
-    finally:
-        package.propagate = was_propagated
+    with caplog.at_level(logging.INFO, logger="megatron_omega"):
+        hook.on_start(cast(Any, None))
+        first = caplog.text
+        for seconds in (9.0, *[0.5] * (WARM_UP_STEPS + 1)):
+            hook.on_step_end(cast(Any, SimpleNamespace(step_seconds=seconds)))
+        hook.on_close()
     assert "forecast for this machine" in first and "quickly calibrated 2 hours ago" in first
     assert "the process and its libraries" in first and f"= {run.memory_bytes / 2**30:.2f} GiB on rank 0" in first
     assert f"median step 0.5 s (forecast {run.estimate.step_seconds:.3g}, " in caplog.messages[-1]

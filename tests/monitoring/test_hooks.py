@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_omega.config.schema import LoggingConfig, RunConfig
@@ -102,7 +102,6 @@ def test_a_fresh_start_sets_an_older_run_aside(tmp_path: Path) -> None:
     assert len(list(read_objects(tmp_path / "metrics.previous.jsonl"))) == 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), unique=True).map(sorted), st.integers(1, 60), st.binary(max_size=10))
 def test_keep_steps(tmp_path_factory: pytest.TempPathFactory, steps: list[int], last: int, rest: bytes) -> None:
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
@@ -159,8 +158,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("megatron_omega"), "propagate", True)
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="megatron_omega")
     return caplog
 

@@ -41,7 +41,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region], list[Reg
     return shape, regions(), regions()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(partitions())
 def test_every_partition_is_filled_from_every_other(case: tuple[tuple[int, ...], list[Region], list[Region]]) -> None:
     shape, sources, destinations = case
@@ -61,7 +61,7 @@ def test_every_partition_is_filled_from_every_other(case: tuple[tuple[int, ...],
         assert torch.equal(found, elements(full, destination))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(partitions(), st.data())
 def test_a_gap_or_a_repetition_is_found(
     case: tuple[tuple[int, ...], list[Region], list[Region]], data: st.DataObject

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -48,7 +47,6 @@ def test_late_compilations_are_warnings_and_early_ones_are_not(
     causes: list[str] = []
     monkeypatch.setattr(compilation, "Compilations", lambda: SimpleNamespace(new=lambda: [*causes]))
     hook = CompiledLayers(tmp_path)
-    logging.getLogger("megatron_omega").propagate = True
     causes.append("tensor 'hidden' size mismatch")
     report = lambda step: cast(Any, SimpleNamespace(step=step))  # noqa: E731
     hook.on_step_end(report(101))
@@ -65,7 +63,6 @@ def test_a_run_without_compiled_layers_has_no_hook_and_swiglu_beside_them_is_tol
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert compilation_hooks(RunConfig()) == []
-    logging.getLogger("megatron_omega").propagate = True
     wanted = {"training": {"compile": "layers"}, "parallel": {"recompute": "swiglu"}}
     assert len(compilation_hooks(RunConfig.model_validate(wanted))) == 1
     assert "swiglu" in caplog.text

@@ -31,7 +31,7 @@ def test_the_score_is_one_of_a_normal_distribution() -> None:
     assert z_score(2.0, [2.0] * 8) == 0 and math.isfinite(z_score(3.0, [2.0] * 8))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0.1, 20), min_size=16, max_size=64), st.floats(0.1, 20))
 def test_lower_is_never_bad_and_what_is_not_finite_always(recent: list[float], loss: float) -> None:
     config = ResilienceConfig()
