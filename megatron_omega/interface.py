@@ -23,8 +23,9 @@ from megatron_omega.data.objectives import first_decoder_id
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 from megatron_omega.export.loading import TextModel, load_text_model
-from megatron_omega.generation.decoding import check_length, generate, stream_text
+from megatron_omega.generation.decoding import generate, stream_text
 from megatron_omega.generation.fill_mask import Filled, fill_mask
+from megatron_omega.generation.prompts import check_length
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.host.environment import complete_environment
 from megatron_omega.model.omega import Omega, vocabulary_logits

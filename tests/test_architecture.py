@@ -28,7 +28,7 @@ ALLOWED: dict[str, str] = {
     "health": "accounting config engine parallel training",
     "export": "checkpoint config data model parallel",
     "run": "accounting checkpoint config data engine health model monitoring parallel planner training watchdog",
-    "generation": "export model data config",
+    "generation": "export model data parallel config",
     "studies": "run planner model parallel launching accounting config data export engine training",
     "commands": "*",
 }  # fmt: skip

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.export.loading import TextModel
-from megatron_omega.generation.decoding import check_length, encode
-from megatron_omega.model.layers import Head
-from megatron_omega.model.omega import vocabulary_logits
+from megatron_omega.generation.encoder import fill, require_mlm_head
+from megatron_omega.generation.prompts import check_length
 
+_TOGETHER = 1024  # tokens that go through the encoder at the same time
 _MASK = re.compile(rf" ?(?:{re.escape(MASK_PIECE)}|\[MASK\])")
 
 
@@ -35,31 +35,38 @@ class Filled:
     masks: tuple[tuple[Candidate, ...], ...]
 
 
-@torch.inference_mode()
 def fill_mask(text_model: TextModel, text: str, *, top_k: int = 5) -> Filled:
-    """Fill every <mask> or [MASK] of `text` on its own.
+    """Fill every <mask> or [MASK] of `text` on its own; see `fill_masks`."""
+    return fill_masks(text_model, [text], top_k=top_k)[0]
+
+
+def fill_masks(text_model: TextModel, texts: Sequence[str], *, top_k: int = 5) -> list[Filled]:
+    """Fill every <mask> or [MASK] of each text on its own; texts are encoded together.
 
     A space before a mask belongs to what is masked, since pieces begin with their space.
 
     Raises:
         ConfigError: the model has no MLM head.
-        DataError: the text has no mask, or is longer than the model's learned positions.
+        DataError: a text has no mask, or is longer than the model's learned positions.
     """
-    model, config, tokenizer = text_model.model, text_model.config, text_model.tokenizer
-    if not config.model.has_mlm_head:
-        reason = "is decoder-only" if config.model.is_decoder_only else "was built with model.mlm_head: false"
-        raise ConfigError(f"{text_model.path} has no MLM head (the model {reason}); use megatron-omega generate")
+    config, tokenizer = text_model.config, text_model.tokenizer
+    require_mlm_head(text_model)
     if top_k < 1:
         raise ConfigError(f"top_k={top_k} must be 1 or more")
     special = tokenizer.special
     mode = special.modes.prefix if config.model.shared_mode_token else special.modes.mask
-    ids = [mode, *masked_ids(tokenizer, text)]
-    check_length(ids, config, "encoder")
-    head = cast(Head, model.module_named("head"))
-    places = [place for place, number in enumerate(ids) if number == special.mask]
-    hidden = head.transform(encode(model, ids)[0, places])
-    found = vocabulary_logits(model, hidden, head.output_bias).softmax(dim=-1).cpu()
+    asked = [[mode, *masked_ids(tokenizer, text)] for text in texts]
+    for ids in asked:
+        check_length(ids, config, "encoder")
+    found = fill(text_model.model, special, asked, _TOGETHER)
+    return [
+        _filled(tokenizer, ids, logits.softmax(dim=-1).cpu(), top_k) for ids, logits in zip(asked, found, strict=True)
+    ]
+
+
+def _filled(tokenizer: Tokenizer, ids: list[int], found: torch.Tensor, top_k: int) -> Filled:
     masks = tuple(_best(tokenizer, row, top_k) for row in found)
+    places = [place for place, number in enumerate(ids) if number == tokenizer.special.mask]
     for place, candidates in zip(places, masks, strict=True):
         ids[place] = candidates[0].token_id
     return Filled(tokenizer.decode(ids), masks)

@@ -10,8 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.objectives import first_decoder_id
+from megatron_omega.errors import DataError
 from megatron_omega.export.loading import TextModel
+from megatron_omega.log import get_logger
+
+logger = get_logger(__name__)
 
 Ids = tuple[int, ...]
 
@@ -43,3 +48,26 @@ def gap_ids(
     is_usual = most_tokens <= 2 * text_model.config.objective.span_mean_length
     mode = special.modes.span if is_usual else special.modes.extreme
     return (mode, *before, first, *after), (special.bos, first), (second,)
+
+
+def room(config: RunConfig, start: int, wanted: int) -> int:
+    """Return how many tokens may follow `start` ones, and warn if that is less, or more than a model has learnt."""
+    longest = config.data.decoder_seq_length
+    trained = longest + 1 - start  # the last token is not read any more
+    if wanted <= trained:
+        return wanted
+    if config.model.positions == "learned":
+        logger.warning("at most %d tokens are generated: the model's learned positions end there", trained)
+        return trained
+    logger.warning("the text may grow beyond %d tokens, the longest this model was trained on", longest)
+    return wanted
+
+
+def check_length(ids: Sequence[int], config: RunConfig, stack: str) -> None:
+    """Refuse what is longer than learned positions; warn where it is longer than what the model was trained on."""
+    longest = config.data.encoder_seq_length if stack == "encoder" else config.data.decoder_seq_length
+    if len(ids) <= longest:
+        return
+    if config.model.positions == "learned":
+        raise DataError(f"the text has {len(ids):,} tokens, the {stack}'s learned positions end at {longest:,}; cut it")
+    logger.warning("the text has %d tokens, the %s was trained on at most %d", len(ids), stack, longest)

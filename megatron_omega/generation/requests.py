@@ -105,8 +105,15 @@ class Limits:
     """The same of what encoders have read."""
     chunk_tokens: int = 256
     """Tokens of prompts that are read between two steps of the texts that grow."""
+    prefixes: int = 8
+    """Beginnings of prompts that are kept for later ones (decoder-only models: an encoder's memory is kept whole)."""
 
     def __post_init__(self) -> None:
-        findings = [f"{name}={value} must be 1 or more" for name, value in vars(self).items() if value < 1]
+        least = {"prefixes": 0}
+        findings = [
+            f"{name}={value} must be {least.get(name, 1)} or more"
+            for name, value in vars(self).items()
+            if value < least.get(name, 1)
+        ]
         if findings:
             raise ConfigError(*findings)

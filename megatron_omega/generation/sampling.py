@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_omega.errors import ConfigError
+
+_FIRST_LOOK = 128
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,54 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     logits = logits.float().cpu()
     if sampling.temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
+    shares, order = kept(logits, sampling)
+    bounds = shares.double().cumsum(dim=-1)
+    drawn = torch.rand(1, generator=generator, dtype=torch.float64) * bounds[-1]
+    place = min(int(torch.searchsorted(bounds, drawn, right=True)), len(bounds) - 1)
+    return place if order is None else int(order[place])
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution that `choose` draws from: [v] -> [v], tokens that were cut off at 0."""
+    shares, order = kept(logits, sampling)
+    shares = shares / shares.sum()
+    return shares if order is None else torch.zeros_like(logits).scatter(0, order, shares)
+
+
+def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Return the shares of the tokens that may be drawn, the most probable first, and their ids; None: all, in order.
+
+    The most probable tokens are looked for in one pass; only where they do not hold enough is all of it sorted.
+    """
     # The largest logit is taken away first: a very small temperature would overflow otherwise.
     scaled = (logits - logits.max()) / sampling.temperature
-    found, order = torch.sort(scaled.softmax(dim=-1), descending=True, stable=True)
-    if sampling.top_k:
-        found[sampling.top_k :] = 0
-    found /= found.sum()
-    if sampling.top_p < 1:  # at 1 a rounded sum would cut off the least probable
-        found = torch.where(found.cumsum(dim=-1) - found < sampling.top_p, found, 0.0)
-    return torch.zeros_like(scaled).scatter(0, order, found / found.sum())
+    if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        return scaled.exp(), None
+    total = 1.0 if sampling.top_k else float(scaled.exp().sum())  # after top_k only those kept count
+    for count in (sampling.top_k or _FIRST_LOOK, len(logits)):
+        found, order = scaled.topk(min(count, len(logits)))
+        shares = found.exp()
+        shares = shares / (shares.sum() if sampling.top_k else total)
+        is_kept = shares >= sampling.min_p * shares[0]
+        if sampling.top_p < 1:  # at 1 a rounded sum would cut off the least probable
+            is_kept &= shares.cumsum(dim=-1) - shares < sampling.top_p
+        if sampling.top_k or not is_kept[-1]:
+            break
+    return shares[is_kept], order[is_kept]
+
+
+def penalised(logits: Tensor, sampling: Sampling, read: Iterable[int], written: Sequence[int]) -> Tensor:
+    """Return `logits` [v] after what `sampling` takes from tokens that were read or written."""
+    if sampling.repetition_penalty == 1 and not sampling.frequency_penalty and not sampling.presence_penalty:
+        return logits
+    logits = logits.clone()
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*read, *written}), device=logits.device)
+        values = logits[seen]
+        factor = torch.where(values > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        logits[seen] = values * factor
+    if written:
+        counts = Counter(written)
+        ids, often = torch.tensor([*counts.items()], device=logits.device).unbind(1)
+        logits[ids] -= sampling.frequency_penalty * often + sampling.presence_penalty
+    return logits

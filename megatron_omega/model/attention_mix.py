@@ -134,16 +134,16 @@ class SelfAttention(nn.Module):
                 mask, cache.routes[index] = select_visible(self.pattern, cache.routes.get(index), query, keys[:, index])
             else:
                 first, mask = new.once(continued_mask, branch, self.pattern, query.shape[1])
-            seen = with_sink(keys[:, index, :, first:], values[:, index, :, first:], self._sink(branch))
+            seen = with_sink(keys[:, index, :, first:], values[:, index, :, first:], self.sink(branch))
             mask = mask if seen[0].shape[2] == mask.shape[3] else F.pad(mask, (0, 1), value=True)
             attended.append(scaled_dot_product_attention(query, *seen, mask))
         return self._merge(attended)
 
     def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, facts: MixFacts) -> Tensor:
         branch = self.branches[index]
-        return attend(branch, self.pattern, query, key, value, facts.branches[index], self.kernels, self._sink(branch))
+        return attend(branch, self.pattern, query, key, value, facts.branches[index], self.kernels, self.sink(branch))
 
-    def _sink(self, branch: Branch) -> Tensor | None:
+    def sink(self, branch: Branch) -> Tensor | None:
         """Return the learned keys [heads, head_dim] of a branch that has them."""
         with_sinks = self.model.sinks(self.branches)
         return self.sinks[with_sinks.index(branch)] if self.sinks is not None and branch in with_sinks else None

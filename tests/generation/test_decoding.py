@@ -17,7 +17,9 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
 from megatron_omega.export.loading import TextModel, load_omega, load_text_model
 from megatron_omega.generation import decoding
+from megatron_omega.generation.cache import Held
 from megatron_omega.generation.decoding import Continuation, encode, generate, stream_text
+from megatron_omega.generation.engine import Engine, Row
 from megatron_omega.generation.fill_mask import fill_mask, masked_ids
 from megatron_omega.generation.sampling import Sampling, choose, probabilities
 from megatron_omega.model.omega import Omega, vocabulary_logits
@@ -135,19 +137,24 @@ def text_model(config: RunConfig | None = None) -> TextModel:
 
 def scripted(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Put a decoder in place that favours `ids` one after the other; return what it is given to read."""
-    read: list[list[int]] = []
+    found: list[list[int]] = []
+    told: list[list[int]] = []
 
-    class Scripted:
-        def __init__(self, *_: object) -> None: ...
+    def read(_: Engine, new: Sequence[int], held: Held, memory: object) -> None:
+        held.length += len(new)
+        told.append(list(new))
 
-        def read(self, new: Sequence[int]) -> torch.Tensor:
-            read.append(list(new))
-            logits = torch.zeros(VOCAB_SIZE)
-            logits[ids[len(read) - 1]] = 9
-            return logits
+    def grow(_: Engine, rows: Sequence[Row]) -> torch.Tensor:
+        found.append([*(number for new in told for number in new), rows[0].id])
+        told.clear()
+        rows[0].held.length += 1
+        logits = torch.zeros(1, VOCAB_SIZE)
+        logits[0, ids[len(found) - 1]] = 9
+        return logits
 
-    monkeypatch.setattr(decoding, "Continuation", Scripted)
-    return read
+    monkeypatch.setattr(Engine, "read", read)
+    monkeypatch.setattr(Engine, "grow", grow)
+    return found
 
 
 def test_a_text_ends_at_its_end_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,147 @@
+"""The decoder over rows of tokens: one row for each growing text, or the rows of a prompt. Few operations a layer.
+
+The rows of all texts go through every matrix together; attention is computed text by text, so that no text is padded
+to another's length, and what it gives does not depend on its company. Nor do the products, if the number of rows is a
+multiple of ROW_MULTIPLE: on CPUs another kernel computes fewer rows, and rounds differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_omega.generation.cache import Part
+from megatron_omega.generation.matrices import Matrix, Weigh, plain
+from megatron_omega.model.embeddings import rotary_table
+from megatron_omega.model.layers import DecoderLayer, Head
+from megatron_omega.model.omega import Omega
+from megatron_omega.parallel.layers import RMSNorm
+
+ROW_MULTIPLE = 4
+
+Rotation = tuple[Tensor, Tensor]
+"""Of every row, each [rows, 1, 1, 1, head_dim]: cosines, and signed sines."""
+
+
+class Attending(Protocol):
+    """How rows attend: what the cache keeps, and what the encoder has read."""
+
+    def attend(self, layer: int, projected: Tensor) -> Tensor:
+        """Keep keys and values of q, k, v [rows, branches, 3, heads, head_dim]; return [rows, attended]."""
+        ...
+
+    def attend_memory(self, layer: int, query: Tensor) -> Tensor:
+        """[rows, heads, head_dim] -> [rows, heads * head_dim]."""
+        ...
+
+
+class LayerPass:
+    """One decoder layer, with its weights at hand."""
+
+    def __init__(self, index: int, layer: DecoderLayer, parts: tuple[Part, ...], weigh: Weigh) -> None:
+        self.index, self.parts = index, parts
+        self.residual, self.parallel = layer.residual, layer.parallel
+        self.positions = layer.positions
+        attention = layer.attention
+        model = attention.model
+        self.head_dim, self.epsilon = model.resolved_head_dim, model.norm_epsilon
+        self.shape = (len(attention.branches), 3, -1, self.head_dim)
+        self.pattern = attention.pattern
+        self.qkv, self.out = weigh(attention.qkv.weight, -1), weigh(attention.out.weight, 1)
+        self.gains = attention.gains
+        self.sinks = [attention.sink(part.branch) for part in parts]
+        self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
+        self.gate_up = weigh(layer.feed_forward.gate_up.weight, -1)
+        self.down = weigh(layer.feed_forward.down.weight, 1)
+        self.cross = layer.cross
+        if layer.cross is not None:
+            self.cross_norm = layer.cross_norm
+            self.cross_q, self.cross_out = weigh(layer.cross.q.weight, -1), weigh(layer.cross.out.weight, 1)
+            self.cross_gains = layer.cross.gains[0]
+
+    def run(self, hidden: Tensor, rotation: Rotation | None, attending: Attending) -> Tensor:
+        """[rows, d] -> [rows, d], in place."""
+        projected = self.qkv(self._norm(self.attention_norm, hidden)).unflatten(1, self.shape)
+        self._normalise(projected[:, :, :2], rotation)
+        self._add(hidden, self.out, attending.attend(self.index, projected))
+        if self.cross is not None:
+            query = self.cross_q(self._norm(self.cross_norm, hidden)).unflatten(1, (-1, self.head_dim))
+            query = F.rms_norm(query.float(), (self.head_dim,), None, self.epsilon).mul_(self.cross_gains)
+            self._add(hidden, self.cross_out, attending.attend_memory(self.index, query.to(hidden.dtype)))
+        gate, up = self.gate_up(self._norm(self.feed_forward_norm, hidden)).chunk(2, dim=-1)
+        self._add(hidden, self.down, F.silu(gate).mul_(up))
+        return hidden
+
+    def _norm(self, norm: RMSNorm, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.epsilon)
+
+    def _normalise(self, query_key: Tensor, rotation: Rotation | None) -> None:
+        """Normalise and rotate q and k [rows, branches, 2, heads, head_dim] in place."""
+        normal = F.rms_norm(query_key.float(), (self.head_dim,), None, self.epsilon).mul_(self.gains)
+        if rotation is None:
+            query_key.copy_(normal)
+            return
+        cosine, sine = rotation
+        swapped = normal.roll(self.head_dim // 2, dims=-1)
+        query_key.copy_(normal.mul_(cosine).addcmul_(swapped, sine))
+
+    def _add(self, hidden: Tensor, matrix: Matrix, inputs: Tensor) -> None:
+        """Add to the residual stream what the ranks' shares of a product sum up to."""
+        if self.parallel.size == 1:
+            matrix.add_to(hidden, inputs, self.residual)
+        else:
+            hidden.add_(self.parallel.all_reduce(matrix(inputs)), alpha=self.residual)
+
+
+class Decoder:
+    """All decoder layers of a model, and its logits."""
+
+    def __init__(self, model: Omega, parts: Sequence[tuple[Part, ...]], weigh: Weigh = plain) -> None:
+        self.model, self.parallel = model, model.context.parallel
+        self.layers = [
+            LayerPass(index, cast(DecoderLayer, model.module_named(f"decoder.layers.{index}")), of_layer, weigh)
+            for index, of_layer in enumerate(parts)
+        ]
+        self.norm = cast(Head, model.module_named("head")).norm
+        self.table = model.table
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.weight.device
+
+    def run(self, ids: Sequence[int], positions: Sequence[int], attending: Attending) -> Tensor:
+        """Run one row for each id, at its position in its text: hidden states [rows, d]."""
+        settings = self.model.context.model
+        at = torch.tensor([list(positions)], device=self.device)
+        hidden = self.table(torch.tensor([list(ids)], device=self.device))
+        if (added := self.layers[0].positions) is not None:
+            hidden = added(hidden, at)
+        rotation = None
+        if settings.positions == "rotary":
+            cosine, sine = rotary_table(at[0], settings.resolved_head_dim, settings.rotary_base)
+            rotation = cosine[:, None, None, None], sine[:, None, None, None]
+        hidden = hidden[0]
+        for layer in self.layers:
+            hidden = layer.run(hidden, rotation, attending)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, d] -> fp32 [rows, vocab_size], equal on all tensor-parallel ranks."""
+        settings, table = self.model.context.model, self.table
+        normal = self.norm(hidden)
+        if self.parallel.size == 1:
+            found = (normal @ table.weight[: settings.vocab_size].t()).float()
+        else:
+            found = normal.new_zeros(len(normal), settings.padded_vocab_size, dtype=torch.float32)
+            found[:, table.start : table.stop] = normal @ table.weight.t()
+            found = self.parallel.all_reduce(found)[:, : settings.vocab_size]
+        return found.mul_(settings.logit_multiplier)
+
+
+def padded(rows: Sequence[int], multiple: int = ROW_MULTIPLE) -> list[int]:
+    """Return `rows` with zeros behind, up to a multiple."""
+    return [*rows, *[0] * (-len(rows) % multiple)]

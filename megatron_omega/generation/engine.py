@@ -1,0 +1,79 @@
+"""A model with the room for its texts: what all requests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_omega.export.loading import TextModel
+from megatron_omega.generation.attending import Growing, Reading
+from megatron_omega.generation.cache import Cache, Held
+from megatron_omega.generation.decoder import Decoder, padded
+from megatron_omega.generation.encoder import Memory
+from megatron_omega.generation.matrices import Weigh, plain
+from megatron_omega.generation.requests import Limits
+
+
+class Row(NamedTuple):
+    """The token that a text's decoder reads next."""
+
+    id: int
+    held: Held
+    memory: Memory | None
+
+
+class Engine:
+    """Decoder, cache and tokenizer."""
+
+    def __init__(self, text_model: TextModel, limits: Limits, weigh: Weigh = plain) -> None:
+        self.text_model, self.limits = text_model, limits
+        self.tokenizer = text_model.tokenizer
+        model = text_model.model
+        context = model.context
+        width = context.model.axial_width
+        prefixes = limits.prefixes if context.model.is_decoder_only else 0
+        self.cache = Cache(
+            context.model, context.local_heads, like=model.table.weight,
+            pages=-(-limits.cache_tokens // width), slots=limits.sequences + prefixes,
+        )  # fmt: skip
+        self.decoder = Decoder(model, self.cache.parts, weigh)
+        self.has_company = limits.sequences > 1
+        self._allowed = self._penalty_of_others()
+
+    @torch.inference_mode()
+    def grow(self, rows: Sequence[Row]) -> Tensor:
+        """Read one token of each text; return the logits [rows, vocab_size] of those that follow, on the CPU."""
+        attending = Growing(self.decoder, self.cache, [(row.held, row.memory) for row in rows])
+        hidden = self._run([row.id for row in rows], [row.held.length for row in rows], attending)
+        attending.end()
+        return self.decoder.logits(hidden)[: len(rows)].cpu()
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], held: Held, memory: Memory | None) -> Tensor:
+        """Read the next tokens of one text; return their hidden states [tokens, d]."""
+        attending = Reading(self.decoder, self.cache, (held, memory), len(ids))
+        hidden = self._run(ids, range(held.length, held.length + len(ids)), attending)
+        attending.end()
+        return hidden[: len(ids)]
+
+    def allowed(self, end_ids: Sequence[int]) -> Tensor:
+        """Return what is added to logits: 0 for ids that may be generated (text, the end, `end_ids`), else -inf."""
+        if not end_ids:
+            return self._allowed
+        allowed = self._allowed.clone()
+        allowed[list(end_ids)] = 0
+        return allowed
+
+    def _run(self, ids: Sequence[int], positions: Sequence[int], attending: Growing | Reading) -> Tensor:
+        """Run rows; where texts may have company, in a number at which none feels it."""
+        if self.has_company:
+            ids, positions = padded(ids), padded(positions)
+        return self.decoder.run(ids, positions, attending)
+
+    def _penalty_of_others(self) -> Tensor:
+        allowed = torch.full((self.text_model.config.model.vocab_size,), float("-inf"))
+        allowed[[*self.tokenizer.text_ids, self.tokenizer.special.eos]] = 0
+        return allowed

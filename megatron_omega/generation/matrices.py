@@ -1,0 +1,84 @@
+"""The matrices that a decoder multiplies with, as they are or with int8 weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_omega.errors import ConfigError
+
+
+class Matrix(Protocol):
+    """A product with a weight [out, in]."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        ...
+
+    def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
+        """Add scale times the product to `total` [rows, out]."""
+        ...
+
+
+Weigh = Callable[[Tensor, int], Matrix]
+"""From a weight of any shape, and where its output axes end: before the last axis (-1), or after the first (1)."""
+
+
+class Plain:
+    """A product with a weight as it is."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._transposed = weight.t()
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.mm(inputs, self._transposed)
+
+    def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
+        total.addmm_(inputs, self._transposed, alpha=scale)
+
+
+class Quantised:
+    """A product with a weight that torchao keeps in int8, with a scale for each output."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._linear = quantised_linear(weight)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self._linear.weight)
+
+    def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
+        total.add_(self(inputs), alpha=scale)
+
+
+def plain(weight: Tensor, axis: int) -> Matrix:
+    """Take a weight as it is."""
+    return Plain(flat(weight, axis))
+
+
+def int8(weight: Tensor, axis: int) -> Matrix:
+    """Keep a weight in int8; raise ConfigError if torchao is not installed."""
+    return Quantised(flat(weight, axis))
+
+
+def flat(weight: Tensor, axis: int) -> Tensor:
+    """Return a view [out, in] of a weight of any shape."""
+    return weight.flatten(0, -2) if axis == -1 else weight.flatten(1)
+
+
+def quantised_linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer of which the weight is kept in int8."""
+    try:
+        quantisation = importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise ConfigError(
+            f"int8 weights need torchao, which cannot be imported ({error}); pip install torchao, or use fp32 or bf16"
+        ) from None
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    quantisation.quantize_(layer, quantisation.Int8WeightOnlyConfig())
+    return layer
