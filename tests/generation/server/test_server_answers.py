@@ -145,7 +145,9 @@ def test_masks_are_filled(client: TestClient) -> None:
         for mask, wanted in zip(answer["masks"], expected.masks, strict=True):
             assert [each["token"] for each in mask] == [each.token_id for each in wanted]
             assert [each["text"] for each in mask] == [each.piece for each in wanted]
-            assert [each["probability"] for each in mask] == pytest.approx([each.probability for each in wanted])
+            assert [each["probability"] for each in mask] == pytest.approx(
+                [each.probability for each in wanted], rel=1e-4
+            )
 
 
 def test_embeddings_are_means_of_the_memory(client: TestClient) -> None:
