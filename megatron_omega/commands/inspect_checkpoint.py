@@ -5,7 +5,8 @@
     megatron-omega inspect-checkpoint --checkpoint PATH --verify                    read every byte, of one or of all
     megatron-omega inspect-checkpoint --checkpoint PATH --diff OTHER                largest differences by parameter
 
-Of several checkpoints `--diff` takes the newest. Exit code 4: the checkpoint is damaged or not one.
+Of several checkpoints `--diff` takes the newest. Exit code 4: the checkpoint is damaged or not one. A list of several
+names the damaged ones; it fails if none is whole, and with --verify if any is not.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
             show_comparison(compare(reader, other), paths, options.top, as_json=options.json)
     elif rows := checkpoint_rows(options.checkpoint, verify=options.verify):
         show_run(rows, as_json=options.json)
-        if options.verify and (damage := [row.damage for row in rows if row.damage is not None]):
+        damage = [row.damage for row in rows if row.damage is not None]
+        if damage and (options.verify or len(damage) == len(rows)):
             raise CheckpointError(*damage)
     else:
         with open_checkpoint(newest_whole(options.checkpoint)) as reader:

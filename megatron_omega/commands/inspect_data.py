@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega.config.load import load_config
+from megatron_omega.config.paths import with_carried_tokenizer, with_moved_corpora
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.indexed import IndexedShard, without_suffix
 from megatron_omega.data.inspection import SeenExample, check_shard, plot_lengths, render_sample, source_of, statistics
@@ -35,7 +36,10 @@ from megatron_omega.monitoring.history import Stretch, stretch_of, stretches
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "prefixes", nargs="*", metavar="PREFIX", help="shards, with or without .bin or .idx, or folders of runs"
+        "prefixes",
+        nargs="*",
+        metavar="PREFIX",
+        help="shards, with or without .bin or .idx, or folders of runs; with --run: where shards of the run lie now",
     )
     parser.add_argument("--check", action="store_true", help="read everything and say whether it is whole")
     parser.add_argument("--show", type=int, metavar="DOCUMENT", help="print one document")
@@ -93,7 +97,7 @@ def in_words(found: dict[str, Any]) -> dict[str, str]:
 def prefixes_of(arguments: argparse.Namespace) -> list[str]:
     """Return the shards that are meant: prefixes, files of a shard, or all corpora of a run."""
     found: list[str] = []
-    for name in [*arguments.prefixes, *([arguments.run] if arguments.run else [])]:
+    for name in arguments.prefixes or [arguments.run]:
         if (Path(name) / run_folder.CONFIG).exists():
             found += [corpus.prefix for corpus in load_config(Path(name) / run_folder.CONFIG).data.corpora]
         elif Path(name).is_dir():
@@ -109,7 +113,9 @@ def show_document(shard: IndexedShard, arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.show < len(shard):
         raise DataError(f"{shard.prefix} has documents 0 to {len(shard) - 1}, no {arguments.show}")
     sidecar = read_sidecar(shard.prefix)
-    model = arguments.tokenizer_model or (sidecar.options.get("tokenizer_model") if sidecar else None)
+    own = arguments.run / run_folder.TOKENIZER if arguments.run else None
+    named = sidecar.options.get("tokenizer_model") if sidecar else None
+    model = arguments.tokenizer_model or (own if own and own.exists() else named)
     if model is None:
         raise ConfigError(f"{shard.prefix} does not say which tokenizer made it; give --tokenizer-model")
     tokenizer, ids = Tokenizer.open(model), shard.document(arguments.show)
@@ -128,17 +134,15 @@ def open_history(run: Path) -> list[Stretch]:
     return stretches(read_objects(run / run_folder.EVENTS), load_config(path))
 
 
-def open_corpus(run: Path, config: RunConfig) -> Sources:
-    """Open the corpus of a stretch, with the run's own copy of the tokenizer."""
-    own = run / run_folder.TOKENIZER
-    if own.exists():
-        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(own)})})
-    return open_sources(config)
+def open_corpus(arguments: argparse.Namespace, config: RunConfig) -> Sources:
+    """Open the corpus of a stretch, with the run's own copy of the tokenizer; a shard may have moved."""
+    config = with_moved_corpora(config, [without_suffix(prefix) for prefix in arguments.prefixes])
+    return open_sources(with_carried_tokenizer(config, arguments.run))
 
 
 def examples_of_step(arguments: argparse.Namespace) -> Iterator[SeenExample]:
     stretch = stretch_of(open_history(arguments.run), arguments.step)
-    sources = open_corpus(arguments.run, stretch.config)
+    sources = open_corpus(arguments, stretch.config)
     replicas = arguments.data_parallel_size or stretch.replicas or 1
     pieces = stretch.samples_of(arguments.step)
     size = sum(map(len, pieces))
@@ -171,7 +175,7 @@ def steps_of_document(arguments: argparse.Namespace, history: Sequence[Stretch])
     found: list[dict[str, int]] = []
     source = ""
     for stretch in history:
-        sources = open_corpus(arguments.run, stretch.config)
+        sources = open_corpus(arguments, stretch.config)
         up_to = min(last, stretch.up_to_step)
         if up_to <= stretch.after_step or arguments.corpus >= len(sources.train.corpora):
             continue

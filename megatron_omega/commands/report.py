@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega.config.load import load_config
+from megatron_omega.config.paths import with_carried_tokenizer
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.samples import Sources, open_sources
 from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.takes_run()
     options = parser.parse_args(argv)
-    config = load_config(options.run / run_folder.CONFIG)
+    config = with_carried_tokenizer(load_config(options.run / run_folder.CONFIG), options.run)
     found = validations(options.run)
     first, last = found[0], found[-1]
     print(f"validation, nats per token     before    after {last['step']} steps")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_omega.config.arguments import Arguments, read_overrides
-from megatron_omega.config.load import load_config, resolve_run
+from megatron_omega.config.load import resolve_run
 from megatron_omega.data.indexed import without_suffix
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import CommandLine
@@ -57,15 +57,13 @@ def main(argv: Sequence[str]) -> None:
     place = complete_environment()
     if options.input and place.world_size > 1:
         raise ConfigError("--input is read by one process; make a shard with preprocess-data and give it as --shard")
-    from megatron_omega.run.validation import as_evaluation, evaluate, weights_of  # torch comes in here
+    from megatron_omega.run.validation import as_evaluation, evaluate, tokenizer_of, weights_of  # torch comes in here
 
     checkpoint = weights_of(options.checkpoint, given)
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
         shard = options.shard and without_suffix(options.shard)
         if options.input:
-            shard = make_shard(
-                options.input, load_config(given.config or checkpoint.config).data.tokenizer, Path(folder)
-            )
+            shard = make_shard(options.input, tokenizer_of(given, checkpoint), Path(folder))
         arguments = as_evaluation(given, checkpoint, place.world_size, shard=shard)
         resolved = resolve_run(arguments, place.world_size, trains=False)
         if options.dry_run:

@@ -7,9 +7,11 @@ each rank that failed: launchers lose codes, and the order of the files is the o
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.redaction import redacted
+from megatron_omega.host.regular_files import read_text
 from megatron_omega.host.run_folder import SUCCESS
 from megatron_omega.launching.outcome import STOPPED, End, Outcome, judge
 from megatron_omega.log import get_logger
@@ -124,15 +127,25 @@ class Turn:
             "checkpoint": self.newest_checkpoint,
             **facts,
         }
-        with (self.run_directory / run_folder.LAUNCHES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(redacted(line)) + "\n")
+        text = json.dumps(redacted(line)).encode() + b"\n"
+        with (self.run_directory / run_folder.LAUNCHES).open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                text = b"\n" + text  # behind half a line, which a full disk left
+            file.write(text)
 
     def _lines(self) -> list[Mapping[str, Any]]:
+        """Return the job's lines; half a line, which a full disk leaves, is none."""
         try:
-            text = (self.run_directory / run_folder.LAUNCHES).read_text(encoding="utf-8")
+            text = read_text(self.run_directory / run_folder.LAUNCHES)
         except FileNotFoundError:
             return []
-        return [line for line in map(json.loads, text.splitlines()) if line["job"] == self.job]
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; move it away") from None
+        found: list[Mapping[str, Any]] = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if line["job"] == self.job]
 
 
 def next_step(turn: Turn, outcome: Outcome, *, goes_on_when_stopped: bool) -> tuple[bool, str]:

@@ -84,14 +84,23 @@ def as_evaluation(
         "logging.tensorboard": "false",
         "logging.wandb": "off",
     }
-    carried = weights.path / run_folder.TOKENIZER
-    if carried.exists():
-        first["data.tokenizer"] = str(carried)
+    first |= _carried_tokenizer(weights)
     if shard is not None:
         last |= {"data.corpora": f"[{{prefix: {json.dumps(shard)}}}]", "data.split": "[0, 1, 0]"}
     overrides = (*_overrides(first), *arguments.overrides, *_overrides(last))
     found = replace(arguments, config=base, overrides=overrides)
     return found if shard is None else _over_all_of_it(found, world_size)
+
+
+def tokenizer_of(arguments: Arguments, weights: SavedWeights) -> str:
+    """Return the path of the tokenizer that texts are to be encoded with: the one given, else the weights' own."""
+    base = weights.config if arguments.config is None else arguments.config
+    return load_config(base, (*_overrides(_carried_tokenizer(weights)), *arguments.overrides)).data.tokenizer
+
+
+def _carried_tokenizer(weights: SavedWeights) -> dict[str, str]:
+    carried = weights.path / run_folder.TOKENIZER
+    return {"data.tokenizer": str(carried)} if carried.exists() else {}
 
 
 _WHOLE_MODEL = {

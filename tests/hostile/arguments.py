@@ -65,8 +65,9 @@ READ = (
     "report --run @",
     "goodput --run @",
     "launch local --ranks 1 --config @",
+    "launch begin --config @",
     "launch slurm --nodes 1 --ranks-per-node 1 --dry-run --config @",
-    "launch hosts --hosts a b --ranks-per-node 1 --dry-run --config @",
+    "launch hostfile --hosts a b --ranks-per-node 1 --dry-run --config @",
 )
 """Command lines with `@` in the place of the file. An `@` after a folder's argument is what a user may mistake for it."""
 
@@ -79,7 +80,7 @@ WRITTEN = (
     f"{PLAN} --plot @",
     f"{PLAN} --write @",
     f"launch slurm --nodes 1 {LAUNCH} --output @",
-    f"launch hosts --hosts a b {LAUNCH} --output @",
+    f"launch hostfile --hosts a b {LAUNCH} --output @",
     "export-hf --checkpoint {checkpoint} --output @",
     "preprocess-data --quiet --workers 1 --tokenizer-model {tokenizer} --input {text} --output-prefix @/x",
     "merge-shards --input {shard} --output-prefix @/x",

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_omega.commands import launch
+from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.launching.outcome import End, judge
 from megatron_omega.launching.turns import Turn, next_step
 
@@ -130,3 +133,25 @@ def test_the_turns_are_kept(tmp_path: Path) -> None:
     start, end = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
     assert (start["event"], start["hosts"], start["job"], start["restart"]) == ("start", "n[1-2]", "7", 1)
     assert (end["event"], end["code"]) == ("end", 76)
+
+
+def test_on_a_full_disk_a_start_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Turn, "_record", full)
+    with pytest.raises(SystemExit) as ended, exit_cleanly():
+        launch.main(["begin", "--config", "omega-tiny", "--logging.run_directory", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "No space left on device" in said and "Traceback" not in said
+
+
+def test_half_a_line_is_passed_over(tmp_path: Path) -> None:
+    turn = Turn(tmp_path, "7", max_restarts=0)
+    turn.begin()
+    path = tmp_path / "launches.jsonl"
+    path.write_text(path.read_text() + '{"event": "sta')
+    turn.begin()
+    assert len(path.read_text().splitlines()) == 3 and turn.fruitless_starts() == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_omega.config.schema import ResilienceConfig, RunConfig
-from megatron_omega.engine.results import StepResult
+from megatron_omega.engine.results import EvaluationResult, StepResult
 from megatron_omega.errors import OmegaError
 from megatron_omega.training.batch_size import Interval
 from megatron_omega.training.hooks import Hook
@@ -50,6 +51,7 @@ class FakeEngine:
 
     def __init__(self, loss_of: Any) -> None:
         self.loss_of = loss_of
+        self.validation_losses: list[float] = []
         self.weights: list[int] = []
         """The samples trained on: what a checkpoint of this engine holds."""
 
@@ -63,6 +65,9 @@ class FakeEngine:
         self.weights += [] if skipped else samples
         return StepResult(loss, loss, math.nan, 1.0, skipped, self.size)
 
+    def evaluate(self, batches: Any, num_micro_batches: int) -> EvaluationResult:
+        return EvaluationResult(self.validation_losses.pop(0), math.nan, 10)
+
 
 class FakeStore:
     """Keeps checkpoints in a dictionary."""
@@ -73,9 +78,12 @@ class FakeStore:
         self.engine = engine
         self.kept: dict[int, tuple[dict[str, Any], list[int]]] = {}
         self.saved: list[int] = []
+        self.validation_losses: dict[int, float | None] = {}
 
-    def save(self, engine: Any, state: Any, *, step: int, **_: Any) -> None:
+    def save(self, engine: Any, state: Any, *, step: int, validation_loss: float | None = None, **_: Any) -> None:
+        json.dumps([state, validation_loss], allow_nan=False)  # as a manifest holds them
         self.kept[step] = (state, list(self.engine.weights))
+        self.validation_losses[step] = validation_loss
         self.saved.append(step)
 
     def wait(self) -> None:
@@ -125,17 +133,20 @@ def numbers(consumed: int, left_out: Sequence[Interval]) -> Iterator[Iterator[in
     )  # fmt: skip
 
 
-def train(loss_of: Any, guard: Any = None, **resilience: Any) -> tuple[TrainState, FakeEngine, FakeStore, Story]:
+def train(
+    loss_of: Any, guard: Any = None, validation_losses: Sequence[float] = (), **resilience: Any
+) -> tuple[TrainState, FakeEngine, FakeStore, Story]:
     config = RunConfig.model_validate(
         {
-            "batch": {"global_batch_size": 4}, "training": {"train_steps": 40}, "evaluation": {"interval_steps": 0},
+            "batch": {"global_batch_size": 4}, "training": {"train_steps": 40}, "evaluation": {"interval_steps": 10 if validation_losses else 0, "num_batches": 1},
             "checkpoint": {"interval_steps": 10}, "resilience": {"spike_window": 16, **resilience},
             "precision": {"dtype": "fp32"},
         }
     )  # fmt: skip
     engine, story = FakeEngine(loss_of), Story()
     store, fake, opened = FakeStore(engine), engine, numbers
-    batches = Batches(opened, None)  # pyright: ignore[reportArgumentType]
+    engine.validation_losses = list(validation_losses)
+    batches = Batches(opened, opened if validation_losses else None)  # pyright: ignore[reportArgumentType]
     trainer = Trainer(config, fake, store, batches, story, flops_per_sample=1.0, peak_flops=1.0, weight_check=guard)  # pyright: ignore
     state = trainer.run(RunContext(config, Path("nowhere"), TrainState()))
     return state, engine, store, story
@@ -216,3 +227,11 @@ def test_a_checkpoint_of_weights_that_differ_is_not_written() -> None:
     guard = OneFault(at=3)
     with pytest.raises(OmegaError, match=r"after step 10: weights of rank 1 differ; there is no checkpoint"):
         train(calm, guard)
+
+
+def test_a_validation_that_is_not_a_number_is_stored_as_none_and_saved() -> None:
+    losses = (5.0, math.nan, 3.0, math.inf, 4.0)  # at the start, and of steps 10 to 40
+    state, _, store, _ = train(calm, validation_losses=losses)
+    assert store.saved == [10, 20, 30, 40]
+    assert store.validation_losses == {10: None, 20: 3.0, 30: None, 40: 4.0}
+    assert state.best_validation_loss == 3.0 and state.validated_step == 40
