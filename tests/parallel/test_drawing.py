@@ -22,7 +22,6 @@ def slices(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int, int]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
-@settings()  # a chunk of one element is slow
 @given(slices(), st.integers(-(2**40), 2**40))
 def test_a_slice_is_the_slice_of_the_whole_whatever_the_chunk(
     chunk: int, cut: tuple[tuple[int, ...], int, int, int], seed: int
