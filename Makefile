@@ -56,7 +56,7 @@ lock: ## Write the hashes of constraints.txt anew (needs uv and the package inde
 
 audit: ## Look for known weaknesses of every pinned package (needs pip-audit and the network; by hand, before a release)
 	@command -v pip-audit > /dev/null || { echo "pip-audit is needed: pip install pip-audit" >&2; exit 2; }
-	pip-audit --disable-pip --no-deps --requirement requirements/hashed.txt --requirement requirements/hashed-deepspeed.txt
+	pip-audit --strict --disable-pip --no-deps --requirement requirements/hashed.txt --requirement requirements/hashed-deepspeed.txt
 
 demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
