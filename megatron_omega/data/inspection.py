@@ -43,11 +43,13 @@ def statistics(shard: IndexedShard) -> dict[str, Any]:
 
 
 def check_shard(shard: IndexedShard, tokenizer: Tokenizer | None) -> None:
-    """Read all of a shard; raise DataError at the first damage: checksums, pointers, ids beyond the vocabulary.
+    """Read all of a shard; raise DataError at the first damage: checksums, pointers, origins, ids beyond the
+    vocabulary.
 
     A tokenizer that is given must be the one that made the shard.
     """
     sidecar = read_sidecar(shard.prefix)
+    load_origins(shard.prefix)
     if tokenizer is not None:
         check_sidecar(shard, tokenizer)
     if shard.has_checksums:

@@ -178,6 +178,7 @@ TARGETS = (
     *(Target(f"shard {suffix}", f"shards/t_text_document.{suffix}", CHECK, mutate_bytes, (3,)) for suffix in ("idx", "bin", "sums")),
     Target("sidecar bytes", "shards/t_text_document.json", CHECK, mutate_bytes, (3,)),
     Target("sidecar values", "shards/t_text_document.json", CHECK, _json_values, (3,)),
+    Target("origins", "shards/t_text_document.origins.npz", CHECK, mutate_bytes, (0, 3), "bytes of a zip file that nobody reads, such as times; what is read has a checksum"),
     Target("sidecar signed", "shards/t_text_document.json", CHECK, _signed_sidecar, (0, 3), SIGNED),
     Target("manifest bytes", f"run/checkpoints/step-00000001/{MANIFEST}", ("inspect-checkpoint", "{}/run", "--verify"), mutate_bytes, (4,)),
     Target("manifest signed", f"run/checkpoints/step-00000001/{MANIFEST}", (*GENERATE, "{}/run"), _signed_manifest, (0, 3, 4), SIGNED),
