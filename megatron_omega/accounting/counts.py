@@ -64,7 +64,7 @@ def encoder_layer_parameters(model: ModelConfig, branches: Branches) -> int:
 
 
 def decoder_layer_parameters(model: ModelConfig, branches: Branches) -> int:
-    """One decoder layer with its norms; cross-attention (and its norm) only where there is an encoder."""
+    """One decoder layer with its norms; cross-attention (and its norm) only if there is an encoder."""
     cross = 0 if model.is_decoder_only else cross_attention_parameters(model) + model.hidden_size
     return attention_parameters(model, branches) + cross + feed_forward_parameters(model) + 2 * model.hidden_size
 
@@ -121,7 +121,7 @@ def attention_kernel_flops(
 
     Dense patterns compute every pair, whatever the mask. Local ones fill the stream to whole chunks, each of which
     meets itself and its neighbours; selected blocks are as many as there may be. Axial heads meet a row if their global
-    index is even, else a column. `heads` are the global indices to count; all where it is not given.
+    index is even, else a column. `heads` are the global indices to count; all if it is not given.
     """
     heads = heads if heads is not None else range(model.num_attention_heads)
     head_dim, sink = model.resolved_head_dim, len(model.sinks((branch,)))

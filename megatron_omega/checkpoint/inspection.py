@@ -49,7 +49,7 @@ class Difference:
     name: str
     kind: Kind
     largest: float
-    """Largest absolute difference of two elements; not a number where one of them is none."""
+    """Largest absolute difference of two elements; NaN if one of them is none."""
     relative: float
     """Root-mean-square difference over the root mean square of the first tensor; 0 where both are equal."""
     num_different: int
@@ -116,7 +116,7 @@ def total_bytes(manifest: Manifest) -> int:
 
 
 def compare(first: CheckpointReader, second: CheckpointReader) -> Comparison:
-    """Compare every tensor that both hold. Raises CheckpointError where one is damaged."""
+    """Compare every tensor that both hold. Raises CheckpointError if one is damaged."""
     mine, theirs = first.manifest.parameters, second.manifest.parameters
     common = sorted(mine.keys() & theirs.keys())
     alike = [name for name in common if mine[name].shape == theirs[name].shape]

@@ -53,7 +53,7 @@ class Shard(_Record):
     weights: FileEntry
     """Weights (fp32 master), each under the parameter's name."""
     optimizer: FileEntry | None
-    """Moments, under "exp_avg/" or "exp_avg_sq/" and the parameter's name; null where they were dropped."""
+    """Moments, under "exp_avg/" or "exp_avg_sq/" and the parameter's name; null if they were dropped."""
 
 
 class Fragment(_Record):
@@ -224,7 +224,7 @@ def _first_line(rest: bytes) -> bytes:
 def read_manifest(path: Path | str) -> Manifest:
     """Read the manifest of the checkpoint folder `path`.
 
-    Raises CheckpointError where there is none, where a byte of it has changed, or where it contradicts itself.
+    Raises CheckpointError if there is none, if a byte of it has changed, or if it contradicts itself.
     """
     file = Path(path) / FILE_NAME
     data = _read_plain_file(file)

@@ -69,7 +69,7 @@ class Keeper:
         self._rows.pop(step_folder(step), None)
 
     def tidy(self, newest_step: int) -> None:
-        """Delete and strip what the rules say after a save. Raises OSError where the file system refuses."""
+        """Delete and strip what the rules say after a save. Raises OSError if the file system refuses."""
         chosen = choose((row for row in self._survey() if row.step <= newest_step), self._config)
         for step in sorted(chosen.strip):
             strip_optimizer(self._directory / step_folder(step))
@@ -78,7 +78,7 @@ class Keeper:
             delete_checkpoint(self._directory / step_folder(step))
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps. Raises OSError where the file system refuses."""
+        """Delete the checkpoints of later steps. Raises OSError if the file system refuses."""
         kept = list_checkpoints(self._directory, up_to_step=step)
         for path in list_checkpoints(self._directory):
             if path not in kept:

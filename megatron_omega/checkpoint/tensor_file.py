@@ -141,7 +141,7 @@ class Place:
 
 
 def _places(header: dict[str, dict[str, list[int]]], start: int, size_bytes: int) -> dict[str, Place]:
-    """Return where each tensor lies; raise ValueError where one does not lie in the file."""
+    """Return where each tensor lies; raise ValueError if one does not lie in the file."""
     places = {}
     for key, row in header.items():
         if key == "__metadata__":
@@ -157,7 +157,7 @@ class TensorFile:
     """An open safetensors file whose header has been verified."""
 
     def __init__(self, path: Path, *, size_bytes: int, header_checksum: str) -> None:
-        """Open `path`. Raises DamagedFile where it is no plain file, or its size or header is not the expected one."""
+        """Open `path`. Raises DamagedFile if it is no plain file, or its size or header is not the expected one."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -194,7 +194,7 @@ class TensorFile:
     def read_block(self, buffer: memoryview, offset: int) -> str:
         """Fill `buffer` from byte `offset` and return its checksum; in pieces, so that hashing finds them in the cache.
 
-        Raises DamagedFile where the file ends too early.
+        Raises DamagedFile if the file ends too early.
         """
         total = xxhash.xxh3_64()
         for begin in range(0, len(buffer), _PIECE_BYTES):
@@ -204,7 +204,7 @@ class TensorFile:
         return total.hexdigest()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset` of the file. Raises DamagedFile where the file ends too early."""
+        """Fill `buffer` from byte `offset` of the file. Raises DamagedFile if the file ends too early."""
         while buffer:
             try:
                 count = os.preadv(self._descriptor, [buffer], offset)

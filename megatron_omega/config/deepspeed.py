@@ -93,7 +93,7 @@ class DeepSpeedSettings:
 
 
 def read_deepspeed_json(path: Path | str | None) -> dict[str, Any]:
-    """Return what a DeepSpeed JSON file holds; ZeRO-1 where there is no file.
+    """Return what a DeepSpeed JSON file holds; ZeRO-1 if there is no file.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, gives a key twice, or is not an object.

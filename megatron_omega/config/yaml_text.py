@@ -97,7 +97,7 @@ def parse(text: str, source: str) -> Any:
 
 
 def _require_tree(data: Any, left: list[int], inside: tuple[int, ...]) -> None:
-    """Raise ValueError where anchors make data contain itself, or repeat it without end."""
+    """Raise ValueError if anchors make data contain itself, or repeat it without end."""
     if not isinstance(data, dict | list):
         return
     left[0] -= len(data) + 1

@@ -25,7 +25,7 @@ from megatron_omega.errors import DataError
 
 
 def check_tally(tally: Tally, options: Options, first: str = "") -> None:
-    """Raise DataError where more records are bad than the options allow."""
+    """Raise DataError if more records are bad than the options allow."""
     if tally.bad > options.max_bad_fraction * tally.records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.reasons.most_common(4))
         raise DataError(
@@ -36,7 +36,7 @@ def check_tally(tally: Tally, options: Options, first: str = "") -> None:
 
 
 def check_reports(reports: list[PartReport], inputs: list[InputFile] | Stream, options: Options) -> None:
-    """Raise DataError where the input gave too many bad records or no document."""
+    """Raise DataError if the input gave too many bad records or no document."""
     tally = Tally()
     for report in reports:
         tally.add(report, 0)
@@ -59,7 +59,7 @@ def bad_records(reports: list[PartReport], inputs: list[InputFile] | Stream) -> 
 
 
 def write_bad(reports: list[PartReport], inputs: list[InputFile] | Stream, options: Options) -> None:
-    """List every bad record in `{output_prefix}.bad.jsonl`; no file where there is none."""
+    """List every bad record in `{output_prefix}.bad.jsonl`; no file if there is none."""
     partial = options.bad_path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in bad_records(reports, inputs))

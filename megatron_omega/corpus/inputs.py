@@ -51,7 +51,7 @@ def read_unit(
 ) -> Iterator[Record]:
     """Yield the records of a unit in order; `note` hears what is to be said of the file as a whole.
 
-    Raises DataError where the file itself cannot be read.
+    Raises DataError if the file itself cannot be read.
     """
     try:
         if file.format == "jsonl":

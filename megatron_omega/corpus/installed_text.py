@@ -92,7 +92,7 @@ def docstrings(source: str) -> str:
 
 
 def text_of(path: Path, kind: str) -> str:
-    """Return the text of a file; empty where it has none that is readable."""
+    """Return the text of a file; empty if it has none that is readable."""
     try:
         raw = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -118,7 +118,7 @@ def _copy_kept(shards: Sequence[IndexedShard], kept: Kept, target: IO[bytes]) ->
 
 
 def check_array(prefixes: Sequence[str]) -> None:
-    """Raise DataError where prefixes are named as elements of an array (-I-of-N_) and not all are there, in order."""
+    """Raise DataError if prefixes are named as elements of an array (-I-of-N_) and not all are there, in order."""
     named = [found for prefix in prefixes if (found := re.search(r"-(\d{5})-of-(\d{5})_", Path(prefix).name))]
     numbers = [int(found[1]) for found in named]
     counts = {int(found[2]) for found in named}
@@ -131,7 +131,7 @@ def check_array(prefixes: Sequence[str]) -> None:
 
 
 def _check(shards: Sequence[IndexedShard]) -> list[Sidecar | None]:
-    """Return the sidecars; raise DataError where two shards do not belong together."""
+    """Return the sidecars; raise DataError if two shards do not belong together."""
     sidecars = [read_sidecar(shard.prefix) for shard in shards]
     findings: list[str] = []
     for shard, sidecar in zip(shards[1:], sidecars[1:], strict=True):

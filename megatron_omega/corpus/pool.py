@@ -22,7 +22,7 @@ _AGAIN = "the same command goes on from there"
 def make_parts(maker: PartMaker, tasks: Iterable[Task], workers: int) -> Iterator[PartReport]:
     """Make every part, in `workers` processes (in this one where workers is 0), and yield reports as they come.
 
-    Raises DataError where the input cannot be read, the disk is full or a worker dies; finished parts remain.
+    Raises DataError if the input cannot be read, the disk is full or a worker dies; finished parts remain.
     """
     if workers == 0:
         for task in tasks:

@@ -38,7 +38,7 @@ class RecordCount:
                 self.check()
 
     def check(self) -> None:
-        """Raise DataError where more records are bad than is allowed."""
+        """Raise DataError if more records are bad than is allowed."""
         bad = self.reasons.total()
         if bad > self.max_bad_fraction * self.records:
             listed = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common(4))
@@ -61,7 +61,7 @@ class TextSampler:
     def texts(self, budget: int) -> Iterator[tuple[InputFile, str]]:
         """Yield about `budget` bytes of text, each text with its file; all there is where that is less.
 
-        Raises DataError where too many records are bad; where all are, nothing is yielded and the count says why.
+        Raises DataError if too many records are bad; where all are, nothing is yielded and the count says why.
         """
         sizes = [_text_size(file, self.keys) for file in self.files]
         total = max(1, sum(sizes))

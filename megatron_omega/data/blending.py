@@ -112,7 +112,7 @@ class Blend:
         return counts
 
     def sample_of(self, corpus: int, number: int, limit: int) -> int | None:
-        """Return the global sample that is the `number`-th of `corpus`; None where it is not below `limit`."""
+        """Return the global sample that is the `number`-th of `corpus`; None if it is not below `limit`."""
         if self.counts(limit)[corpus] <= number:
             return None
         return bisect_right(range(limit), number, key=lambda sample: self.counts(sample + 1)[corpus])

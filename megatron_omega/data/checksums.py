@@ -42,7 +42,7 @@ class CheckedFile:
         self._is_checked = bytearray(len(sums))
 
     def check(self, start: int, stop: int) -> None:
-        """Raise DataError where a block that holds bytes start..stop is damaged."""
+        """Raise DataError if a block that holds bytes start..stop is damaged."""
         for block in range(start // BLOCK_BYTES, num_blocks(stop)):
             if not self._is_checked[block]:
                 self._check_block(block)

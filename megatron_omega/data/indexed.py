@@ -176,7 +176,7 @@ class IndexedShard:
         return self._tokens[start:stop]
 
     def ids(self, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:
-        """Return tokens start..stop as int64; raise DataError where one is no id of such a vocabulary."""
+        """Return tokens start..stop as int64; raise DataError if one is no id of such a vocabulary."""
         tokens = self.tokens(start, stop)
         unsigned = tokens.view(f"<u{self._itemsize}")  # negative ids are large as unsigned
         if len(unsigned) and unsigned.max() >= vocab_size:
@@ -190,7 +190,7 @@ class IndexedShard:
         return tokens.astype(np.int64)
 
     def check_index(self, first: int, stop: int) -> None:
-        """Raise DataError where the index entries of documents first..stop are damaged (shards with checksums only)."""
+        """Raise DataError if the index entries of documents first..stop are damaged (shards with checksums only)."""
         if self._checked_index is None:
             return
         if not self.is_one_sequence_per_document:

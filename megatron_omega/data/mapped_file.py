@@ -25,7 +25,7 @@ class MappedFile:
     """The bytes of a regular file; `data` is a view on them, which keeps them mapped."""
 
     def __init__(self, path: str | Path) -> None:
-        """Map `path`. Raises OSError where it cannot be read, ValueError where it is empty."""
+        """Map `path`. Raises OSError if it cannot be read, ValueError if it is empty."""
         descriptor = open_regular(path)
         try:
             self._size = os.fstat(descriptor).st_size

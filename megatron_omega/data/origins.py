@@ -89,7 +89,7 @@ def save_origins(path: Path, origins: Origins) -> None:
 
 
 def _require_sense(origins: Origins) -> None:
-    """Raise ValueError where the runs cannot be those of documents in these files."""
+    """Raise ValueError if the runs cannot be those of documents in these files."""
     runs = origins.runs
     if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.int64:
         raise ValueError(f"runs are {runs.dtype} of shape {runs.shape}")
@@ -98,7 +98,7 @@ def _require_sense(origins: Origins) -> None:
 
 
 def load_origins(prefix: str | Path) -> Origins | None:
-    """Return the origins of shard `prefix`; None where nobody wrote them."""
+    """Return the origins of shard `prefix`; None if nobody wrote them."""
     path = origins_path(prefix)
     if not path.exists():
         return None

@@ -64,7 +64,7 @@ def _first_line(rest: bytes) -> bytes:
 
 
 def read_sidecar(prefix: str | Path) -> Sidecar | None:
-    """Return the sidecar of shard `prefix`; None where there is none (a shard another tool made)."""
+    """Return the sidecar of shard `prefix`; None if there is none (a shard another tool made)."""
     path = sidecar_path(prefix)
     if not path.exists():
         return None
@@ -95,7 +95,7 @@ def _checked(data: bytes) -> Sidecar:
 
 
 def check_sidecar(shard: IndexedShard, tokenizer: Tokenizer) -> None:
-    """Raise DataError where the sidecar contradicts the shard or the tokenizer. No sidecar, no objection."""
+    """Raise DataError if the sidecar contradicts the shard or the tokenizer. No sidecar, no objection."""
     sidecar = read_sidecar(shard.prefix)
     if sidecar is None:
         return

@@ -69,7 +69,7 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
-        """Read the model at `path`; raise DataError where there is none."""
+        """Read the model at `path`; raise DataError if there is none."""
         if not str(path):
             raise DataError("no tokenizer is set; give data.tokenizer the path of a SentencePiece model")
         try:
@@ -163,7 +163,7 @@ def train_tokenizer(
 ) -> bytes:
     """Learn a model of `vocab_size` pieces from `texts` and return its file's content.
 
-    Raises DataError where the texts cannot give that many pieces, or the vocabulary has no room for the specials.
+    Raises DataError if the texts cannot give that many pieces, or the vocabulary has no room for the specials.
     """
     smallest = 4 + len(CONTROL_PIECES) + 256
     if vocab_size <= smallest:

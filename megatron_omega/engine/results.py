@@ -21,7 +21,7 @@ class MicroBatch:
     inputs: tuple[Tensor, ...]
     """What the first layer takes."""
     labels: tuple[Tensor, Tensor]
-    """LM and MLM labels; `IGNORED_LABEL` where there is nothing to predict."""
+    """LM and MLM labels; `IGNORED_LABEL` if there is nothing to predict."""
     num_tokens: int = 0
     """Tokens that are not padding."""
 
@@ -51,7 +51,7 @@ class EvaluationResult:
 
     lm_loss: float
     mlm_loss: float
-    """Not a number where there was no masked token."""
+    """NaN if there was no masked token."""
     num_tokens: int
     """Tokens that the LM loss was averaged over."""
     num_masked_tokens: int = 0

@@ -43,7 +43,7 @@ def stop_distributed() -> None:
 
 
 def check_precision(dtype: str) -> None:
-    """Raise `ConfigError` where the accelerator cannot run `dtype`."""
+    """Raise `ConfigError` if the accelerator cannot run `dtype`."""
     device = accelerator()
     if dtype == "fp16" and not device.is_fp16_supported():
         raise ConfigError(

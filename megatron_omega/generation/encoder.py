@@ -143,7 +143,7 @@ def _masked_logits(model: Omega, head: Head, hidden: Tensor) -> Tensor:
 
 
 def require_mlm_head(text_model: TextModel) -> None:
-    """Raise ConfigError where a model cannot fill masks."""
+    """Raise ConfigError if a model cannot fill masks."""
     model = text_model.config.model
     if not model.has_mlm_head:
         reason = "is decoder-only" if model.is_decoder_only else "was built with model.mlm_head: false"

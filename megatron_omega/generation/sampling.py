@@ -74,7 +74,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Return the shares of the tokens that may be drawn, the most probable first, and their ids; None: all, in order.
 
-    The most probable tokens are looked for in one pass; only where they do not hold enough is all of it sorted.
+    The most probable tokens are looked for in one pass; only if they do not hold enough is all of it sorted.
     """
     # The largest logit is taken away first: a very small temperature would overflow otherwise.
     scaled = (logits - logits.max()) / sampling.temperature

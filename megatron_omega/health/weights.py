@@ -53,7 +53,7 @@ class Copy(NamedTuple):
 
 
 def odd_ones(copies: Mapping[Copy, int]) -> list[Copy]:
-    """Return the copies that differ from the most common value; all of them where none is the most common."""
+    """Return the copies that differ from the most common value; all of them if none is the most common."""
     counts = Counter(copies.values()).most_common(2)
     if len(counts) == 1:
         return []

@@ -80,7 +80,7 @@ class Lease:
     def take(
         cls, path: Path, *, renewal_seconds: float = RENEWAL_SECONDS, lapse_seconds: float = LAPSE_SECONDS
     ) -> Lease:
-        """Take the lease at `path`; the folder is made where it does not exist.
+        """Take the lease at `path`; the folder is made if it does not exist.
 
         A holder on another host that may be gone is waited for: until it renews, or its lease lapses.
 

@@ -44,7 +44,7 @@ class Job:
     ranks: int
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     port: int | None = None
-    """Where ranks meet; a free one for each turn where it is not given."""
+    """Where ranks meet; a free one for each turn if it is not given."""
     grace_seconds: float = GRACE_SECONDS
 
 

@@ -68,7 +68,7 @@ class Turn:
             ) from None
 
     def end(self, launcher_code: int = 0, ends: Sequence[End] | None = None) -> Outcome:
-        """Judge and record the end. `ends`: of the ranks, in their order; read from `codes` where it is not given."""
+        """Judge and record the end. `ends`: of the ranks, in their order; read from `codes` if it is not given."""
         outcome = judge(self._ends() if ends is None else ends, launcher_code, succeeded=self._succeeded(launcher_code))
         try:
             self._record("end", code=outcome.code, cause=outcome.cause)

@@ -56,7 +56,7 @@ def cross_bounds(stream: Stream, memory: Stream, width: int) -> Bounds:
 
 
 def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, *, causal: bool) -> Tensor:
-    """Attend [b, h, s, head_dim] on the CPU, document by document; zeros where nobody is to be attended."""
+    """Attend [b, h, s, head_dim] on the CPU, document by document; zeros if nobody is to be attended."""
     return _SpanAttention.apply(query, key, value, spans, causal)  # pyright: ignore[reportReturnType]
 
 

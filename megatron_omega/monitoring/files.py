@@ -43,7 +43,7 @@ DocumentsOf = Callable[[Sequence[range]], list[dict[str, Any]]]
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of ours, up to a line that was cut off; nothing where there is no file."""
+    """Yield the objects of a file of ours, up to a line that was cut off; nothing if there is no file."""
     for _, value in _lines(path):
         yield value
 

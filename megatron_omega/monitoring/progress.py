@@ -19,7 +19,7 @@ log = get_logger(__name__)
 
 
 def describe_losses(report: StepReport | EvaluationReport) -> str:
-    """Return `loss 5.2103 (lm 5.1020, mlm 6.2001)`; the parts only where there are two."""
+    """Return `loss 5.2103 (lm 5.1020, mlm 6.2001)`; the parts only if there are two."""
     if math.isnan(report.mlm_loss):
         return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f})"
     return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f}, mlm {report.mlm_loss:.4f})"

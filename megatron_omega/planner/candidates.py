@@ -21,7 +21,7 @@ SCHEDULES: tuple[tuple[PipelineSchedule, int], ...] = (
 )  # fmt: skip
 """Schedules that are tried, with the stages of each rank where that is a choice."""
 MICRO_BATCHES = (1, 2, 4, 8)
-"""Sizes that are tried where none are named."""
+"""Sizes that are tried if none are named."""
 _LABEL = re.compile(
     r"tp(?P<tp>\d+)(?P<sp>sp)?-pp(?P<pp>\d+)(?:(?P<dual>v)|i(?P<chunks>\d+))?-dp(?P<dp>\d+)-mb(?P<mb>\d+)-(?P<recompute>\w+)-zero(?P<zero>[0-3])"
 )

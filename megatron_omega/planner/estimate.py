@@ -259,7 +259,7 @@ def transfer_seconds(estimate: Estimate) -> list[float]:
 
 
 def _shared_cores_seconds(estimate: Estimate, per_rank: list[list[Seconds]]) -> float:
-    """Seconds that the cores need for the work of all ranks of a node, where there are fewer cores than ranks."""
+    """Seconds that the cores need for the work of all ranks of a node, if there are fewer cores than ranks."""
     facts, c = estimate.hardware.facts, estimate.candidate
     if facts.cores is None:
         return 0.0

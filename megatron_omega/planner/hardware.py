@@ -24,7 +24,7 @@ GIB = 1024**3
 
 # What a CPU asks for what a GPU gives for nothing. Measured once, on small cores; calibration measures the rest.
 PROCESS = int(0.30 * GIB)
-"""What a CPU process holds once torch, DeepSpeed and this package are imported, where nobody has measured it."""
+"""What a CPU process holds once torch, DeepSpeed and this package are imported, if nobody has measured it."""
 LATER = int(0.13 * GIB)
 """What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
 CPU_RUNTIME = 10 * 2**20
@@ -130,7 +130,7 @@ class Hardware:
         return dtype in self.facts.peak_flops
 
     def peak(self, dtype: str) -> float:
-        """Return peak FLOP/s. Raises ConfigError where the accelerator has no such format."""
+        """Return peak FLOP/s. Raises ConfigError if the accelerator has no such format."""
         if dtype not in self.facts.peak_flops:
             formats = ", ".join(sorted(self.facts.peak_flops))
             raise ConfigError(f"precision.dtype={dtype} cannot run on {self.name}; it has {formats}: use one of these")

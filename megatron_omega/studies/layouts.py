@@ -170,7 +170,7 @@ def arguments_for(
 def check_layout(
     config: Path, layout: LayoutUnderTest, overrides: Iterable[Override] = (), *, steps: int, folder: Path
 ) -> RunConfig:
-    """Return the configuration that `layout` runs; raise `ConfigError`, naming it, where the model cannot be run so."""
+    """Return the configuration that `layout` runs; raise `ConfigError`, naming it, if the model cannot be run so."""
     arguments = arguments_for(config, layout, overrides, steps=steps, folder=folder)
     try:
         return resolve_run(arguments, layout.world_size).config
@@ -207,7 +207,7 @@ def measure(
 def compare(
     label: str, reference: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], tolerance: float
 ) -> Comparison:
-    """Return the largest relative difference of each figure over all steps; infinite where one is missing."""
+    """Return the largest relative difference of each figure over all steps; infinite if one is missing."""
     differences: dict[str, float] = dict.fromkeys(COMPARED, 0.0 if len(reference) == len(rows) else math.inf)
     for expected, found in zip(reference, rows, strict=False):
         for name in COMPARED:

@@ -113,7 +113,7 @@ def _loss_after(sweep: Sweep, candidate: Values, steps: int, train: Train) -> fl
 
 
 def arguments_of(sweep: Sweep, candidate: Values, steps: int) -> Arguments:
-    """Return the command line of a candidate's run up to `steps`. Raises ConfigError where it cannot run."""
+    """Return the command line of a candidate's run up to `steps`. Raises ConfigError if it cannot run."""
     own = {
         "training.train_steps": str(steps),
         "schedule.decay": "constant",
@@ -134,7 +134,7 @@ def arguments_of(sweep: Sweep, candidate: Values, steps: int) -> Arguments:
 
 
 def _validations(folder: Path) -> dict[int, float]:
-    """Return the validation losses of the decoder by step; none where the run has not begun."""
+    """Return the validation losses of the decoder by step; none if the run has not begun."""
     path = folder / run_folder.EVENTS
     if not path.exists():
         return {}

@@ -22,7 +22,7 @@ def z_score(loss: float, recent: Sequence[float]) -> float:
 
 
 def judge(loss: float, recent: Sequence[float], config: ResilienceConfig) -> tuple[bool, float]:
-    """Return whether a step of this loss may be taken, and its z-score: not a number before a quarter of the window."""
+    """Return whether a step of this loss may be taken, and its z-score: NaN before a quarter of the window."""
     is_judged = math.isfinite(loss) and len(recent) >= config.spike_window // 4
     score = z_score(loss, recent) if is_judged else math.nan
     is_spike = config.spike_z_score > 0 and score > config.spike_z_score

@@ -58,7 +58,7 @@ class TrainState:
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
         """Read what `to_json` returned; names this version does not know are left out.
 
-        Raises CheckpointError where a value is of another type or below what it counts from.
+        Raises CheckpointError if a value is of another type or below what it counts from.
         """
         known = {field.name for field in fields(cls)}
         found = {name: value for name, value in values.items() if name in known}
@@ -74,7 +74,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Not-a-number stands where there was nothing to measure (mlm_loss without masked tokens)."""
+    """One optimizer step. Not-a-number stands if there was nothing to measure (mlm_loss without masked tokens)."""
 
     step: int
     """Number of this step; the first is 1."""
@@ -111,7 +111,7 @@ class BadStep:
     loss: float
     lm_loss: float
     z_score: float
-    """Robust standard deviations of lm_loss above the median of the last accepted ones; not a number without enough."""
+    """Robust standard deviations of lm_loss above the median of the last accepted ones; NaN without enough."""
     grad_norm: float
     in_a_row: int
     """Bad steps up to this one."""
@@ -127,7 +127,7 @@ class Rollback:
     from_step: int
     """Last step done before."""
     to_step: int
-    """Step of the checkpoint; the same as `from_step` where there is none, and only the data are passed over."""
+    """Step of the checkpoint; the same as `from_step` if there is none, and only the data are passed over."""
     number: int
     """The first of the run is 1."""
     state: TrainState
@@ -157,7 +157,7 @@ class EvaluationReport:
     lm_loss: float
     """Cross-entropy of the decoder per target token, nats."""
     mlm_loss: float
-    """Cross-entropy of the masked tokens per masked token, nats; not a number without any."""
+    """Cross-entropy of the masked tokens per masked token, nats; NaN without any."""
     num_tokens: int = 0
     """Tokens the loss was averaged over."""
     seconds: float = 0.0

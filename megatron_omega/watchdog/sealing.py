@@ -87,7 +87,7 @@ def welcome(line: Line, challenge: str, message: Message, secret: str) -> bool:
 
 
 def enter(connection: socket.socket, secret: str, seconds: float) -> Line | None:
-    """As a monitor: prove oneself to the hub and let it prove itself; None where it does not within `seconds`."""
+    """As a monitor: prove oneself to the hub and let it prove itself; None if it does not within `seconds`."""
     line = Line(connection, STRANGERS_BYTES)
     until = time.monotonic() + seconds
     challenge = _only_message(line, until, "challenge")
@@ -103,7 +103,7 @@ def enter(connection: socket.socket, secret: str, seconds: float) -> Line | None
 
 
 def _only_message(line: Line, until: float, kind: str) -> Message | None:
-    """Return the next message; None where it does not come in time or is another one."""
+    """Return the next message; None if it does not come in time or is another one."""
     while (left := until - time.monotonic()) > 0:
         line.connection.settimeout(left)
         messages = line.receive()

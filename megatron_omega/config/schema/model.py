@@ -46,7 +46,7 @@ class ModelConfig(Section):
     num_attention_heads: Positive = 48
     """Heads of every attention branch."""
     head_dim: Positive | None = None
-    """Size of one head; hidden_size / num_attention_heads where it is not given. Must be even (rotary pairs)."""
+    """Size of one head; hidden_size / num_attention_heads if it is not given. Must be even (rotary pairs)."""
     encoder_layers: NonNegative = 96
     """Encoder layers. 0 makes a decoder-only model."""
     decoder_layers: Positive = 96

@@ -21,7 +21,7 @@ class ParallelConfig(Section):
     virtual_stages: Positive = 1
     """Stages that each rank holds under pipeline_schedule: interleaved."""
     stage_boundaries: tuple[NonNegative, ...] | None = None
-    """First layer of every stage after the first, as indices into the layer list; cut by cost where it is not given."""
+    """First layer of every stage after the first, as indices into the layer list; cut by cost if it is not given."""
     recompute: Literal["none", "swiglu", "ffn", "full"] = "full"
     """Activations computed again in the backward pass: none; swiglu (gate, up are kept); the FFN; the whole layer."""
     timeout_seconds: Positive = 1800

@@ -1,4 +1,4 @@
-"""Compressed files, read as a stream that ends without an error only where the file does.
+"""Compressed files, read as a stream that ends without an error only if the file does.
 
 A file is a row of streams (gz members, bz2 and xz streams, zst frames). What follows one is another, padding that its
 format allows, or damage; the libraries' own readers take it for the end, and the rest of the corpus would be missing.
@@ -41,7 +41,7 @@ _PADDING: dict[Compression, int] = {"gz": 1, "xz": 4}
 
 
 def open_binary(path: str, compression: Compression, note: Note = ignore_note) -> IO[bytes]:
-    """Open a file for reading, decompressed. Reading raises DataError where it is damaged or cut short.
+    """Open a file for reading, decompressed. Reading raises DataError if it is damaged or cut short.
 
     `note` hears, at the end of the file, of data that carry no checksum.
     """
@@ -56,7 +56,7 @@ def uncompressed_size(path: str, compression: Compression) -> int:
     """Return how many bytes a file holds when decompressed, from its beginning and what its format wrote down.
 
     Exact where the first megabytes are all, or where one stream says how long it is; else as if the rest were like the
-    beginning. Raises DataError where the beginning is damaged.
+    beginning. Raises DataError if the beginning is damaged.
     """
     size = Path(path).stat().st_size
     if not compression:

@@ -65,7 +65,7 @@ def read_text(file: InputFile, num_keys: int, limit: int, note: Note = ignore_no
 def read_rows(file: InputFile, keys: Sequence[str], limit: int, note: Note = ignore_note) -> Iterator[Record]:
     """Yield the record of every row below the header of a CSV or TSV file (RFC 4180).
 
-    Raises DataError where quotes do not close: what a row is would be a guess from there on.
+    Raises DataError if quotes do not close: what a row is would be a guess from there on.
     """
     csv.field_size_limit(limit)  # the library knows one limit for the whole process
     with open_binary(file.path, file.compression, note) as stream:

@@ -56,7 +56,7 @@ _REFUSED = {
 def describe(path: Path, forced: Format | None = None) -> InputFile:
     """Tell what a file is; a file that is nothing else is plain text. `forced` overrides the format, not compression.
 
-    Raises DataError where it cannot be read as records.
+    Raises DataError if it cannot be read as records.
     """
     try:
         status = path.stat()

@@ -13,7 +13,7 @@ _BATCH_ROWS = 256
 
 
 def import_arrow() -> tuple[Any, Any]:
-    """Return pyarrow and its parquet module; raise DataError where it is not installed."""
+    """Return pyarrow and its parquet module; raise DataError if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

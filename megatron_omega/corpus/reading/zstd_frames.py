@@ -18,7 +18,7 @@ _RLE = 1
 
 
 def content_size(header: bytes) -> int:
-    """Return the length of the first frame's content as its header gives it; 0 where it does not."""
+    """Return the length of the first frame's content as its header gives it; 0 if it does not."""
     import zstandard
 
     try:

@@ -146,7 +146,7 @@ class Worker:
         self._send()
 
     def _obey(self) -> None:
-        """Take all commands that wait; wait for one where there is nothing to do."""
+        """Take all commands that wait; wait for one if there is nothing to do."""
         is_waiting = self._scheduler.idle and not self._calls
         while True:
             try:
