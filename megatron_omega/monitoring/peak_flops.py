@@ -8,6 +8,7 @@ import time
 import torch
 
 from megatron_omega.planner.hardware import read_hardware
+from megatron_omega.planner.machine import name_in
 
 
 def peak_flops(world_size: int, dtype: str, given: float | None) -> float | None:
@@ -19,11 +20,12 @@ def peak_flops(world_size: int, dtype: str, given: float | None) -> float | None
         return given * world_size
     if not torch.cuda.is_available():
         return _measured_thread_peak() * min(world_size, os.cpu_count() or 1)
-    name = torch.cuda.get_device_name().lower()
-    for accelerator, facts in read_hardware().accelerators.items():
-        if accelerator.split("-")[0] in name:
-            return facts.peak_flops.get(dtype, facts.peak_flops["fp32"]) * world_size
-    return None
+    file = read_hardware()
+    name = name_in(file, torch.cuda.get_device_name())
+    if name is None:
+        return None
+    facts = file.accelerators[name]
+    return facts.peak_flops.get(dtype, facts.peak_flops["fp32"]) * world_size
 
 
 def _measured_thread_peak(size: int = 512, repeats: int = 8) -> float:

@@ -68,11 +68,11 @@ def keep(file: HardwareFile) -> Path:
 def this_machine(device_name: str = CPU) -> Machine | None:
     """Return the machine called `device_name` ("cpu", or what the driver calls a GPU); None: not listed."""
     for path, how in ((CALIBRATED, "calibrated"), (cache_file(), "quickly calibrated")):
-        if (file := _readable(path)) is not None and (name := _name_in(file, device_name)):
+        if (file := _readable(path)) is not None and (name := name_in(file, device_name)):
             origin = f"{how} {age(time.time() - path.stat().st_mtime)} ago"
             return Machine(find_hardware(name, file=file), origin, is_calibrated=True)
     file = read_hardware()
-    name = _name_in(file, device_name)
+    name = name_in(file, device_name)
     if name is None:
         return None
     hardware = find_hardware(name, file=file)
@@ -90,7 +90,7 @@ def _readable(path: Path) -> HardwareFile | None:
         return None  # of another version
 
 
-def _name_in(file: HardwareFile, device_name: str) -> str | None:
+def name_in(file: HardwareFile, device_name: str) -> str | None:
     """Return the entry whose driver names all stand in `device_name`: the one with most of them."""
     wanted = device_name.lower()
     if wanted in file.accelerators:

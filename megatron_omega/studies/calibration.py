@@ -1,16 +1,15 @@
-"""Measure what this machine can do: matrix products, attention, memory, kernel launches, collectives.
+"""Measure what this machine can do: the model's kernels, what the host asks for to start them, collectives.
 
-Compute is timed in CPU time of one thread (GPU: in events), so that a busy machine does not blur it; messages by the
-wall. On a CPU the model's own layers of several shapes are timed, too, on as many cores as ranks will use, and the
-rates fitted to them: small kernels by themselves run out of the caches, layers in turn do not. The cost of a message is
-fitted to layers that ranks share. The result is an entry of a hardware file.
+Rates of kernels are `kernel_rates`'s. On a CPU the model's own layers of several shapes are timed, too, on as many
+cores as ranks will use, and the rates fitted to them: small kernels by themselves run out of the caches, layers in turn
+do not. The cost of a message is fitted to layers that ranks share. The result is an entry of a hardware file.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -21,34 +20,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
-from megatron_omega.model.context import ModelContext
-from megatron_omega.model.layers import DecoderLayer, EncoderLayer
-from megatron_omega.model.stream import Stream
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
+from megatron_omega.planner.machine import name_in
 from megatron_omega.planner.stages import layer_seconds
-from megatron_omega.planner.work import FORWARD_TRAFFIC, Work, layer_works
+from megatron_omega.planner.work import Work, layer_works
+from megatron_omega.studies.kernel_rates import (
+    DTYPES,
+    attention_rate,
+    bandwidth_of,
+    formats,
+    forward_and_backward,
+    host_seconds,
+    layer_config,
+    memory_of,
+    product_rates,
+    timed_layers,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRODUCTS = [
-    (512, 512, 512),
-    (512, 2048, 512),
-    (512, 512, 2048),
-    (512, 96, 512),
-    (512, 512, 96),
-    (64, 512, 512),
-    (512, 64, 64),
-]
 LARGE_MESSAGE = 2**22
 LAYERS = [(24, 48, 2, 16), (96, 768, 8, 128), (256, 1024, 8, 128), (192, 1536, 8, 256), (512, 8192, 16, 64)]
 """Hidden size, FFN size, heads and tokens of the layers that are timed."""
 SHARED_LAYERS = [(96, 768, 8, 128), (192, 1536, 8, 256)]
 """Of those that ranks share: their heads divide among them."""
-LAYERS_IN_TURN = 3
 LAYER_ROUNDS = 4
 
 
@@ -57,11 +54,11 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rates = {dtype: product_rates(device, DTYPES[dtype]) for dtype in _formats(device)}
+        rates = {dtype: product_rates(device, DTYPES[dtype]) for dtype in formats(device)}
         reference = next(iter(rates))
         peak, half = _fit(rates[reference])
         attention = attention_rate(device, DTYPES[reference])
-        bandwidth, launch = bandwidth_of(device), launch_cost(device)
+        bandwidth, launch = bandwidth_of(device, DTYPES[reference]), host_seconds(device)
     finally:
         torch.set_num_threads(threads)
     link = Link(bytes_per_second=_link_rate(ranks), latency=0.0) if device == "cpu" else _known_link()
@@ -80,6 +77,7 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         link="measured",
         network="measured",
         per_node=per_node or (max(64, ranks) if is_cpu else torch.cuda.device_count()),
+        driver_names=() if is_cpu else tuple(torch.cuda.get_device_name().split()),
         watts=15.0 if is_cpu else 700.0,
         launch_seconds=launch,
         is_cpu=is_cpu,
@@ -95,18 +93,6 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         latency = fit_latency(replace(hardware, facts=facts), _shared_works(sharing), seconds, sharing)
         link = link.model_copy(update={"latency": latency})
     return HardwareFile(efficiency=facts.efficiency, accelerators={name: facts}, links={"measured": link})
-
-
-def layer_config(shape: tuple[int, int, int, int], **parallel: Any) -> RunConfig:
-    """Return an Omega whose layers have this shape, with these settings of `parallel`."""
-    hidden, inner, heads, tokens = shape
-    model = ModelConfig(
-        hidden_size=hidden, ffn_hidden_size=inner, num_attention_heads=heads, encoder_layers=1, decoder_layers=1,
-        vocab_size=128, local_window=tokens // 4, axial_width=8,
-    )  # fmt: skip
-    data = DataConfig(encoder_seq_length=tokens, decoder_seq_length=tokens)
-    precision = PrecisionConfig(dtype="fp32")
-    return RunConfig(model=model, data=data, parallel=ParallelConfig(**parallel), precision=precision)
 
 
 def _layer_works() -> list[Work]:
@@ -177,69 +163,6 @@ def _time_layers(rank: int, barrier: Any, results: dict[int, list[float]]) -> No
     results[rank] = found
 
 
-def timed_layers(config: RunConfig, parallel: TensorParallel) -> Iterator[list[Callable[[], torch.Tensor]]]:
-    """Yield encoder, then decoder layers of one shape, ready to be called."""
-    context = ModelContext.of(config, parallel)
-    tokens, hidden = config.data.encoder_seq_length, config.model.hidden_size
-    mine = tokens // parallel.size if parallel.sequence_parallel else tokens
-    state, memory = (torch.randn(1, length, hidden, requires_grad=True) for length in (mine, tokens))
-    stream = Stream(torch.ones(1, tokens, dtype=torch.long), context.kernels)
-    model = config.model
-    for kind, branches, rest in (
-        (EncoderLayer, model.layer_branches("encoder", 0), ()),
-        (DecoderLayer, model.layer_branches("decoder", 0), (memory, stream)),
-    ):
-        layers = [kind(f"timed.{number}", context, branches) for number in range(LAYERS_IN_TURN)]
-        yield [partial(layer, state, stream, *rest) for layer in layers]
-
-
-def forward_and_backward(layer: Callable[[], torch.Tensor]) -> tuple[float, float]:
-    begin = time.process_time()
-    output = layer()
-    middle = time.process_time()
-    output.backward(torch.ones_like(output))
-    return middle - begin, time.process_time() - middle
-
-
-def _formats(device: str) -> list[str]:
-    return ["fp32", "bf16"] if device == "cpu" else ["bf16", "fp16", "fp32"]
-
-
-def _seconds(function: Callable[[], Any], device: str, *, at_least: float = 0.05) -> float:
-    """Return the best time of one call: repeated until `at_least` seconds went by, three times over."""
-    function()
-    repeats, best = 1, float("inf")
-    for _ in range(3):
-        while True:
-            begin = _clock(device)
-            for _ in range(repeats):
-                function()
-            passed = _clock(device) - begin
-            if passed >= at_least:
-                break
-            repeats = max(repeats + 1, int(repeats * 1.5 * at_least / max(passed, at_least / 20)))
-        best = min(best, passed / repeats)
-    return best
-
-
-def _clock(device: str) -> float:
-    if device == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def product_rates(device: str, dtype: torch.dtype) -> dict[tuple[int, int, int], float]:
-    scale = 1 if device == "cpu" else 8
-    rates = {}
-    for m, n, k in PRODUCTS if dtype == torch.float32 or device != "cpu" else PRODUCTS[:1]:
-        m, n, k = m * scale, n * scale, k * scale
-        left, right = (torch.rand(*shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
-        seconds = _seconds(lambda left=left, right=right: F.linear(left, right), device)
-        rates[m, n, k] = 2 * m * n * k / seconds
-    return rates
-
-
 def _fit(rates: dict[tuple[int, int, int], float]) -> tuple[float, float]:
     """Return the peak and the half length that describe the measured rates best, in relative error."""
     shapes, measured = list(rates), np.array(list(rates.values()))
@@ -252,59 +175,11 @@ def _fit(rates: dict[tuple[int, int, int], float]) -> tuple[float, float]:
     return best[1], best[2]
 
 
-def attention_rate(device: str, dtype: torch.dtype, length: int = 256, heads: int = 8, head_dim: int = 20) -> float:
-    query, key, value = (torch.rand(1, heads, length, head_dim, device=device).to(dtype) for _ in range(3))
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-    seconds = _seconds(lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
-    return 4 * heads * length * length * head_dim / seconds
-
-
-def bandwidth_of(device: str) -> float:
-    """Bytes per second of a chain of element-wise kernels like a layer's, forward: a norm, a gate, a residual sum.
-
-    Counted as the planner counts them: `FORWARD_TRAFFIC` times the bytes that autograd keeps.
-    """
-    tokens, width, inner = (512, 256, 1024) if device == "cpu" else (8192, 2048, 8192)
-    hidden = torch.rand(tokens, width, device=device)
-    gate_up = torch.rand(tokens, 2 * inner, device=device)
-    weight = torch.ones(width, device=device)
-
-    def chain() -> torch.Tensor:
-        normal = F.rms_norm(hidden, (width,), weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        product = F.silu(gate) * up
-        return hidden + 0.5 * normal + product[:, :width]
-
-    kept = 4 * (2 * tokens * width + 4 * tokens * inner)
-    return FORWARD_TRAFFIC * kept / _seconds(chain, device)
-
-
-def launch_cost(device: str, length: int = 50) -> float:
-    """Seconds of one small kernel in a chain run forward and backward, autograd's work included."""
-    tiny = torch.ones(16, device=device, requires_grad=True)
-
-    def chain() -> None:
-        value = tiny
-        for _ in range(length):
-            value = value * 1.5 + tiny
-        value.sum().backward()
-
-    return _seconds(chain, device) / (4 * length)
-
-
-def memory_of(device: str) -> float:
-    if device != "cpu":
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def _known_link() -> Link:
     """Collectives between GPUs need several: take the built-in figure of the card's link."""
-    file, name = read_hardware(), torch.cuda.get_device_name().lower()
-    for accelerator, facts in file.accelerators.items():
-        if accelerator.partition("-")[0] in name:
-            return file.links[facts.link]
-    return file.links["infiniband-hdr"]
+    file = read_hardware()
+    name = name_in(file, torch.cuda.get_device_name())
+    return file.links[file.accelerators[name].link if name else "infiniband-hdr"]
 
 
 def _link_rate(ranks: int) -> float:

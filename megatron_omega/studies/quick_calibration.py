@@ -15,9 +15,9 @@ from megatron_omega.parallel.tensor_parallel import SERIAL
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, read_hardware
 from megatron_omega.planner.machine import CPU, cores, keep, this_machine
 from megatron_omega.planner.work import Work, layer_works
-from megatron_omega.studies.calibration import (
+from megatron_omega.studies.calibration import fit_rates
+from megatron_omega.studies.kernel_rates import (
     attention_rate,
-    fit_rates,
     forward_and_backward,
     layer_config,
     memory_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_omega.planner.hardware import read_hardware
-from megatron_omega.planner.machine import _name_in
+from megatron_omega.planner.machine import name_in
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ from megatron_omega.planner.machine import _name_in
     ],
 )
 def test_gpus_are_told_apart(called: str, entry: str | None) -> None:
-    assert _name_in(read_hardware(), called) == entry
+    assert name_in(read_hardware(), called) == entry
