@@ -11,13 +11,16 @@ PIP_HASHED := $(BIN)/python -m pip install -qq --disable-pip-version-check --req
 LOCK := uv pip compile -q --no-deps --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
 # Where pip's own choice brings CUDA libraries that are not wanted, point pip elsewhere, or give TORCH='torch==2.13.0+cpu'.
 TORCH ?= torch==2.13.0
+# What gpu-check checks.
+DEVICE ?= cuda
+GPUS ?= 1
 # One thread for each rank and each test worker: more ranks than cores would fight otherwise.
 export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs lint format unit distributed cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
+.PHONY: help setup demo test check docs lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -82,6 +85,9 @@ unit: setup ## Run the tests that need one process each
 
 distributed: setup ## Run the tests that start several ranks
 	$(BIN)/python -m pytest -q -n 2 -m "distributed and not cluster"
+
+gpu-check: setup ## Check kernels, losses, messages and rates of this machine's device (DEVICE=cpu or cuda, GPUS=8, JSON=file)
+	DS_ACCELERATOR=$(DEVICE) $(BIN)/python tools/check_device.py --device $(DEVICE) --gpus $(GPUS) $(if $(JSON),--json $(JSON))
 
 cluster: setup ## Run the tests on a Slurm cluster in namespaces (root; apt-get install what .ci/run names)
 	$(BIN)/python -m pytest -q -m cluster

@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "export": "checkpoint config data model parallel",
     "run": "accounting checkpoint config data engine health model monitoring parallel planner training watchdog",
     "generation": "export model data parallel config",
-    "studies": "run planner model parallel launching accounting config data export engine training",
+    "studies": "run planner model parallel launching accounting config data export engine training checkpoint health",
     "commands": "*",
 }  # fmt: skip
 """Which rooms a room may import; `*` is all. Everybody may import those of `EVERYBODYS`."""

@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "prove": {
         "verify-parallel": ("verify_layouts", "train under many layouts and compare every step"),
+        "check-device": ("check_device", "check kernels, losses, messages and rates of a GPU (or CPU) before a run"),
         "dry-run": ("rehearse", "run the model code of a planned layout without data, and compare with the plan"),
     },
 }  # fmt: skip

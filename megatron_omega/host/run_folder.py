@@ -13,6 +13,7 @@ stacks/          watchdog    where the ranks stood when they hung
 stop             the user    asks for a stop; removed when it is obeyed
 tokenizer.model  run         the tokenizer; each checkpoint has its own copy too
 .compiled/       run         compiled layers, a folder for each host
+traces/          run         traces of training.profile_steps
 checkpoints/     checkpoint  step-00000100/ and so on
 SUCCESS          monitoring  written last of all: the run is complete
 """
@@ -31,4 +32,5 @@ STOP = "stop"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 COMPILED = ".compiled"
+TRACES = "traces"
 SUCCESS = "SUCCESS"

@@ -28,6 +28,7 @@ from megatron_omega.parallel.topology import Topology
 from megatron_omega.run.batches import open_batches
 from megatron_omega.run.construction import build_engine
 from megatron_omega.run.hooks import run_hooks
+from megatron_omega.run.profiling import profiling_hooks
 from megatron_omega.run.stopping import StopRequests
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.loop import Batches, Trainer
@@ -67,7 +68,10 @@ def assemble(
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     places = gather_places(topology.layout, store.peers)
-    own = run_hooks(resolved, sources, topology, guard, places=places, lease=lease, baseline=baseline)
+    own = run_hooks(
+        resolved, sources, topology, guard, places=places, lease=lease, baseline=baseline,
+        profiling=profiling_hooks(config, engine),
+    )  # fmt: skip
     return Trainer(
         config,
         engine,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -27,6 +27,7 @@ from megatron_omega.planner.forecast import RunForecast, forecast
 from megatron_omega.planner.machine import this_machine
 from megatron_omega.run.claims import HoldsFolder
 from megatron_omega.run.compilation import CompiledLayers, compilation_hooks
+from megatron_omega.run.profiling import Profiling
 from megatron_omega.training.garbage import GarbageCollection
 from megatron_omega.training.hooks import Hook, Hooks
 from megatron_omega.training.state import Fault
@@ -46,6 +47,7 @@ ORDER: tuple[tuple[type[Hook], str], ...] = (
     (Forecast, "behind the plot: its comparison is the last word on a run's time"),
     (GoodputLog, "behind EventsFile, whose last line it reads"),
     (GarbageCollection, "behind all that make garbage: what is frozen at the start includes theirs"),
+    (Profiling, "behind the garbage: what happens between two steps is no part of either"),
     (CompiledLayers, "behind what reports a step: its warnings belong under that step's line"),
     (HoldsFolder, "last of the run's own: when it ends the run, all others have begun and can close"),
 )
@@ -61,6 +63,7 @@ def run_hooks(
     places: Places,
     lease: Lease | None,
     baseline: int,
+    profiling: Sequence[Hook] = (),
 ) -> list[Hook]:
     """Return the hooks of a run on this rank, in the order of `ORDER`.
 
@@ -76,6 +79,7 @@ def run_hooks(
             *_forecast_hooks(resolved, topology, baseline),
             GarbageCollection(),
             *([GoodputLog()] if topology.rank == 0 else []),
+            *profiling,
             *compilation_hooks(config),
             *([HoldsFolder(lease)] if lease is not None else []),
         ]

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_omega.model.attention import attend, branch_facts
+from megatron_omega.model.compilation import compile_layers
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
@@ -174,6 +175,13 @@ def timed_layers(config: RunConfig, parallel: TensorParallel, device: str = "cpu
             for number in range(LAYERS_IN_TURN)
         ]
         yield [partial(layer, state, stream, *rest) for layer in layers]
+
+
+def compiled(layers: Sequence[Call]) -> None:
+    """Let torch.compile fuse what `layers`, as `timed_layers` yields them, compute."""
+    for layer in layers:
+        assert isinstance(layer, partial) and isinstance(layer.func, nn.Module)
+        compile_layers(layer.func)
 
 
 def forward_and_backward(layer: Call, device: str = "cpu") -> tuple[float, float]:

@@ -40,6 +40,11 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
+def few(**sections: dict[str, Any]) -> RunConfig:
+    """Return the same with few samples a step, for whatever is slow."""
+    return small_config(batch={"micro_batch_size": 2, "global_batch_size": 8}, **sections)
+
+
 def micro_batch(sample: int, count: int, config: RunConfig) -> MicroBatch:
     """Return samples `sample` .. `sample + count` of the corpus."""
     rows = [_sample(index, config) for index in range(sample, sample + count)]

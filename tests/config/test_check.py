@@ -48,6 +48,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"data__encoder_seq_length": 0}, "data.encoder_seq_length=0 with model.encoder_layers=96"),
     ({"model__encoder_layers": 0}, "data.encoder_seq_length=2048 with model.encoder_layers=0"),
     ({"objective__prefix_lm": 0, "objective__span_corruption": 0, "objective__masked_prefix": 0}, "leave nothing to train"),
+    ({"training__profile_steps": [3, 2]}, "training.profile_steps=[3, 2] must be a first and a last step within training.train_steps=1000"),
     ({"objective__span_rate": 0}, "objective.span_rate=0 is not between 0 and 1"),
     ({"objective__span_mean_length": 0.5}, "objective.span_mean_length=0.5 is less than a token"),
     ({"objective__mask_rate": 0}, "objective.mask_rate=0 masks nothing"),
@@ -192,3 +193,9 @@ def test_what_begins_after_the_end_is_noticed(changes: dict[str, Any], notice: s
 def test_a_tool_may_read_a_model_with_shorter_texts() -> None:
     short = configuration(data__encoder_seq_length=64, data__decoder_seq_length=64)
     assert check.findings(short, world_size=1, zero_stage=1, needs_training_text=False) == []
+
+
+def test_a_rank_that_is_to_be_traced_exists() -> None:
+    config = configuration(training__profile_steps=[3, 4], training__profile_ranks=[0, 8])
+    assert any("names rank 8 of 8 processes" in finding for finding in check.findings(config, 8, 1))
+    assert check.findings(configuration(training__profile_steps=[3, 4], training__profile_ranks=[0, 7]), 8, 1) == []

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
-from collections import Counter
 from typing import Any
 
 import pytest
 from synthetic import replica_batches, small_config, start_engine
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.launching.local_ranks import run_ranks
+from megatron_omega.studies.device.recording import watched_step
 
 pytestmark = pytest.mark.distributed
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
-"""Operations that, on a GPU, return only when everything before them is computed."""
-METHODS = ("tolist", "cpu", "numpy")
 AT_THE_END = 10
 """Losses, norm, whether it is finite, what clipping asks; ZeRO-2 asks for every group of parameters."""
-CPU_ONLY = ("model/documents.py", "torch/optim/adam.py")
-"""Attention per document (a GPU takes all in one call, whose bounds stay on it); the fused optimizer's step count."""
-
-
-class _Waits(TorchDispatchMode):
-    """Counts waits between the first forward and the last backward pass, and after it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.phase = "before"
-        self.found: Counter[str] = Counter()
-        self.places: list[str] = []
-        for name in METHODS:
-            monkeypatch.setattr(Tensor, name, self._counted(name, getattr(Tensor, name)))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._overloadpacket.__name__
-        if name in WAITING:
-            self._count(name)
-        return func(*args, **(kwargs or {}))
-
-    def _counted(self, name: str, method: Any) -> Any:
-        def call(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            self._count(name)
-            return method(tensor, *arguments, **options)
-
-        return call
-
-    def _count(self, name: str) -> None:
-        stack = traceback.extract_stack()[:-3]
-        if not any(frame.filename.endswith(CPU_ONLY) for frame in stack):
-            self.found[self.phase] += 1
-            self.places.append(f"{self.phase} {name} {stack[-1].filename}:{stack[-1].lineno}")
 
 
 def _waits(parallel: dict[str, Any], dtype: str, stage: int) -> tuple[dict[str, int], list[str]]:
@@ -60,19 +21,7 @@ def _waits(parallel: dict[str, Any], dtype: str, stage: int) -> tuple[dict[str, 
     batches = replica_batches(config, engine)
     for _ in range(2):
         engine.train_step(batches, learning_rate=1e-3)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        waits = _Waits(monkeypatch)
-        engine.module.register_forward_pre_hook(lambda *_: setattr(waits, "phase", "micro-batches"))
-        inner = engine.deepspeed.optimizer
-        step = inner.step
-
-        def ended(*arguments: Any, **options: Any) -> Any:
-            waits.phase = "end"
-            return step(*arguments, **options)
-
-        monkeypatch.setattr(inner, "step", ended)
-        with waits:
-            engine.train_step(batches, learning_rate=1e-3)
+    waits = watched_step(engine, lambda: engine.train_step(batches, learning_rate=1e-3))
     return dict(waits.found), waits.places
 
 

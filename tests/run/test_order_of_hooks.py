@@ -11,7 +11,7 @@ from megatron_omega.monitoring.trackers import Tracker
 from megatron_omega.run.hooks import ORDER, in_order
 from megatron_omega.training.hooks import Hook, Hooks
 
-ROOMS = ("health", "monitoring", "watchdog", "run.claims", "run.compilation", "training.garbage")
+ROOMS = ("health", "monitoring", "watchdog", "run.claims", "run.compilation", "run.profiling", "training.garbage")
 """Rooms whose hooks a run has; those of studies and of callers come after."""
 GATHERED = {Hooks, Tracker}
 """Hooks that stand for others."""

@@ -10,7 +10,7 @@ from megatron_omega.config.check.architecture import architecture, objective
 from megatron_omega.config.check.data import corpus, streams
 from megatron_omega.config.check.layout import stages, tensor_parallel, zero
 from megatron_omega.config.check.sizes import ends, sizes
-from megatron_omega.config.check.training import batches, checkpoints, schedule
+from megatron_omega.config.check.training import batches, checkpoints, schedule, traces
 from megatron_omega.config.check.unwise import unwise
 from megatron_omega.config.check.words import divisors, one_of
 from megatron_omega.config.schema import RunConfig
@@ -38,7 +38,7 @@ def findings(
     found += [*stages(config), *schedule(config), *checkpoints(config)]
     if zero_stage is not None:
         found += zero(config, zero_stage)
-    found += batches(config, world_size)
+    found += [*batches(config, world_size), *traces(config, world_size)]
     if needs_corpus:
         found += corpus(config, needs_training_text=needs_training_text)
         found += sizes(config) if needs_training_text else ()

@@ -38,6 +38,22 @@ def batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
             )
 
 
+def traces(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Yield what is wrong with the steps and ranks of which a trace is wanted."""
+    training = config.training
+    if training.profile_steps is None:
+        return
+    first, last = training.profile_steps
+    if not first <= last <= training.train_steps:
+        yield (
+            f"training.profile_steps=[{first}, {last}] must be a first and a last step within "
+            f"training.train_steps={training.train_steps}; use steps such as [10, 12]"
+        )
+    strangers = [rank for rank in training.profile_ranks if world_size is not None and rank >= world_size]
+    if strangers:
+        yield f"training.profile_ranks names rank {strangers[0]} of {world_size} processes; the first is 0: name less"
+
+
 def _ramp_up(config: RunConfig) -> Iterator[str]:
     ramp, final = config.batch.ramp_up, config.batch.global_batch_size
     if ramp is None:

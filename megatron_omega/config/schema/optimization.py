@@ -93,3 +93,7 @@ class TrainingConfig(Section):
     """Refuse kernels whose result depends on timing."""
     compile: Literal["off", "layers"] = "off"
     """layers: torch.compile fuses what each encoder and decoder layer computes; the first steps take a minute more."""
+    profile_steps: tuple[Positive, Positive] | None = None
+    """First and last step of which a trace is written into the run folder, with layers, branches, messages named."""
+    profile_ranks: tuple[NonNegative, ...] = (0,)
+    """Ranks that write one."""
