@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
             f"--gpus {arguments.gpus}, but this machine has {torch.cuda.device_count()} usable GPUs; use as many, or "
             "--device cpu"
         )
+    torch.set_num_threads(1)  # as every rank has it
     names = arguments.only.split(",") if arguments.only else []
     found = []
     for finding in until_failure(every_finding(Setting(device, arguments.gpus), names)):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.backends import cpu as cpu_backend
 
-from megatron_omega.errors import ConfigError
+from megatron_omega.errors import ConfigError, OmegaError
 from megatron_omega.model.kernels import select_kernels
 from megatron_omega.studies.device.findings import Check, Finding, LeftOut, Setting
 from megatron_omega.studies.device.numerics import check_branches, check_functions
@@ -68,4 +68,15 @@ def every_finding(setting: Setting, names: Sequence[str] = ()) -> Iterator[Findi
     if unknown:
         raise ConfigError(f"there is no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
     for name in names or CHECKS:
+        yield from _without_end(name, setting)
+
+
+def _without_end(name: str, setting: Setting) -> Iterator[Finding | LeftOut]:
+    """Yield what a check finds; that it broke off is a finding, too."""
+    try:
         yield from CHECKS[name](setting)
+    except OmegaError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        yield Finding(name, "ended by an error", 1, 0, detail=f"{type(error).__name__}: {lines[-1].strip()}")

@@ -147,6 +147,16 @@ def test_the_first_failure_ends_the_checking_and_everything_is_in_the_file(
     assert check_device.main(["--device", "cpu", "--only", "device"]) == 0
 
 
+def test_a_check_that_breaks_off_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Setting) -> Iterator[Finding]:
+        yield Finding("made-up", "first", 1.0, 2.0)
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(checks.CHECKS, "made-up", broken)
+    [line] = failures(checks.every_finding(HERE, ["made-up"]))
+    assert "RuntimeError: no kernel image is available" in line
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -193,9 +203,10 @@ def _forgetful() -> None:
     training.CheckpointStore.load_latest = forget
 
 
-def _unsummed() -> None:
-    """Leave the tensor-parallel region without adding up."""
-    tensor_parallel.TensorParallel.leave = lambda self, partial: partial
+def _too_much() -> None:
+    """Leave every block with a little too much."""
+    leave = tensor_parallel.TensorParallel.leave
+    tensor_parallel.TensorParallel.leave = lambda self, partial: 1.001 * leave(self, partial)
 
 
 def _misnaming() -> None:
@@ -226,7 +237,7 @@ def _standing() -> None:
         (training.check_losses, _scaled, "relative to fp64"),
         (training.check_resume, _forgetful, "losses, those that differ"),
         (ranks.check_groups, _mute, "wrong results"),
-        (ranks.check_layouts, _unsummed, "tensor_parallel_size=2"),
+        (ranks.check_layouts, _too_much, "relative to fp64"),
         (ranks.check_faults, _misnaming, "do not name rank 1"),
         (speed.check_steps, _standing, "of the first"),
     ],
