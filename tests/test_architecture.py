@@ -278,3 +278,9 @@ def test_every_module_says_what_it_is_and_fits_in_one_reading(file: Source) -> N
 
 def test_the_entry_point_has_nothing_in_it() -> None:
     assert len((REPOSITORY / "pretrain_omega.py").read_text().splitlines()) <= MOST_ENTRY_LINES
+
+
+def test_no_two_test_files_share_a_module_name() -> None:
+    files = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
+    names = Counter(path.stem for path in files)
+    assert [name for name, count in names.items() if count > 1] == []
