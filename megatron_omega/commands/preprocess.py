@@ -54,7 +54,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     output.add_argument("--shuffle", type=int, metavar="SEED", help="put the documents into a random order")
     output.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="do part I (from 0) of N; merge with merge_shards.py"
+        "--shard", default="0/1", metavar="I/N", help="do part I (from 0) of N; merge them with merge-shards"
     )
     output.add_argument("--overwrite", action="store_true", help="replace an output that was made otherwise")
     work = parser.add_argument_group("work")

@@ -46,7 +46,7 @@ def complete_environment(environ: MutableMapping[str, str] = os.environ) -> Proc
     environ.setdefault("WORLD_SIZE", "1")
     environ.setdefault("LOCAL_RANK", "0")
     environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+    environ.setdefault("MASTER_PORT", str(free_port() if missing else DEFAULT_PORT))  # alone: nobody else has to know
     place = ProcessPlace(*(_number(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     if not max(place.rank, place.local_rank) < place.world_size:
         raise ConfigError(

@@ -5,7 +5,13 @@ import socket
 import pytest
 
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.environment import ProcessPlace, complete_environment, free_port, network_findings
+from megatron_omega.host.environment import (
+    DEFAULT_PORT,
+    ProcessPlace,
+    complete_environment,
+    free_port,
+    network_findings,
+)
 
 
 def test_srun_is_mapped() -> None:
@@ -140,3 +146,12 @@ def test_a_task_that_sees_its_own_device_only_takes_the_first() -> None:
     assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
     assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "a100:1"}).local_rank == 0
     assert complete_environment(slurm | {"SLURM_GPUS_PER_TASK": "2"}).local_rank == 1
+
+
+def test_a_process_alone_takes_a_free_port_and_others_the_one_they_know() -> None:
+    alone: dict[str, str] = {}
+    complete_environment(alone)
+    assert alone["MASTER_PORT"] not in ("0", str(DEFAULT_PORT))
+    together = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    complete_environment(together)
+    assert together["MASTER_PORT"] == str(DEFAULT_PORT)
