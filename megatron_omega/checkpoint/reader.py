@@ -101,6 +101,10 @@ class CheckpointReader:
             return self.tensor(name, kind).narrow(axis, start, stop - start).clone()
         return self._read(name, kind, box_of(shape, axis, start, stop))
 
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Return [start, stop) along `axis` of a weight; as `slice`."""
+        return self.slice(name, "weight", axis, start, stop)
+
     def _read(self, name: str, kind: Kind, region: Region) -> Tensor:
         destination = torch.empty(region.count, dtype=torch.float32)
         self.read_into(destination, name, kind, region)

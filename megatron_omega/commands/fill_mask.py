@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_omega.export.loading import load_text_model
-from megatron_omega.generation.fill_mask import Filled, fill_mask
+from megatron_omega.generation.fill_mask import Filled, fill_masks
 from megatron_omega.host.command_line import CommandLine
 from megatron_omega.log import configure_logging
 
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
     configure_logging()
     text_model = load_text_model(arguments.checkpoint, arguments.device, tokenizer=arguments.tokenizer)
-    for text in arguments.text:
-        filled = fill_mask(text_model, text, top_k=arguments.top_k)
+    for text, filled in zip(arguments.text, fill_masks(text_model, arguments.text, top_k=arguments.top_k), strict=True):
         if arguments.json:
             result = {"masked": text, **asdict(filled), "checkpoint": str(text_model.path)}
             print(json.dumps(result, ensure_ascii=False))

@@ -1,7 +1,8 @@
-"""Load a checkpoint or an export as one model with its tokenizer: an unsharded Omega, filled by canonical names.
+"""Load a checkpoint or an export as one model with its tokenizer: an Omega, filled by canonical names.
 
 The folder may be a checkpoint of any layout, a run, or an export. The model is built without memory and filled tensor
-by tensor, so that no weight is ever held twice.
+by tensor, so that no weight is ever held twice. It is whole, or a tensor-parallel rank's slice: then no more is read
+than that (of an export, no more is kept: its checksums are those of whole tensors).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from megatron_omega.log import get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
 from megatron_omega.model.omega import Omega
-from megatron_omega.parallel.parameters import declared_parameters, describe, replacement
+from megatron_omega.parallel.parameters import ParameterInfo, declared_parameters, describe, replacement
+from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 
 logger = get_logger(__name__)
 _SMALLEST_ELEMENT_BYTES = 2
@@ -49,6 +51,8 @@ class Weights(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -91,11 +95,13 @@ def load_text_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | str | None = None,
+    parallel: TensorParallel = SERIAL,
 ) -> TextModel:
-    """Load model and tokenizer; the run's own tokenizer where no other file is named.
+    """Load model and tokenizer; the run's own tokenizer where no other file is named. `parallel` says which slice.
 
     Raises:
         CheckpointError: as `load_omega`.
+        ConfigError: there is no such device, or the ranks cannot share the heads evenly.
         DataError: the tokenizer is missing, or not the one that the model was trained with.
     """
 
@@ -103,7 +109,7 @@ def load_text_model(
 
     def load(weights: Weights) -> TextModel:
         opened = open_tokenizer(weights, tokenizer)
-        model, config = build_omega(weights, place, dtype)
+        model, config = build_omega(weights, place, dtype, parallel)
         return TextModel(model, config, opened, weights.path)
 
     return _with_newest(Path(path), load)
@@ -135,22 +141,40 @@ def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenize
     return tokenizer
 
 
-def build_omega(weights: Weights, device: torch.device, dtype: torch.dtype) -> tuple[Omega, RunConfig]:
-    """Build the unsharded model of `weights` and fill every parameter by its canonical name."""
+def build_omega(
+    weights: Weights, device: torch.device, dtype: torch.dtype, parallel: TensorParallel = SERIAL
+) -> tuple[Omega, RunConfig]:
+    """Build the model of `weights`, or this rank's slice, and fill every parameter by its canonical name."""
     config = _config_of(weights)
     _require_sense(config, weights)
-    context = ModelContext.of(config, kernels=select_kernels(device.type))
+    _require_even(config.model, parallel)
+    context = ModelContext.of(config, parallel, select_kernels(device.type))
     with torch.device("meta"):
         model = Omega(replace(context, recompute="none"))
     _require_same_parameters(model, weights)
     filled: dict[str, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
-            name = describe(parameter).name
-            if name not in filled:  # the token table has several places
-                filled[name] = replacement(parameter, weights.tensor(name).to(device, dtype))
-            setattr(module, key, filled[name])
+            info = describe(parameter)
+            if info.name not in filled:  # the token table has several places
+                filled[info.name] = replacement(parameter, _values(weights, info).to(device, dtype))
+            setattr(module, key, filled[info.name])
     return model.eval(), config
+
+
+def _values(weights: Weights, info: ParameterInfo) -> Tensor:
+    """Read what this rank holds of a parameter."""
+    if info.axis is None or info.stop - info.start == info.shape[info.axis]:
+        return weights.tensor(info.name)
+    return weights.part(info.name, info.axis, info.start, info.stop)
+
+
+def _require_even(model: ModelConfig, parallel: TensorParallel) -> None:
+    if model.num_attention_heads % parallel.size:
+        raise ConfigError(
+            f"{model.num_attention_heads} attention heads cannot be shared by {parallel.size} tensor-parallel ranks; "
+            "start as many ranks as divide the heads"
+        )
 
 
 def find_weights(path: Path) -> list[Path]:
