@@ -61,6 +61,29 @@ def test_prompts_come_from_files_and_standard_input(run: Run, folder: Path, tmp_
     assert json.loads(run("generate", *arguments, stdin="only this"))["prompt"] == "only this"
 
 
+def test_texts_of_several_prompts_come_in_order(run: Run, folder: Path) -> None:
+    arguments = ("--checkpoint", folder, "--max-new-tokens", 9, "--seed", 3, "--prompt", "The quick", "Zwölf")
+    found = [json.loads(line) for line in run("generate", *arguments, "--num-samples", 2, "--json").splitlines()]
+    assert [(one["prompt"], one["sample"], one["seed"]) for one in found] == [
+        ("The quick", 0, 3), ("The quick", 1, 3), ("Zwölf", 0, 4), ("Zwölf", 1, 4),
+    ]  # fmt: skip
+    shown = run("generate", *arguments, "--num-samples", 2)
+    assert shown == "\n".join(f"{one['prompt']}{one['text']}\n" for one in found)
+    assert run("generate", *arguments, "--num-samples", 2, "--sequences", 2) == shown
+    streamed = [json.loads(line) for line in run("generate", *arguments, "--json", "--stream").splitlines()]
+    tokens = "".join(one["text"] for one in streamed if "log_probability" in one and one["prompt"] == "Zwölf")
+    assert tokens == next(one["text"] for one in streamed if "seed" in one and one["prompt"] == "Zwölf")
+
+
+def test_beams_and_stop_strings(run: Run, folder: Path) -> None:
+    arguments = ("--checkpoint", folder, "--max-new-tokens", 12, "--prompt", "The", "--json")
+    best = [json.loads(line) for line in run("generate", *arguments, "--beams", 3, "--num-samples", 2).splitlines()]
+    assert [one["sample"] for one in best] == [0, 1] and best[0]["text"] != best[1]["text"]
+    whole = json.loads(run("generate", *arguments, "--seed", 1))["text"]
+    stopped = json.loads(run("generate", *arguments, "--seed", 1, "--stop", whole[3:5]))
+    assert stopped["text"] == whole[: whole.index(whole[3:5])] and stopped["finished"] == "stop"
+
+
 def test_greedy_needs_no_seed(run: Run, folder: Path) -> None:
     arguments = ("--checkpoint", folder, "--prompt", "The", "--max-new-tokens", 12)
     assert run("generate", *arguments, "--greedy", "--seed", 1) == run("generate", *arguments, "--temperature", 0)
