@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_omega.commands.generate import DTYPES
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.export.loading import load_text_model
 from megatron_omega.generation.requests import Limits
@@ -45,12 +47,14 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients present (or {KEY_VARIABLE})")
-    parser.add_argument("--max-prompt-tokens", type=int, default=2048, help="default 2048")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="default 2048")
+    parser.add_argument("--max-prompt-tokens", type=int, help="default: as long as the model was trained on")
+    parser.add_argument("--max-new-tokens", type=int, help="default: as long as the model was trained on")
     parser.add_argument("--max-queue", type=int, default=256, help="answers that wait or grow; more get 429")
     parser.add_argument("--max-seconds", type=float, default=600, help="that one answer may take (default 600)")
     parser.add_argument("--drain-seconds", type=float, default=30, help="for answers after SIGTERM (default 30)")
     parser.add_argument("--sequences", type=int, default=16, help="texts of a model that grow together (default 16)")
+    cache = "tokens of a model's texts together that are kept (default 16384)"
+    parser.add_argument("--cache-tokens", type=int, default=16384, help=cache)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format (default fp32)")
@@ -139,12 +143,23 @@ def load(arguments: argparse.Namespace) -> Application:
     from megatron_omega.generation.server.served import Served
 
     bounds = Bounds(
-        prompt_tokens=arguments.max_prompt_tokens, new_tokens=arguments.max_new_tokens, queue=arguments.max_queue,
-        answer_seconds=arguments.max_seconds, drain_seconds=arguments.drain_seconds,
-    )  # fmt: skip
-    limits = Limits(sequences=arguments.sequences)
+        queue=arguments.max_queue, answer_seconds=arguments.max_seconds, drain_seconds=arguments.drain_seconds
+    )
+    limits = Limits(sequences=arguments.sequences, cache_tokens=arguments.cache_tokens)
     models = []
     for name, folder in named_folders(arguments.checkpoint).items():
         model = load_text_model(folder, arguments.device, DTYPES[arguments.dtype], arguments.tokenizer)
-        models.append(Served.of(name, model, bounds, limits))
+        models.append(Served.of(name, model, lengths(arguments, model.config, bounds), limits))
     return Application(models, bounds)
+
+
+def lengths(arguments: argparse.Namespace, config: RunConfig, bounds: Bounds) -> Bounds:
+    """Return the bounds of a model: the lengths that are asked for, or those that it was trained on."""
+    data, is_decoder_only = config.data, config.model.is_decoder_only
+    trained = (data.decoder_seq_length if is_decoder_only else data.encoder_seq_length) - 1  # beside its first token
+    prompt, new = arguments.max_prompt_tokens, arguments.max_new_tokens
+    return replace(
+        bounds,
+        prompt_tokens=trained if prompt is None else prompt,
+        new_tokens=data.decoder_seq_length if new is None else new,
+    )

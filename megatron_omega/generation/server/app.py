@@ -6,27 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from megatron_omega.generation.server.answers import json_answer, refused
 from megatron_omega.generation.server.bounds import Bounds
 from megatron_omega.generation.server.completions import Completion
-from megatron_omega.generation.server.door import Door, json_answer, refused
+from megatron_omega.generation.server.door import Door
 from megatron_omega.generation.server.encoding import embedded_ids, embeddings, filled, filled_ids
 from megatron_omega.generation.server.exchange import Events, read_question, while_client_stays, within
 from megatron_omega.generation.server.metrics import Metrics
+from megatron_omega.generation.server.pages import page_routes
 from megatron_omega.generation.server.questions import CompletionQuestion, EmbeddingQuestion, FillMaskQuestion
 from megatron_omega.generation.server.refusals import Refusal
 from megatron_omega.generation.server.served import Served
 
-PAGE = Path(__file__).with_name("page")
-_PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 _SENTENCES = {
     404: "there is no such path; GET / shows a page, GET /v1/models the models",
     405: "this path does not take {method}",
@@ -53,7 +52,7 @@ class Application:
             Route("/v1/models/{name:path}", self._card),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
-            *(Route(path, partial(_page, PAGE / file)) for path, file in _PAGE_FILES.items()),
+            *page_routes(),
         ]
         handlers: Mapping[Any, Any] = {
             Refusal: _refuse, HTTPException: _refuse_path, ClientDisconnect: self._note_leaving, Exception: _fail,
@@ -133,10 +132,6 @@ class Application:
     async def _note_leaving(self, _: Request, __: Exception) -> Response:
         self.metrics.left.inc()
         return Response(status_code=499)  # nobody reads it
-
-
-async def _page(file: Path, _: Request) -> Response:
-    return FileResponse(file)
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ uvicorn bounds none of them: a client that sends half a request, or reads nothin
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import h11
 import orjson
@@ -19,6 +20,7 @@ class BoundedConnection(H11Protocol):
     """uvicorn's protocol, ended by force where the client takes too long."""
 
     bounds = Bounds()
+    _waits_for: Literal["request", "answer", "reader"] | None = None
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -26,37 +28,32 @@ class BoundedConnection(H11Protocol):
         if len(self.connections) > self.bounds.connections:
             self.transport.abort()
         else:
-            self._end_after(self.bounds.header_seconds)
+            self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._is_answering() and not self.flow.write_paused:
-            self._go_on()
+        self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():
-            self._end_after(self.bounds.write_seconds)  # what is written may never be read
-        elif not self._is_answering():
-            self._end_after(self.bounds.header_seconds)
+        self._watch()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._end_after(self.bounds.write_seconds)
+        self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._is_answering():
-            self._go_on()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._go_on()
-        super().connection_lost(exc)
+        self._watch()
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self.transport.is_closing():
-            self._end_after(self.bounds.write_seconds)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the form of all refusals; end a connection on which another answer has begun."""
@@ -66,27 +63,29 @@ class BoundedConnection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        refusal = Refusal(400, msg if msg.endswith(".") else f"{msg}.")
-        body = orjson.dumps(refusal.content())
-        headers = [
-            ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")
-        ]  # fmt: skip
+        body = orjson.dumps(Refusal(400, msg).content())
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-        self._end_after(self.bounds.write_seconds)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _end_after(self, seconds: float) -> None:
-        self._go_on()
-        self._deadline = self.loop.call_later(seconds, self.transport.abort)
-
-    def _go_on(self) -> None:
+    def _watch(self) -> None:
+        """See what the connection waits for; if that has changed, its time begins."""
+        if self.transport.is_closing() or self.flow.write_paused:
+            waits_for, seconds = "reader", self.bounds.write_seconds
+        elif self._is_answering():
+            waits_for, seconds = "answer", None  # the application's own bounds
+        else:
+            waits_for, seconds = "request", self.bounds.header_seconds
+        if waits_for == self._waits_for:
+            return
+        self._waits_for = waits_for
         if self._deadline is not None:
             self._deadline.cancel()
-            self._deadline = None
+        self._deadline = self.loop.call_later(seconds, self.transport.abort) if seconds else None
 
 
 def bounded(bounds: Bounds) -> type[BoundedConnection]:

@@ -7,19 +7,18 @@ one that posts to us cannot say application/json without being asked first.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_omega.generation.server.answers import refused
 from megatron_omega.generation.server.metrics import Metrics
+from megatron_omega.generation.server.pages import PAGE_FILES
 from megatron_omega.generation.server.refusals import Refusal
 
-OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
+OPEN_PATHS = frozenset({*PAGE_FILES, "/health"})
 """What is shown without a key."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -80,16 +79,6 @@ class Door:
         kind, _, given = authorization.partition(" ")
         wanted = (self.key or "").encode()
         return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1", "replace"), wanted)
-
-
-def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an answer in JSON; numbers that are not finite become null."""
-    return Response(orjson.dumps(content), status, headers, "application/json")
-
-
-def refused(refusal: Refusal) -> Response:
-    """Return a refusal as an answer."""
-    return json_answer(refusal.content(), refusal.status, refusal.headers())
 
 
 def _host_name(host: str) -> str:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from megatron_omega.generation.server.answers import refused
 from megatron_omega.generation.server.bounds import Bounds
 from megatron_omega.generation.server.metrics import Metrics
 from megatron_omega.generation.server.questions import Question
@@ -95,7 +96,10 @@ def late(seconds: float) -> Refusal:
 
 
 class Events(Response):
-    """Server-sent events: one for each object, then [DONE]. A refusal on the way is the last object."""
+    """Server-sent events: one for each object, then [DONE].
+
+    A refusal before the first object is an answer of its own, with a status; after it, the last object.
+    """
 
     media_type = "text/event-stream"
 
@@ -109,26 +113,32 @@ class Events(Response):
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._objects, self._admission, self._seconds, self._metrics = objects, admission, seconds, metrics
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._admission:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await while_client_stays(receive, lambda: self._send_all(send))
+                await while_client_stays(receive, lambda: self._answer(scope, receive, send))
             except ClientDisconnect:
                 self._metrics.left.inc()
 
-    async def _send_all(self, send: Send) -> None:
-        async def put(data: bytes, *, is_last: bool = False) -> None:
-            await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": not is_last})
-
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with anyio.fail_after(self._seconds):
-                async with aclosing(self._objects) as objects:
-                    async for each in objects:
-                        await put(orjson.dumps(each))
-        except TimeoutError:
-            await put(orjson.dumps(late(self._seconds).content()))
+            await within(self._seconds, self._send_all(send))
         except Refusal as refusal:
-            await put(orjson.dumps(refusal.content()))
-        await put(b"[DONE]", is_last=True)
+            if not self._has_begun:
+                await refused(refusal)(scope, receive, send)
+                return
+            await self._put(send, orjson.dumps(refusal.content()))
+        await self._put(send, b"[DONE]", is_last=True)
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._objects) as objects:
+            async for each in objects:
+                await self._put(send, orjson.dumps(each))
+
+    async def _put(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": not is_last})

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,17 +19,22 @@ from megatron_omega.generation.server.door import Door
 from megatron_omega.log import get_logger
 
 logger = get_logger(__name__)
+_BACKLOG = 2048
 _LAST_SECONDS = 5
 """For answers that were ended to reach their clients."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one. Raises ConfigError if it cannot be had."""
+    """Return a socket that listens; port 0 takes a free one. Who connects before the server runs waits for it.
+
+    Raises ConfigError if it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or str(error)
@@ -60,12 +66,13 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Drain at SIGTERM or SIGINT, end at the second; uvicorn's own would end the process by the signal."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        for number in numbers:
             loop.add_signal_handler(number, self.drain)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     def drain(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.export.loading import TextModel
 from megatron_omega.generation.prompts import gap_ids, prompt_ids
 from megatron_omega.generation.requests import Limits, Request
@@ -46,7 +47,8 @@ class Served:
     @classmethod
     def of(cls, name: str, text_model: TextModel, bounds: Bounds, limits: Limits) -> Served:
         """Return `text_model` as it is served, its thread not yet begun."""
-        return cls(name, text_model, Worker(lambda: Scheduler(text_model, limits), bounds.queue), bounds)
+        worker = Worker(lambda: Scheduler(text_model, limits), bounds.queue)
+        return cls(name, text_model, worker, _fitted(bounds, text_model.config, limits))
 
     @property
     def has_encoder(self) -> bool:
@@ -157,3 +159,13 @@ class Served:
         if count > most:
             raise Refusal(400, f"prompt and suffix have {count:,} tokens; {most:,} are allowed", param="suffix")
         return ids
+
+
+def _fitted(bounds: Bounds, config: RunConfig, limits: Limits) -> Bounds:
+    """Return the bounds of one model: no more answers than grow together, no prompt beyond learned positions."""
+    longest = bounds.prompt_tokens
+    if config.model.positions == "learned":  # the first place is the mode's or the begin token's
+        longest = min(longest, config.data.decoder_seq_length - 1)
+        if not config.model.is_decoder_only:
+            longest = min(longest, config.data.encoder_seq_length - 1)
+    return replace(bounds, prompt_tokens=longest, samples=min(bounds.samples, limits.sequences))

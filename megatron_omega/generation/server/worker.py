@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from megatron_omega.errors import OmegaError
+from megatron_omega.errors import DataError, OmegaError
 from megatron_omega.generation.requests import Event, Finished, Request
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.generation.server.refusals import Refusal
@@ -124,7 +124,10 @@ class Worker:
             self._commands.put(partial(self._end, asked))
 
     async def call(self, function: Callable[[Scheduler], Answer]) -> Answer:
-        """Return what `function` makes of the scheduler, between two of its steps. Raises Refusal."""
+        """Return what `function` makes of the scheduler, between two of its steps.
+
+        What does not fit beside the texts that grow waits for them. Raises Refusal.
+        """
         assert self._loop is not None
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._commands.put(partial(self._calls.append, partial(self._answer, future, function)))
@@ -202,7 +205,10 @@ class Worker:
         try:
             self._mail.append((partial(_settle, future), function(self._scheduler)))
         except OmegaError as error:
-            self._mail.append((partial(_settle, future), Refusal(400, str(error))))
+            if isinstance(error, DataError) and not self._scheduler.idle:
+                self._calls.append(partial(self._answer, future, function))
+            else:
+                self._mail.append((partial(_settle, future), Refusal(400, str(error))))
         except Exception:
             logger.exception("a model failed")
             self._mail.append((partial(_settle, future), Refusal(500, _FAULT)))

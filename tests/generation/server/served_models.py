@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from starlette.testclient import TestClient
 from written_models import tiny_config, tiny_model, tiny_tokenizer
 
@@ -43,27 +41,25 @@ def client_of(app: Application, key: str | None = None) -> TestClient:
     return TestClient(door, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    """A server of an encoder-decoder, a decoder-only model, and one that fills no masks."""
-    with client_of(application(*SHAPES)) as found:
-        yield found
-
-
 class GatedScheduler(Scheduler):
     """A scheduler that takes a step when it is let."""
 
     def __init__(self, model: TextModel, gate: threading.Semaphore) -> None:
         super().__init__(model, Limits())
         self.gate = gate
+        self._has_cancelled = False
         self.cancelled: list[int] = []
 
     def step(self) -> list[Event]:
-        # Without a step it comes back soon, so that its thread hears commands.
-        return super().step() if self.gate.acquire(timeout=0.01) else []
+        # Without a step it comes back soon, so that its thread hears commands. What is cancelled needs one.
+        if not (self._has_cancelled or self.gate.acquire(timeout=0.01)):
+            return []
+        self._has_cancelled = False
+        return super().step()
 
     def cancel(self, number: int) -> None:
         self.cancelled.append(number)
+        self._has_cancelled = True
         super().cancel(number)
 
 
@@ -86,8 +82,3 @@ class Gated:
 
     def open(self) -> None:
         self.gate.release(1_000_000)
-
-
-@pytest.fixture
-def gated() -> Callable[..., Gated]:
-    return Gated
