@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_omega.errors import ConfigError
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_file, writing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use: 1 or a multiple of 2 (default: 1)")
     parser.add_argument("--only", help="comma-separated names of checks (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file, too")
     return parser
 
 
@@ -50,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         print(finding, flush=True)
         found.append(finding)
     if arguments.json:
-        arguments.json.write_text(json.dumps([finding.as_json() for finding in found], indent=1), encoding="utf-8")
+        with writing(arguments.json):
+            arguments.json.write_text(json.dumps([finding.as_json() for finding in found], indent=1), encoding="utf-8")
     passed = all(finding.passed for finding in found)
     print(f"{'PASS' if passed else 'FAIL'}: {len(found)} lines, {sum(not finding.passed for finding in found)} beyond")
     return 0 if passed else 1

@@ -40,6 +40,12 @@ READ = (
     f"{GENERATE} --checkpoint @",
     f"{GENERATE} --checkpoint {{checkpoint}} --tokenizer @",
     "generate --max-new-tokens 1 --checkpoint {checkpoint} --prompt-file @",
+    "serve --port 0 --checkpoint @",
+    "serve --port 0 --checkpoint {checkpoint} --tokenizer @",
+    "serve --port 0 --checkpoint {checkpoint} --api-key-file @",
+    "import-hf --output {folder}/imported --folder @",
+    "import-hf --output {folder}/imported --folder {folder}/folder --tokenizer @",
+    "import-hf --output {folder}/imported --folder {folder}/folder --base @",
     "fill-mask --text <mask> --checkpoint @",
     "fill-mask --text <mask> --checkpoint {checkpoint} --tokenizer @",
     "export-hf --output {folder}/export-2 --checkpoint @",
@@ -74,6 +80,8 @@ READ = (
 WRITTEN = (
     "configure --parameters 1e8 --gpus 8 --gpu h100-80g --output @",
     "calibrate --output @",
+    "check-device --device cpu --json @",
+    "import-hf --folder {checkpoint} --output @",
     "gather-text --output @",
     "train-tokenizer --input {text} --output @",
     "inspect-data {shard} --histogram @",
@@ -107,6 +115,7 @@ def imposters(folder: Path) -> dict[str, Path]:
 
 def mistaken_arguments(folder: Path, good: Path, lines: Sequence[str], kinds: Sequence[str]) -> Iterator[Trial]:
     """Give each argument each imposter. `folder` is empty; `good` holds one good file of each kind (`write_targets`)."""
+    lines = [line for line in lines if line.split()[0] in VERBS]
     for verb in {line.split()[0] for line in lines}:
         importlib.import_module(f"megatron_omega.commands.{VERBS[verb]}")  # once, not in each child
     names = {
