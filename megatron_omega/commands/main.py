@@ -15,6 +15,7 @@ from megatron_omega import __version__
 from megatron_omega.commands.ending import exit_cleanly
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import COMMAND
+from megatron_omega.host.open_files import allow_many_files
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "start": {
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(verb: str, argv: Sequence[str]) -> int:
     """Run one verb; ends the process with a sentence and an exit code where an OmegaError was raised."""
+    allow_many_files()
     with exit_cleanly():
         try:
             module = importlib.import_module(f"megatron_omega.commands.{_module_of(verb)}")

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega import accounting
+from megatron_omega.config.layout import Layout
 from megatron_omega.config.load import ResolvedRun
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError, OmegaError
+from megatron_omega.host.open_files import allow_many_files, files_needed
 
 STATE_BYTES_PER_PARAMETER = 12
 """A checkpoint holds the fp32 weight and both Adam moments."""
@@ -70,6 +72,19 @@ def device_findings(local_rank: int, *, device_type: str, device_count: int) -> 
         return []
     return [
         f"rank {local_rank} of this host has no device: {device_count} {device_type} devices are visible; start fewer"
+    ]
+
+
+def open_files_findings(rank: int, layout: Layout, device_type: str) -> list[str]:
+    """Return a finding where this process may not open as many files and connections as the run needs."""
+    sizes = (layout.world_size, layout.tensor, layout.data, layout.pipeline, layout.tensor * layout.pipeline)
+    needed = files_needed(rank, layout.world_size, sum(sizes) if device_type == "cpu" and layout.world_size > 1 else 0)
+    allowed = allow_many_files()
+    if allowed >= needed:
+        return []
+    return [
+        f"rank {rank} may open {allowed:,} files and connections, and a run of {layout.world_size:,} ranks needs "
+        f"{needed:,} there; raise the hard limit (ulimit -Hn; LimitNOFILE= of slurmd; --ulimit nofile= of a container)"
     ]
 
 

@@ -26,7 +26,13 @@ from megatron_omega.engine.start import (
     visible_devices,
 )
 from megatron_omega.errors import ConfigError, Preempted
-from megatron_omega.health.preflight import device_findings, disk_findings, fingerprint, gather_findings
+from megatron_omega.health.preflight import (
+    device_findings,
+    disk_findings,
+    fingerprint,
+    gather_findings,
+    open_files_findings,
+)
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import ProcessPlace, network_findings, require_repeatable_libraries
 from megatron_omega.host.lease import Lease
@@ -114,6 +120,7 @@ def _preflight(
             "network": network_findings,
             "precision": lambda: check_precision(config.precision.dtype),
             "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
+            "open files": lambda: open_files_findings(place.rank, layout_of(config, place.world_size), device_type),
             "corpus": lambda: opened.append(open_sources(config)),
             "run folder": lambda: hold_folder() if is_main else None,
             "disk": lambda: disk_findings(config) if is_main else None,

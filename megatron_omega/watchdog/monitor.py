@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from megatron_omega.errors import LOST, HangError
 from megatron_omega.host.child_process import ignore_signals
+from megatron_omega.host.open_files import allow_many_files
 from megatron_omega.watchdog import meeting, sealing
 from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.heartbeat import Beacon
@@ -138,7 +138,7 @@ class Monitor:
     def _start_hub(self) -> None:
         """Serve as the judge of all ranks. Where that is impossible the ranks say that rank 0 did not arrive."""
         directory = Path(self._facts["run_directory"])
-        _allow_many_files()
+        allow_many_files()
         try:
             listener, self._address = meeting.open_hub(self._facts["master"])
             self._published = meeting.publish(self._address, directory, self._facts["start"])
@@ -257,13 +257,6 @@ def _meet(address: Address) -> Line | None:
     else:
         connection.settimeout(_CONNECT_SECONDS)
     return hub
-
-
-def _allow_many_files() -> None:
-    """Every rank is a connection: the usual limit of 1,024 open files is too low for a large run."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _process_state(pid: int) -> str:
