@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
 
 from megatron_omega.config.layout import Layout
+from megatron_omega.parallel.counting import MESSAGES
 from megatron_omega.parallel.places import Places
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import Fault, StepReport
@@ -33,10 +34,6 @@ CHANCE = 1e-6
 """Among few peers somebody is often the slowest by chance: it has to be less likely than this."""
 FACTOR = 1.1
 """Least median of its busy time over its peers'."""
-_MESSAGES = (
-    "allreduce", "broadcast", "reduce", "allgather", "_allgather_base", "gather", "scatter", "reduce_scatter",
-    "_reduce_scatter_base", "alltoall", "alltoall_base", "send", "recv", "barrier",
-)  # fmt: skip
 _SAMPLED = 10
 """On a GPU every so many steps are measured: waiting is seen there only by a device that stands still."""
 
@@ -130,7 +127,7 @@ class QueueClock:
 
 
 class BusyClock:
-    """Measures how long this thread is busy: neither waiting in torch.distributed, whoever calls it, nor for a core."""
+    """Measures how long training is busy: neither waiting in torch.distributed, whoever calls it, nor for a core."""
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
         """`synchronise` lets the device finish what it was given; None on a CPU, whose calls return when they are done.
@@ -154,15 +151,24 @@ class BusyClock:
         wait, clock = Work.wait, self
 
         def timed(work: Work, *arguments: Any, **options: Any) -> Any:
-            if threading.get_ident() != clock._thread:
+            if not clock._is_of_training():
                 return wait(work, *arguments, **options)
             return clock._time(lambda: wait(work, *arguments, **options))
 
         self._replace(Work, "wait", timed)
         if self._synchronise is not None:
-            for name in _MESSAGES:
+            for name in MESSAGES:
                 self._let_finish_before(name, self._synchronise)
         self._began, self._idle = self._now(), 0.0
+
+    def _is_of_training(self) -> bool:
+        """Return whether this thread trains: the one that is measured or, for a device, that of its backward pass.
+
+        While torch's engine runs the backward pass in a thread of its own, the first one stands still.
+        """
+        if threading.get_ident() == self._thread:
+            return True
+        return self._synchronise is not None and isinstance(threading.current_thread(), threading._DummyThread)
 
     def stop(self) -> float:
         """Measure no more; return the busy seconds."""

@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 
 def start_python(
@@ -37,6 +39,14 @@ def start_python(
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def anonymous_file(size: int) -> int:
+    """Return the descriptor of a file of `size` bytes that has no name: a child inherits it, and it goes with both."""
+    descriptor, path = tempfile.mkstemp()
+    Path(path).unlink()
+    os.ftruncate(descriptor, size)
+    return descriptor
 
 
 def ignore_signals(signals: Collection[signal.Signals]) -> None:

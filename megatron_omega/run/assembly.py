@@ -22,6 +22,7 @@ from megatron_omega.log import get_logger
 from megatron_omega.model.kernels import Kernels
 from megatron_omega.monitoring.forecast import peak_bytes
 from megatron_omega.monitoring.peak_flops import peak_flops
+from megatron_omega.parallel.counting import open_rows
 from megatron_omega.parallel.drawing import DRAWING_VERSION
 from megatron_omega.parallel.places import Places, gather_places
 from megatron_omega.parallel.topology import Topology
@@ -65,6 +66,7 @@ def assemble(
     baseline = peak_bytes()
     with _engine_output(config, topology):
         engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
+    open_rows(guard.ledger)
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     places = gather_places(topology.layout, store.peers)

@@ -41,6 +41,7 @@ from megatron_omega.host.run_folder import SUCCESS
 from megatron_omega.log import configure_logging, get_logger
 from megatron_omega.model.kernels import apex_notice, select_kernels
 from megatron_omega.monitoring.files import mark_success
+from megatron_omega.parallel.counting import count_messages, device_progress
 from megatron_omega.parallel.topology import Topology, create_topology
 from megatron_omega.run.assembly import assemble, model_identity
 from megatron_omega.run.claims import claim
@@ -82,6 +83,8 @@ def train(
         device_type = start_distributed(local_rank=place.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
         topology = create_topology(layout_of(config, place.world_size), timeout=timeout)
+        guard.ask_device = device_progress(device_type)
+        guard.at_end(count_messages(guard.ledger))
         kernels = select_kernels(device_type)
         trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks)
         try:

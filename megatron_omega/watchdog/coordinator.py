@@ -35,6 +35,7 @@ from megatron_omega.watchdog.diagnosis import (
     diagnose_silence,
     disagreements,
 )
+from megatron_omega.watchdog.ledger import Row
 from megatron_omega.watchdog.messages import FROM_MONITOR, Line, Message, is_well_formed
 from megatron_omega.watchdog.reception import Reception
 from megatron_omega.watchdog.stack_files import StackFiles
@@ -195,7 +196,9 @@ class Hub:
             seat.age, seat.allowed = message["age"], message["allowed"]
         if kind == "dump":
             frames = [Frame(*frame) for frame in message["frames"]]
-            seat.dump = Standing(seat.member, seat.phase, seat.step, seat.age, seat.state, frames)
+            rows = [Row(*row) for row in message["rows"]]
+            at_device = message["device"]
+            seat.dump = Standing(seat.member, seat.phase, seat.step, seat.age, seat.state, frames, rows, at_device)
             seat.stack = message["text"]
         elif kind == "failed":
             self._fail(Failure(seat.member, *(message[k] for k in ("phase", "message", "error", "trace", "code"))))

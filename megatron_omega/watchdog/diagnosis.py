@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from megatron_omega.errors import BUG, LOST, ConfigError, HangError
+from megatron_omega.watchdog.ledger import Row
 from megatron_omega.watchdog.stacks import Frame, caller_of, collective_of
+from megatron_omega.watchdog.waits import Verdict, find_culprits
 
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused|was closed)|broken pipe|timed out|socket|TCPStore|peer", re.IGNORECASE
@@ -65,12 +67,17 @@ class Standing:
     """Process state, as in /proc/PID/stat: T is stopped, D waits for a device."""
     frames: Sequence[Frame] = ()
     """Its main thread, innermost first; empty where no stack could be had."""
+    rows: Sequence[Row] = ()
+    """The messages it has counted."""
+    waits_for_device: bool = False
     has_answered: bool = True
     """Whether its monitor was heard when all were asked. One that was not yet is no suspect for that."""
 
     @property
     def waits_in(self) -> str | None:
-        return None if self.state == "T" else collective_of(self.frames)
+        if self.state == "T":
+            return None
+        return collective_of(self.frames) or ("the device" if self.waits_for_device else None)
 
 
 @dataclass(frozen=True)
@@ -150,26 +157,57 @@ def diagnose_hang(standings: Sequence[Standing], folder: str) -> Diagnosis:
     """Name the ranks that the others wait for, and who waits where."""
     answered = [standing for standing in standings if standing.has_answered]
     unheard = [standing.member.rank for standing in standings if not standing.has_answered]
-    guilty = _guilty(answered)
-    lines = [f"hang: {_plight(standing)}" for standing in guilty]
-    if not guilty and unheard:
-        lines = [f"hang: every rank that answered waits for another; no answer from {rank_ranges(unheard)}"]
-    elif not guilty:
-        lines = ["hang: every rank waits for another; they disagree about what comes next"]
+    verdict = find_culprits(
+        {standing.member.rank: standing.rows for standing in answered},
+        {standing.member.rank for standing in answered if standing.waits_in is not None},
+        {standing.member.rank for standing in answered if standing.waits_for_device},
+    )
+    guilty = _guilty(answered, set(verdict.missed), is_complete=not unheard)
+    lines = [line for one in guilty for line in (f"hang: {_plight(one)}", *_missing(verdict, one.member.rank))]
+    lines += [] if guilty else [f"hang: {_nobody(answered, unheard, verdict)}"]
     lines += _waiting([standing for standing in answered if standing not in guilty])
     if guilty and unheard:
         lines.append(f"  no answer in time from {rank_ranges(unheard)}")
     lines.append(f"  stacks of all ranks: {folder}")
-    event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder}
+    event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder,
+             "hosts": sorted({standing.member.host for standing in guilty})}  # fmt: skip
     return Diagnosis(HangError.exit_code, tuple(lines), event=event)
 
 
-def _guilty(standings: Sequence[Standing]) -> list[Standing]:
+def _guilty(standings: Sequence[Standing], behind: Collection[int], *, is_complete: bool) -> list[Standing]:
+    """Return who is stopped; else who is behind; else who cannot be looked at, or waits for nobody.
+
+    Where not everybody has answered, one that waits itself may wait for one of those.
+    """
     stopped = [standing for standing in standings if standing.state in "TtZ"]
-    if stopped:
-        return stopped
+    late = [standing for standing in standings if standing.member.rank in behind]
+    late = late if is_complete else [standing for standing in late if standing.waits_in is None]
+    if stopped or late:
+        return stopped or late
     unreadable = [standing for standing in standings if not standing.frames]
-    return unreadable or [standing for standing in standings if standing.waits_in is None]
+    idle = [standing for standing in standings if standing.waits_in is None]
+    is_told_by_stacks = not any(standing.waits_for_device for standing in standings)
+    return unreadable or (idle if is_told_by_stacks else [])
+
+
+def _nobody(answered: Sequence[Standing], unheard: Sequence[int], verdict: Verdict) -> str:
+    """Say what is known where nobody can be named."""
+    if unheard:
+        return f"every rank that answered waits for another; no answer from {rank_ranges(unheard)}"
+    if verdict.circle:
+        circle = ", which waits for ".join(f"rank {rank}" for rank in (*verdict.circle, verdict.circle[0]))
+        return f"every rank waits for another; they disagree about what comes next: {circle}"
+    if any(standing.waits_for_device for standing in answered):
+        return "every rank has come to the same messages and waits for its device: a device or the network is stuck"
+    return "every rank waits for another; they disagree about what comes next"
+
+
+def _missing(verdict: Verdict, rank: int) -> list[str]:
+    missed = verdict.missed.get(rank)
+    if missed is None:
+        return []
+    who, is_one = "its device has" if missed.by_device else "it has", len(missed.waiting) == 1
+    return [f"  {who} not come to {missed.row.operation}, in which {rank_ranges(missed.waiting)} wait{'s' * is_one}"]
 
 
 def _plight(standing: Standing) -> str:

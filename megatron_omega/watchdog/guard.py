@@ -29,9 +29,10 @@ from megatron_omega.config.layout import layout_of, ranks_per_replica
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import BUG, OmegaError, Preempted
 from megatron_omega.host.child_process import start_python
-from megatron_omega.host.environment import ProcessPlace, meeting_host, meeting_point
+from megatron_omega.host.environment import ProcessPlace, has_gpu, meeting_host, meeting_point
 from megatron_omega.host.redaction import redact
 from megatron_omega.watchdog.heartbeat import Beacon
+from megatron_omega.watchdog.ledger import Ledger
 from megatron_omega.watchdog.messages import Line, Message
 from megatron_omega.watchdog.monitor import IGNORED_SIGNALS
 
@@ -48,6 +49,9 @@ class Guard:
 
     def __init__(self, config: RunConfig, place: ProcessPlace) -> None:
         self.beacon = Beacon.create()
+        self.ledger = Ledger.create()
+        self.ask_device: Callable[[], tuple[bool, Mapping[str, tuple[int, int]]]] | None = None
+        """Says whether the device has work left, and how many messages of each name it has started and finished."""
         self.started = time.monotonic()
         self._config = config
         self._place = place
@@ -135,7 +139,7 @@ class Guard:
     def _start_monitor(self) -> None:
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
         ours, theirs = socket.socketpair()
-        descriptors = (theirs.fileno(), self.beacon.descriptor, self._stacks.fileno())
+        descriptors = (theirs.fileno(), self.beacon.descriptor, self._stacks.fileno(), self.ledger.descriptor)
         self._process = start_python("megatron_omega.watchdog.monitor", descriptors, blocked=IGNORED_SIGNALS)
         theirs.close()
         ours.settimeout(None)
@@ -154,6 +158,7 @@ class Guard:
             master=meeting_host(),
             start=meeting_point(),
             start_timeout=self._config.resilience.start_timeout_seconds,
+            device=has_gpu(),
         )
 
     def _report(self, error: BaseException) -> None:
@@ -201,9 +206,18 @@ class Guard:
     def _obey(self, message: Message) -> None:
         if message["kind"] == "go":
             self._go.set()
+        elif message["kind"] == "settle":
+            self._settle()
         elif message["kind"] == "end":
             self._finish()
             os._exit(message["code"])  # no clean-up that could wait for ranks that are gone
+
+    def _settle(self) -> None:
+        """Write down how far the device is. Whatever is wrong with it, the stack says where this rank stands."""
+        if self.ask_device is not None:
+            with contextlib.suppress(Exception):
+                is_busy, progress = self.ask_device()
+                self.ledger.settle(progress, is_busy=is_busy)
 
 
 def _leave_to_the_thread(number: int, frame: object) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
+
+from megatron_omega.host.child_process import anonymous_file
 
 _RECORD = struct.Struct("<qqddH94s")
 
@@ -41,10 +41,7 @@ class Beacon:
     @classmethod
     def create(cls) -> Beacon:
         """Make a new beacon; its file has no name and goes with its last user."""
-        descriptor, path = tempfile.mkstemp()
-        Path(path).unlink()
-        os.ftruncate(descriptor, _RECORD.size)
-        return cls(descriptor)
+        return cls(anonymous_file(_RECORD.size))
 
     def beat(self, phase: str | None = None, *, step: int | None = None, allowed_seconds: float | None = None) -> None:
         """Say that progress was made; what is not given stays as it was."""

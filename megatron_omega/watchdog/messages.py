@@ -30,7 +30,7 @@ FROM_MONITOR: Mapping[str, Mapping[str, str]] = {
         "fingerprint": "names",
     },
     "beat": _STANDING,
-    "dump": {**_STANDING, "frames": "frames", "text": "text"},
+    "dump": {**_STANDING, "frames": "frames", "text": "text", "device": "flag", "rows": "rows"},
     "failed": {"phase": "text", "message": "text", "error": "text", "trace": "text", "code": "code"},
     "lost": {"phase": "text"},
     "done": {},
@@ -142,6 +142,13 @@ def _is_frame(value: object) -> bool:
     return _is_text(file) and type(line) is int and _is_text(function)
 
 
+def _is_row(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 5:
+        return False
+    name, operation, *numbers = value
+    return _is_text(name) and _is_text(operation) and all(type(n) is int and -1 <= n < 1 << 62 for n in numbers)
+
+
 _HOLDS: Mapping[str, Any] = {
     "count": _is_count,
     "code": lambda value: type(value) is int and 0 <= value < 256,
@@ -151,4 +158,5 @@ _HOLDS: Mapping[str, Any] = {
     "texts": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "names": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "frames": lambda value: isinstance(value, list) and all(map(_is_frame, value)),
+    "rows": lambda value: isinstance(value, list) and all(map(_is_row, value)),
 }

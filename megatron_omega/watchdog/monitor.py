@@ -1,7 +1,7 @@
-"""The process beside one rank: `python -m megatron_omega.watchdog.monitor SOCKET BEACON STACKS` (file descriptors).
+"""The process beside one rank: `python -m megatron_omega.watchdog.monitor SOCKET BEACON STACKS LEDGER` (descriptors).
 
-It hears from its rank over the socket, reads its beacon, and speaks with the hub, which runs as a thread of rank 0's
-monitor. It ends soon after its rank, whatever happens, and never outlives the run.
+It hears from its rank over the socket, reads its beacon and its ledger, and speaks with the hub, which runs as a thread
+of rank 0's monitor. It ends soon after its rank, whatever happens, and never outlives the run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_omega.errors import LOST, HangError
@@ -22,9 +23,10 @@ from megatron_omega.host.open_files import allow_many_files
 from megatron_omega.watchdog import meeting, sealing
 from megatron_omega.watchdog.coordinator import Hub, Limits
 from megatron_omega.watchdog.heartbeat import Beacon
+from megatron_omega.watchdog.ledger import Ledger
 from megatron_omega.watchdog.meeting import Address, Published
 from megatron_omega.watchdog.messages import FROM_HUB, Line, Message, is_well_formed
-from megatron_omega.watchdog.stacks import main_thread
+from megatron_omega.watchdog.stacks import Frame, main_thread, waits_for_device
 
 BEAT_SECONDS = 1.0
 _MEET_SECONDS = 0.2
@@ -39,10 +41,11 @@ IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
 class Monitor:
     """Watches the process `rank` (its parent)."""
 
-    def __init__(self, rank: Line, beacon: Beacon, stacks: int) -> None:
+    def __init__(self, rank: Line, beacon: Beacon, stacks: int, ledger: Ledger) -> None:
         self._rank = rank
         self._beacon = beacon
         self._stacks = stacks
+        self._ledger = ledger
         self._parent = os.getppid()
         self._hub: Line | None = None
         self._hub_heard = 0.0
@@ -207,23 +210,39 @@ class Monitor:
     def _dump(self, *, resume: bool) -> None:
         """Send the stack of the rank. One that is stopped writes it only when it goes on."""
         standing = self._standing()
-        text = "stopped\n"
+        text, settled = "stopped\n", self._ledger.settled
         if standing["state"] != "T" or resume:
             text = self._written_stack(resume=resume)
-        frames = [[frame.file, frame.line, frame.function] for frame in main_thread(text, self._facts["ident"])]
+        stack = main_thread(text, self._facts["ident"])
+        told: Message = {
+            "frames": [[frame.file, frame.line, frame.function] for frame in stack],
+            "text": text,
+            "device": self._ledger.is_busy if self._ledger.settled > settled else self._waits_for_device(stack),
+            "rows": [[row.name, row.operation, row.count, row.started, row.finished] for row in self._ledger.read()],
+        }
         if self._hub is not None:
-            self._hub.send("dump", **self._standing() | {"state": standing["state"]}, frames=frames, text=text)
+            self._hub.send("dump", **self._standing() | {"state": standing["state"]}, **told)
+
+    @property
+    def _has_device(self) -> bool:
+        return bool(self._facts.get("device"))
+
+    def _waits_for_device(self, stack: Sequence[Frame]) -> bool:
+        return self._has_device and waits_for_device(stack)
 
     def _written_stack(self, *, resume: bool) -> str:
-        before = os.fstat(self._stacks).st_size
+        """Let the rank write its stack and, where it can still do so, what its device has done."""
+        before, settled = os.fstat(self._stacks).st_size, self._ledger.settled
         self._signal(self._facts["signal"])
+        if self._has_device:
+            self._rank.send("settle")
         if resume:
             self._signal(signal.SIGCONT)
         until, size = time.monotonic() + _STACK_SECONDS, before
         while time.monotonic() < until:
             time.sleep(0.05)
             now = os.fstat(self._stacks).st_size
-            if now > before and now == size:
+            if now > before and now == size and not (self._has_device and self._ledger.settled == settled):
                 break
             size = now
         return os.pread(self._stacks, min(size - before, _STACK_BYTES), before).decode(errors="replace")
@@ -268,5 +287,6 @@ def _process_state(pid: int) -> str:
 
 if __name__ == "__main__":
     ignore_signals(IGNORED_SIGNALS)
-    socket_descriptor, beacon_descriptor, stacks_descriptor = map(int, sys.argv[1:4])
-    Monitor(Line(socket.socket(fileno=socket_descriptor)), Beacon(beacon_descriptor), stacks_descriptor).run()
+    socket_descriptor, beacon_descriptor, stacks_descriptor, ledger_descriptor = map(int, sys.argv[1:5])
+    rank_line = Line(socket.socket(fileno=socket_descriptor))
+    Monitor(rank_line, Beacon(beacon_descriptor), stacks_descriptor, Ledger(ledger_descriptor)).run()

@@ -5,6 +5,7 @@ Pure functions of text. The main thread is the one that trains; a dump lists the
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py
 _PASSED_OVER = (*_COLLECTIVES, "torch/distributed/c10d_logger.py", "deepspeed/comm/", "deepspeed/utils/timer.py",
                 "megatron_omega/health/stragglers.py",
                 "torch/utils/_contextlib.py", "torch/autograd/")  # fmt: skip
+
+
+_DEVICE_FILES = ("torch/cuda/streams.py",)
+_DEVICE_WAIT = re.compile(
+    r"\.(item|tolist|cpu|numpy|synchronize|wait)\(|\b(float|int|bool)\(|run_backward\(|\.to\(|_cuda_synchronize"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,15 @@ def collective_of(frames: Sequence[Frame]) -> str | None:
     """Return the name of the communication call that the thread is inside; None where it is not."""
     names = [frame.function for frame in frames if frame.file.endswith(_COLLECTIVES)]
     return next((name for name in reversed(names) if name not in ("wrapper", "log_wrapper")), None) if names else None
+
+
+def waits_for_device(frames: Sequence[Frame]) -> bool:
+    """Return whether the innermost line is one in which a host waits until its device is done. Reads the source."""
+    if not frames:
+        return False
+    innermost = frames[0]
+    line = linecache.getline(innermost.file, innermost.line)
+    return innermost.file.endswith(_DEVICE_FILES) or _DEVICE_WAIT.search(line) is not None
 
 
 def caller_of(frames: Sequence[Frame]) -> Frame | None:

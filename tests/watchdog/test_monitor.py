@@ -27,11 +27,12 @@ sys.path.insert(0, {root!r})
 from megatron_omega.watchdog.guard import STACK_SIGNAL
 from megatron_omega.watchdog.messages import Line
 from megatron_omega.watchdog.heartbeat import Beacon
+from megatron_omega.watchdog.ledger import Ledger
 rank, directory = int(sys.argv[1]), sys.argv[2]
-beacon, stacks = Beacon.create(), tempfile.TemporaryFile()
+beacon, stacks, ledger = Beacon.create(), tempfile.TemporaryFile(), Ledger.create()
 faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True, chain=False)
 ours, theirs = socket.socketpair()
-descriptors = (theirs.fileno(), beacon.descriptor, stacks.fileno())
+descriptors = (theirs.fileno(), beacon.descriptor, stacks.fileno(), ledger.descriptor)
 subprocess.Popen([sys.executable, "-m", "megatron_omega.watchdog.monitor", *map(str, descriptors)],
                  pass_fds=descriptors, env={{**os.environ, "PYTHONPATH": {root!r}}})
 theirs.close()
