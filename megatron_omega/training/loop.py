@@ -158,6 +158,7 @@ class Trainer:
     def _train(self, state: TrainState) -> TrainState:
         """Do the steps that are left, or those before the run is asked to stop."""
         while True:
+            self.hook.on_phase("opening the corpus", state.step)
             with self.batches.train(state.consumed_samples, state.left_out) as batches:
                 state, is_done = self._train_on(state, batches)
             if is_done:
@@ -325,12 +326,14 @@ class Trainer:
         """Return the losses over all validation batches; None where the run is asked to stop before the last."""
         assert self.batches.validation is not None
         results = []
+        self.hook.on_phase("opening the validation corpus", step)
         with self.batches.validation(0, ()) as batches:  # from the first sample: the same ones every time
             for _ in range(self.config.evaluation.num_batches):
                 self.hook.on_phase("validating", step)
                 if self._is_asked_to_stop():
                     return None
                 results.append(self.engine.evaluate(batches, self.engine.num_micro_batches))
+            self.hook.on_phase("closing the validation corpus", step)
         return pooled(results)
 
     def _save(self, state: TrainState, *, asynchronous: bool | None = None) -> None:

@@ -108,6 +108,8 @@ class Hub:
         self._failures: list[Failure] = []
         self._deadline: float | None = None
         self._dumps_until: float | None = None
+        self._patient_until = 0.0
+        """Until then somebody else's longer phase lasts, for which those that are overdue wait."""
         self._has_started = False
         self._greeted = 0.0
         self._selector = selectors.DefaultSelector()
@@ -255,7 +257,7 @@ class Hub:
 
     def _judge_progress(self, seats: list[_Seat], now: float) -> Diagnosis | None:
         if self._dumps_until is None:
-            if any(seat.is_overdue for seat in seats):
+            if now >= self._patient_until and any(seat.is_overdue for seat in seats):
                 self._dumps_until = now + self._limits.dump_seconds
                 for seat in seats:
                     seat.line.send("dump", resume=False)
@@ -268,8 +270,22 @@ class Hub:
             for seat in seats:
                 seat.dump = None
             return None
-        self._resume_stopped([seat for seat in seats if seat.dump is not None and seat.dump.state == "T"])
+        stopped = [seat for seat in seats if seat.dump is not None and seat.dump.state == "T"]
+        if not stopped and (left := self._time_left(seats)) > 0:
+            self._patient_until, self._dumps_until = now + left, None
+            for seat in seats:
+                seat.dump = None
+            return None
+        self._resume_stopped(stopped)
+        return self._diagnose_hang(seats)
+
+    def _diagnose_hang(self, seats: list[_Seat]) -> Diagnosis:
         return diagnose_hang([_standing_of(seat) for seat in seats], str(self._stack_folder()))
+
+    def _time_left(self, seats: list[_Seat]) -> float:
+        """Return for how long those that the others wait for may do what they do: longer phases are theirs."""
+        awaited = [self._seats[rank] for rank in self._diagnose_hang(seats).event["ranks"]]
+        return min((seat.allowed - seat.age for seat in awaited), default=0.0)
 
     def _resume_stopped(self, seats: list[_Seat]) -> None:
         """Let stopped processes go on for the moment in which they write their stacks; others have written theirs."""

@@ -158,6 +158,8 @@ class Guard:
             master=meeting_host(),
             start=meeting_point(),
             start_timeout=self._config.resilience.start_timeout_seconds,
+            silence_seconds=self._config.resilience.silence_seconds,
+            dump_seconds=self._config.resilience.dump_seconds,
             device=has_gpu(),
         )
 

@@ -79,6 +79,7 @@ class Laboratory:
             "batch.global_batch_size": 8, "training.train_steps": STEPS, "schedule.warmup_steps": 2,
             "evaluation.interval_steps": 0, "checkpoint.interval_steps": SAVE_EVERY, "logging.interval_steps": 1,
             "logging.tensorboard": "false", "parallel.timeout_seconds": 120, "resilience.start_timeout_seconds": 90,
+            "resilience.hang_floor_seconds": 6,
         }  # fmt: skip
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         directory = directory or self.folder / (name or f"run-{self._count}")

@@ -53,12 +53,12 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
 
 
 def test_patience_follows_the_slowest_of_the_last_steps() -> None:
-    patience = Patience(None, 600.0)
+    patience = Patience(None, 600.0, 5.0)
     for seconds in (90.0, 2.0, 1.0):  # the first warms up
         assert patience.allowed_seconds == 600.0
         patience.observe(seconds)
-    assert patience.allowed_seconds == 3 * 2.0 + 4
+    assert patience.allowed_seconds == 3 * 2.0
     for _ in range(50):
         patience.observe(1.5)
-    assert patience.allowed_seconds == 3 * 1.5 + 4
-    assert Patience(7.0, 600.0).allowed_seconds == 600.0
+    assert patience.allowed_seconds == 5.0, "no less than the floor"
+    assert Patience(7.0, 600.0, 60.0).allowed_seconds == 600.0

@@ -52,6 +52,12 @@ class ResilienceConfig(Section):
     """How long ranks may take to arrive at the start."""
     hang_timeout_seconds: PositiveFloat | None = None
     """How long a step may make no progress; follows from the measured step times where it is not given."""
+    hang_floor_seconds: PositiveFloat | None = None
+    """Least of what follows from step times, so that a slow file system is no hang; 60 on a GPU, 15 on a CPU."""
+    silence_seconds: PositiveFloat | None = None
+    """Without a word from a host, after which it is gone; 10, and 5 more for each 1,000 ranks, where not given."""
+    dump_seconds: PositiveFloat | None = None
+    """How long a verdict waits for the stacks of all ranks; 4, and 5 more for each 1,000 ranks, where not given."""
     spike_z_score: NonNegativeFloat = 8.0
     """Robust z-score of the loss above which a step is skipped; 0 skips only what is not finite."""
     spike_window: Annotated[int, Field(ge=8)] = 64
