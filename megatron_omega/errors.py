@@ -62,3 +62,9 @@ class HangError(OmegaError):
     """Ranks stopped making progress."""
 
     exit_code = 76
+
+
+class FaultyMachineError(OmegaError):
+    """A machine does not do what it should: it computes wrong, or fails, or is far slower than the others."""
+
+    exit_code = 77

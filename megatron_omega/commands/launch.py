@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_omega.commands.fitting import fit, job_hosts
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import COMMAND, CommandLine, output_file, writing
 from megatron_omega.host.shipped import located, presets
@@ -28,6 +29,14 @@ from megatron_omega.launching.words import require_hosts, require_port
 from megatron_omega.log import configure_logging, get_logger
 
 PACKAGE = "megatron_omega"
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Read `N` or `LEAST-N`."""
+    least, _, most = text.rpartition("-")
+    return int(least or most), int(most)
+
+
 log = get_logger()
 
 
@@ -48,7 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     hosts.add_argument("--hosts", nargs="+", required=True, help="names, the first one is rank 0's")
     hosts.add_argument("--port", type=int, default=29500, help="of the first host, where ranks meet (default 29500)")
     slurm = verbs.add_parser("slurm", allow_abbrev=False, help="write a batch script")
-    slurm.add_argument("--nodes", type=int, required=True, help="machines")
+    slurm.add_argument(
+        "--nodes", type=_range, required=True, metavar="N|LEAST-N", help="machines; with LEAST- so few are enough"
+    )
+    slurm.add_argument("--spares", type=int, default=0, help="machines reserved besides, to replace faulty ones")
+    slurm.add_argument(
+        "--gpu", default="h100-80g", help="accelerator, for a layout on fewer machines (default h100-80g)"
+    )
     slurm.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="one GPU for each rank, or none")
     slurm.add_argument("--time", default="24:00:00", help="limit of one turn (default 24:00:00)")
     slurm.add_argument("--cpus-per-rank", type=int, default=8, help="cores (default 8)")
@@ -66,6 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--output", type=output_file, help="script to write (default: in the folder of --config)")
         verb.add_argument("--dry-run", action="store_true", help="print only")
     begin = verbs.add_parser("begin", allow_abbrev=False, help="for scripts: record a start, print where codes go")
+    begin.add_argument("--nodes", type=_range, help="machines to run on: choose among the job's")
+    begin.add_argument("--ranks-per-node", type=int, help="processes on each machine")
+    begin.add_argument("--gpu", default="cpu", help="accelerator, for a layout on fewer machines (default cpu)")
     begin.add_argument("--by-pdsh", action="store_true", help="check that other hosts will read the command as it is")
     end = verbs.add_parser("end", allow_abbrev=False, help="for scripts: judge an end, print whether to start again")
     end.add_argument("--code", type=int, required=True, help="exit code of the launcher")
@@ -111,9 +129,9 @@ def write_slurm(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write and print the batch script; submit it where asked."""
     path = arguments.output or _beside_config(run, "evaluate.sbatch" if arguments.evaluate else "slurm.sbatch")
     launch = scripts.Launch(
-        tuple(run), arguments.nodes, arguments.ranks_per_node, command=arguments.command, device=arguments.device,
+        tuple(run), arguments.nodes[1], arguments.ranks_per_node, command=arguments.command, device=arguments.device,
         time=arguments.time, cpus_per_rank=arguments.cpus_per_rank, options=tuple(arguments.sbatch),
-        is_evaluation=arguments.evaluate,
+        is_evaluation=arguments.evaluate, least_nodes=arguments.nodes[0], spares=arguments.spares, gpu=arguments.gpu,
     )  # fmt: skip
     name = Path(launch.resolve().config.logging.run_directory).name
     text = scripts.slurm_script(launch, path, f"{name}-evaluate" if arguments.evaluate else name)
@@ -141,9 +159,13 @@ def begin(arguments: argparse.Namespace, run: list[str]) -> int:
         outcome = Outcome(LOST, "starts came to no end (did nodes fail?)")
         log.error("%s", next_step(turn, outcome, goes_on_when_stopped=True)[1])
         return LOST
+    chosen = None
+    if arguments.nodes is not None:
+        chosen = fit(run, job_hosts(hosts), turn.run_directory, arguments)
+        hosts = ",".join(chosen.hosts)
     turn.begin(hosts=hosts)
     log.info("job %s, restart %d, on %s", turn.job, turn.restart, hosts)
-    print(turn.codes)
+    print(turn.codes if chosen is None else chosen.for_shell(turn.codes))
     return 0
 
 

@@ -86,6 +86,11 @@ def meeting_point(environ: Mapping[str, str] = os.environ) -> str:
     return f"{meeting_host(environ)}:{environ.get('MASTER_PORT', DEFAULT_PORT)}"
 
 
+def exchanges_hosts(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether what started this run has other hosts to start it on, or goes on with fewer."""
+    return environ.get("OMEGA_EXCHANGES_HOSTS") == "1"
+
+
 def run_secret(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the secret by which the ranks of a run know each other, if the launcher gave them one."""
     return environ.get("OMEGA_RUN_SECRET") or None

@@ -6,6 +6,7 @@ events.jsonl     monitoring  starts, validations, checkpoints, faults (the watch
 loss.png         monitoring  the curves
 deepspeed.log    run         what DeepSpeed prints while it is set up
 launches.jsonl   launching   each start with its end
+excluded.jsonl   all         hosts that the run no longer uses, and why
 exit-codes/      launching   what the ranks of a launch returned
 stacks/          watchdog    where the ranks stood when they hung
 .monitor/        watchdog    where the monitors of a running run meet; closed to other users
@@ -24,6 +25,7 @@ EVENTS = "events.jsonl"
 PLOT = "loss.png"
 ENGINE_LOG = "deepspeed.log"
 LAUNCHES = "launches.jsonl"
+EXCLUDED = "excluded.jsonl"
 EXIT_CODES = "exit-codes"
 STACKS = "stacks"
 MONITOR = ".monitor"

@@ -10,10 +10,19 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_omega.errors import DONE, LOST, CheckpointError, ConfigError, DataError, HangError, Preempted
+from megatron_omega.errors import (
+    DONE,
+    LOST,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FaultyMachineError,
+    HangError,
+    Preempted,
+)
 from megatron_omega.host.run_folder import SUCCESS
 
-STOPPED, HANG = Preempted.exit_code, HangError.exit_code
+STOPPED, HANG, FAULTY = Preempted.exit_code, HangError.exit_code, FaultyMachineError.exit_code
 _REQUESTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
 USERS = {
     ConfigError.exit_code: "the configuration",
@@ -43,7 +52,7 @@ class Outcome:
     @property
     def is_failure(self) -> bool:
         """A failure that another start may get over."""
-        return self.code in (HANG, LOST)
+        return self.code in (HANG, LOST, FAULTY)
 
 
 def shell_code(returned: int) -> int:
@@ -87,6 +96,8 @@ def _of_first(end: End) -> Outcome:
         return Outcome(STOPPED, "the run was asked to stop, before its start or on its way out")
     if end.code == HANG:
         return Outcome(HANG, f"{who} found that ranks hang")
+    if end.code == FAULTY:
+        return Outcome(FAULTY, f"{who} found that a machine is faulty")
     if end.code == LOST and end.rank >= 0:
         return Outcome(LOST, f"{who} was killed, or lost a peer that was")
     if end.code > 128:

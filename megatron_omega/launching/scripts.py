@@ -30,6 +30,7 @@ class Launch:
     arguments: tuple[str, ...]
     """Command line of the run: --config, --deepspeed_config, --section.field value."""
     nodes: int
+    """Hosts that ranks run on."""
     ranks_per_node: int
     command: str
     """What wrote the script, for its reader."""
@@ -42,6 +43,12 @@ class Launch:
     """What each rank runs, if not a training of this package."""
     is_evaluation: bool = False
     """Measure the validation loss instead of training."""
+    least_nodes: int | None = None
+    """Hosts that are enough to go on with, where fewer are left; as many as `nodes` where it is not given."""
+    spares: int = 0
+    """Hosts that are reserved besides, to take the place of faulty ones."""
+    gpu: str = "h100-80g"
+    """Accelerator, for the choice of a layout on fewer hosts."""
 
     def program_of(self, launcher_program: str) -> str:
         """Return what ranks run: in a checkout its entry point, elsewhere what a launcher takes in its place."""
@@ -51,13 +58,32 @@ class Launch:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @property
+    def fewest(self) -> int:
+        return self.nodes if self.least_nodes is None else self.least_nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a host can be left out."""
+        return self.spares > 0 or self.fewest < self.nodes
+
+    @property
+    def reserved(self) -> str:
+        """What is asked of Slurm: a number of hosts, or the fewest and the most."""
+        most = self.nodes + self.spares
+        return str(most) if self.fewest == most else f"{self.fewest}-{most}"
+
     def resolve(self) -> ResolvedRun:
         """Check the run on these machines. Raises ConfigError with every finding."""
         findings = [
             f"--{name} {value}: needed is at least 1"
-            for name, value in (("nodes", self.nodes), ("ranks-per-node", self.ranks_per_node))
+            for name, value in (("nodes", self.fewest), ("ranks-per-node", self.ranks_per_node))
             if value < 1
         ]
+        if self.fewest > self.nodes:
+            findings.append(f"--nodes {self.fewest}-{self.nodes}: the first number is the smaller one")
+        if self.spares < 0:
+            findings.append(f"--spares {self.spares}: needed is at least 0")
         if findings:
             raise ConfigError(*findings)
         return resolve_run(parse_arguments(self.arguments), self.ranks)
@@ -83,12 +109,15 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
 
     Raises ConfigError where a word would be more to Slurm or bash than what it is.
     """
+    accelerator = "cpu" if launch.device == "cpu" else words.one_word("--gpu", launch.gpu)
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
     resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
     return Template(templates.EVALUATE if launch.is_evaluation else templates.PRETRAIN).substitute(
         signal="" if launch.is_evaluation else "#SBATCH --signal=USR1@180\n",
         name=words.job_name(name),
-        nodes=launch.nodes,
+        nodes=launch.reserved,
+        environment=_environment(launch),
+        hosts=f"--nodes {launch.fewest}-{launch.nodes} --ranks-per-node {launch.ranks_per_node} --gpu {accelerator}",
         ranks_per_node=launch.ranks_per_node,
         resources="\n".join(f"#SBATCH {words.sbatch_option(option)}" for option in resources),
         time=words.time_limit(launch.time),
@@ -100,6 +129,18 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
         program=words.one_line("the program", launch.program_of(PYTHON_PROGRAM)),
         activation=words.one_line("the environment", activation()),
     )
+
+
+def _environment(launch: Launch) -> str:
+    """Return the variables that a large run needs beside threads and device."""
+    lines = ["export OMEGA_EXCHANGES_HOSTS=1 # a host that computes wrong is left out at once"] * launch.is_elastic
+    if launch.device == "cuda":
+        lines += [
+            "# What a verdict reads when ranks hang: the last messages of every device, with their times.",
+            "export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_ENABLE_TIMING=1 TORCH_NCCL_DUMP_ON_TIMEOUT=1",
+            "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        ]
+    return "\n".join(lines)
 
 
 def hostfile(hosts: Sequence[str], ranks_per_node: int) -> str:

@@ -21,19 +21,23 @@ PRETRAIN = (
 set -u
 $activation
 export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
+$environment
 run=($arguments "$$@")
 
-codes=$$(python -m megatron_omega launch begin "$${run[@]}") || exit $$?
+# Sets codes (a folder), nodes and hosts (without those that were found faulty) and layout (where they are fewer).
+plan=$$(python -m megatron_omega launch begin $hosts "$${run[@]}") || exit $$?
+eval "$$plan"
 export codes
 # A task for each rank, which finds its place in SLURM_*. Signals are for the ranks, which handle them; what else is in
 # the step (this shell, data workers) ignores them. A stop is no bad exit: Slurm would end those not through saving.
-srun --kill-on-bad-exit=1 --wait=60 bash -c '
+srun --nodes="$$nodes" --nodelist="$$hosts" --ntasks-per-node=$ranks_per_node --ntasks=$$((nodes * $ranks_per_node)) \\
+    --cpus-per-task=$threads --kill-on-bad-exit=1 --wait=60 bash -c '
     trap "" USR1 TERM
     python -u "$$@"
     code=$$?
     [ $$code -eq 0 ] || echo $$code > "$$codes/$$SLURM_PROCID"
     [ $$code -eq 75 ] && exit 0
-    exit $$code' rank $program "$${run[@]}"
+    exit $$code' rank $program "$${run[@]}" "$${layout[@]}"
 again=$$(python -m megatron_omega launch end --code $$? "$${run[@]}")
 code=$$?
 if [ -n "$$again" ] && [ -z "$${OMEGA_CHAIN:-}" ]; then # in a chain the next job goes on
@@ -51,7 +55,7 @@ EVALUATE = (
 set -eu
 $activation
 export OMP_NUM_THREADS=$threads DS_ACCELERATOR=$device
-srun --kill-on-bad-exit=1 --wait=60 python -u -m megatron_omega evaluate $arguments "$$@"
+srun --cpus-per-task=$threads --kill-on-bad-exit=1 --wait=60 python -u -m megatron_omega evaluate $arguments "$$@"
 """
 )
 

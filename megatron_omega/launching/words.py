@@ -41,6 +41,13 @@ def quoted(what: str, words: Iterable[str]) -> str:
     return shlex.join([one_line(what, word) for word in words])
 
 
+def one_word(what: str, text: str) -> str:
+    """Return a word that bash takes as it stands. Raises ConfigError."""
+    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
+        raise ConfigError(f"{what} {text!r}: needed is one word of letters, digits, dots and dashes")
+    return text
+
+
 def job_name(text: str) -> str:
     """Return a name that Slurm takes whole and a file can bear.
 

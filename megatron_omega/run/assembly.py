@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_omega.parallel.places import Places, gather_places
 from megatron_omega.parallel.topology import Topology
 from megatron_omega.run.batches import open_batches
 from megatron_omega.run.construction import build_engine
+from megatron_omega.run.faulty_hosts import part_with_host
 from megatron_omega.run.hooks import run_hooks
 from megatron_omega.run.profiling import profiling_hooks
 from megatron_omega.run.stopping import StopRequests
@@ -86,6 +88,7 @@ def assemble(
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
         weight_check=_integrity(config, engine, places),
+        part_with=partial(part_with_host, Path(config.logging.run_directory), is_main=topology.rank == 0),
         stop_requested=StopRequests(
             Path(config.logging.run_directory),
             is_main=topology.rank == 0,

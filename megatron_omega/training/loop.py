@@ -98,10 +98,12 @@ class Trainer:
         peak_flops: float,
         stop_requested: StopRequested = lambda: None,
         weight_check: WeightCheck | None = None,
+        part_with: Callable[[Fault], None] = lambda _: None,
     ) -> None:
         """`flops_per_sample`: of forward and backward; `peak_flops`: of all devices together, FLOP/s.
 
         `weight_check` compares weights between ranks; None where there is nothing to compare, or it is not wanted.
+        `part_with` is told of a fault that it found; where a host can be exchanged it raises instead of going back.
         """
         self.config = config
         self.engine = engine
@@ -109,6 +111,7 @@ class Trainer:
         self.batches = batches
         self.hook = hook
         self.weight_check = weight_check
+        self._part_with = part_with
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._stop_requested = stop_requested
@@ -266,6 +269,9 @@ class Trainer:
         if self.weight_check is None or not (is_due or state.step % self.weight_check.interval_steps == 0):
             return None
         fault = self._find_fault()
+        if fault is not None:
+            self._settle()
+            self._part_with(fault)
         return None if fault is None else self._roll_back(state, f"after step {state.step}: {fault.message}")
 
     def _find_fault(self) -> Fault | None:

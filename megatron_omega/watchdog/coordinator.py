@@ -23,6 +23,7 @@ from pathlib import Path
 from megatron_omega.errors import LOST, ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.events import append_event
+from megatron_omega.host.exclusions import exclude
 from megatron_omega.watchdog.diagnosis import (
     Diagnosis,
     Failure,
@@ -323,6 +324,7 @@ class Hub:
                     seat.line.flush()
 
     def _record(self, diagnosis: Diagnosis) -> None:
+        exclude(self._run_directory, diagnosis.blamed, diagnosis.reason)
         if not diagnosis.event:
             return
         step = max((seat.step for seat in self._seats.values()), default=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from megatron_omega.errors import BUG, LOST, ConfigError, HangError
+from megatron_omega.errors import BUG, LOST, ConfigError, FaultyMachineError, HangError
 from megatron_omega.watchdog.ledger import Row
 from megatron_omega.watchdog.stacks import Frame, caller_of, collective_of
 from megatron_omega.watchdog.waits import Verdict, find_culprits
@@ -17,6 +17,14 @@ from megatron_omega.watchdog.waits import Verdict, find_culprits
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused|was closed)|broken pipe|timed out|socket|TCPStore|peer", re.IGNORECASE
 )
+_DEVICE_FAULT = re.compile(
+    r"uncorrectable ECC|hardware error|NVLink|fallen off the bus|device (is lost|unavailable)|"
+    r"CUDA error: (unknown error|unspecified launch failure|all CUDA-capable devices are busy)|Xid",
+    re.IGNORECASE,
+)
+"""What a driver says of a broken device. Errors that a program can cause by itself are not among them."""
+_MOST_BLAMED = 0.05
+"""Share of the hosts that may be blamed for a hang: if more stand still, the cause is what they share."""
 _COMMUNICATION_KINDS = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError"}
 
 
@@ -47,6 +55,11 @@ class Failure:
     trace: str = ""
     """Traceback; empty where the failure is not a bug."""
     code: int = BUG
+
+    @property
+    def is_of_device(self) -> bool:
+        """Whether the device of this rank is broken."""
+        return bool(self.kind) and _DEVICE_FAULT.search(self.message) is not None
 
     @property
     def is_consequence(self) -> bool:
@@ -88,11 +101,16 @@ class Diagnosis:
     lines: tuple[str, ...]
     trace: str = ""
     event: dict[str, Any] = field(default_factory=dict)
+    blamed: tuple[str, ...] = ()
+    """Hosts that the run should do without."""
+    reason: str = ""
+    """Why, in a few words."""
 
 
 def diagnose_failure(failures: Sequence[Failure]) -> Diagnosis:
     """Name the first rank that failed by itself; `failures` are in the order in which they became known."""
-    first = next((failure for failure in failures if not failure.is_consequence), failures[0])
+    causes = [failure for failure in failures if failure.is_of_device or not failure.is_consequence]
+    first = (causes or failures)[0]
     if not first.kind:
         what = "is gone without a word: it was killed (a signal, or the system out of memory)"
         line = f"{first.member} {what}, while {first.phase}; started again, the run continues from its last checkpoint"
@@ -102,6 +120,10 @@ def diagnose_failure(failures: Sequence[Failure]) -> Diagnosis:
         line = f"{first.message} ({first.member}, while {first.phase})"
     event = {"event": "failure", "rank": first.member.rank, "host": first.member.host, "phase": first.phase,
              "kind": first.kind or "Lost", "message": first.message}  # fmt: skip
+    if first.is_of_device:
+        line += "; the device is broken: started again without this host, the run continues from its last checkpoint"
+        blamed = (first.member.host,)
+        return Diagnosis(FaultyMachineError.exit_code, (f"error: {line}",), first.trace, event, blamed, "device error")
     return Diagnosis(first.code, (f"error: {line}",), first.trace, event)
 
 
@@ -113,7 +135,8 @@ def diagnose_silence(silent: Sequence[Member], seconds: float) -> Diagnosis:
         f"error: no word from {', '.join(hosts)} ({ranks}) for {seconds:.0f} s: the host or the network is gone; "
         "started again on other hosts, the run continues from its last checkpoint"
     )
-    return Diagnosis(LOST, (line,), event={"event": "failure", "kind": "Silence", "hosts": hosts})
+    event = {"event": "failure", "kind": "Silence", "hosts": hosts}
+    return Diagnosis(LOST, (line,), event=event, blamed=tuple(hosts), reason=f"no word for {seconds:.0f} s")
 
 
 def diagnose_absence(present: Sequence[Member], world_size: int, seconds: float) -> Diagnosis:
@@ -171,7 +194,9 @@ def diagnose_hang(standings: Sequence[Standing], folder: str) -> Diagnosis:
     lines.append(f"  stacks of all ranks: {folder}")
     event = {"event": "hang", "ranks": [standing.member.rank for standing in guilty], "stacks": folder,
              "hosts": sorted({standing.member.host for standing in guilty})}  # fmt: skip
-    return Diagnosis(HangError.exit_code, tuple(lines), event=event)
+    blamed, hosts = tuple(event["hosts"]), {standing.member.host for standing in standings}
+    blamed = blamed if len(blamed) <= max(1, _MOST_BLAMED * len(hosts)) < len(hosts) else ()
+    return Diagnosis(HangError.exit_code, tuple(lines), event=event, blamed=blamed, reason="hang")
 
 
 def _guilty(standings: Sequence[Standing], behind: Collection[int], *, is_complete: bool) -> list[Standing]:

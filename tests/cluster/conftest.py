@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import ROOT
@@ -41,13 +42,13 @@ def submit_stub(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., str]]:
         lab.run("scancel", "--full", *jobs, check=False)
 
 
-def write_script(folder: Path, program: str, *arguments: str) -> Path:
-    """Write the batch script of a run in `folder` on 2 hosts x 2 ranks."""
+def write_script(folder: Path, program: str, *arguments: str, **machines: Any) -> Path:
+    """Write the batch script of a run in `folder`, on 2 hosts x 2 ranks or on other `machines`."""
     path = folder / "run.sbatch"
     words = (*arguments, "--logging.run_directory", str(folder))
     launch = Launch(
-        words, 2, 2, command="a test", device="cpu", time="00:10:00", cpus_per_rank=1, program=program,
-        options=(f"--output={folder}/log.txt",),
+        words, command="a test", device="cpu", time="00:10:00", cpus_per_rank=1, program=program,
+        options=(f"--output={folder}/log.txt",), **{"nodes": 2, "ranks_per_node": 2, **machines},
     )  # fmt: skip
     path.write_text(slurm_script(launch, path, "run").replace("#SBATCH --output=%x-%j.out\n", ""))
     return path

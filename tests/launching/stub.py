@@ -2,7 +2,8 @@
 
 Ranks share the run folder, whose `plan.json` says what is to happen: {"steps": 6, "hold": 3} waits after step 3 until
 the rank is told to stop or the file `go` is there; {"exit": [rank, code]} ends that rank, negative codes by a signal, in
-the first turn (the others wait for it until they are ended), {"always": true} in every turn; {"linger": true} leaves a process behind.
+the first turn (the others wait for it until they are ended), {"always": true} in every turn, {"blame": reason} its
+host; {"linger": true} leaves a process behind.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_omega.host.environment import complete_environment
+from megatron_omega.host.exclusions import exclude
 
 TICK = 0.02
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
@@ -73,6 +75,8 @@ class Stub:
             time.sleep(TICK)  # as in a collective without that rank
             if (self.folder / "stopping").exists():
                 sys.exit(137)
+        if "blame" in self.plan:
+            exclude(self.folder, [os.uname().nodename], self.plan["blame"])
         if code < 0:
             os.kill(os.getpid(), -code)
         sys.exit(code)

@@ -38,6 +38,7 @@ def ends(*codes: int) -> list[End]:
         ((137, 1), 137, False, 137, True),  # a lost peer, then an exception about it
         ((1, 143), 143, False, 1, False),  # a bug, then ended by the launcher
         ((76, 137), 137, False, 76, True),
+        ((77, 137), 137, False, 77, True),
         ((143, 4), 143, False, 4, False),  # the user's fault counts wherever it stands
         ((2, 2), 2, True, 2, False),  # with the marker of an earlier, shorter run
         ((139,), 139, False, 137, True),

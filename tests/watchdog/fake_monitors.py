@@ -50,7 +50,8 @@ class FakeRun:
         self.hub = threading.Thread(target=hub.serve)
         self.hub.start()
         self.codes: dict[int, int] = {}
-        self.asked_at = self.ended_at = 0.0
+        self.asked_at = self.verdict_at = 0.0
+        """When the first was asked for its stack, and when the first was ended."""
         self._selector = selectors.DefaultSelector()
         self.lines: list[Line] = []
         for rank in range(len(ranks)):
@@ -80,7 +81,7 @@ class FakeRun:
             self.asked_at = self.asked_at or time.monotonic()
             self.lines[rank].send("dump", **self.ranks[rank].dump)
         elif message["kind"] == "end" and rank not in self.codes:
-            self.codes[rank], self.ended_at = message["code"], time.monotonic()
+            self.codes[rank], self.verdict_at = message["code"], self.verdict_at or time.monotonic()
             self._selector.unregister(self.lines[rank].connection)
             self.lines[rank].close()
 

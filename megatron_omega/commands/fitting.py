@@ -1,0 +1,79 @@
+"""Which of a job's hosts a start uses, and how the run is laid out on them: for `launch begin` inside a script."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_omega.config.arguments import parse_arguments
+from megatron_omega.config.load import resolve_run
+from megatron_omega.errors import ConfigError
+from megatron_omega.host.exclusions import choose, excluded, short_name
+from megatron_omega.log import get_logger
+from megatron_omega.planner.candidates import of_config
+from megatron_omega.planner.fitting import as_words, fitting_layout
+from megatron_omega.planner.hardware import Hardware, find_hardware
+from megatron_omega.planner.machine import CPU, this_machine
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hosts and layout of one start."""
+
+    hosts: tuple[str, ...]
+    words: tuple[str, ...]
+    """Further words of the run's command line; none for the layout that is configured."""
+
+    def for_shell(self, codes: Path) -> str:
+        """Return assignments for the script's shell."""
+        words = " ".join(map(shlex.quote, self.words))
+        hosts = shlex.quote(",".join(self.hosts))
+        return f"codes={shlex.quote(str(codes))} nodes={len(self.hosts)} hosts={hosts} layout=({words})"
+
+
+def job_hosts(nodelist: str) -> list[str]:
+    """Return the hosts of a Slurm job. Raises ConfigError."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"the hosts of {nodelist} cannot be told: {error}; start the script with sbatch") from None
+    return done.stdout.split()
+
+
+def fit(run: Sequence[str], hosts: Sequence[str], run_directory: Path, arguments: argparse.Namespace) -> Start:
+    """Choose the hosts of a start and the layout on them: as many as are wanted, else as many as a layout fits.
+
+    Raises:
+        ConfigError: no layout fits any number of hosts that is left.
+    """
+    (least, most), each = arguments.nodes, arguments.ranks_per_node
+    left_out = excluded(run_directory)
+    usable, back = choose(hosts, left_out, least)
+    names = set(map(short_name, hosts))
+    for one in left_out:
+        if short_name(one.host) in names:
+            log.warning("%s %s", "used again, too few others are left:" if one in back else "left out:", one)
+    resolved = resolve_run(parse_arguments(run), most * each)
+    configured = of_config(resolved.config, most * each, resolved.deepspeed.zero_stage)
+    for count in range(min(most, len(usable)), least - 1, -1):
+        candidate = configured if count == most else fitting_layout(resolved, count * each, _hardware(arguments.gpu))
+        if candidate is not None:
+            if count < most:
+                log.warning("%d hosts instead of %d: %s", count, most, candidate.label)
+            return Start(tuple(usable[:count]), tuple(as_words(candidate, configured)))
+    raise ConfigError(
+        f"{len(usable)} hosts are left of {least}-{most} (--nodes), and the global batch of "
+        f"{resolved.config.batch.global_batch_size} fits no layout on them; reserve more with --spares"
+    )
+
+
+def _hardware(name: str) -> Hardware:
+    if name == CPU and (machine := this_machine()) is not None:
+        return machine.hardware
+    return find_hardware(name)
