@@ -23,6 +23,7 @@ from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.operations import Assumptions
 from megatron_omega.planner.plan_files import write_plan
 from megatron_omega.planner.ranking import Ranking, best_per_grid, nothing_fits, rank
+from megatron_omega.planner.starting import starting, starting_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,6 +138,7 @@ def _print_text(
         lines = [*report.table(rows[: arguments.top]), "", "not in the table:", *report.refusals(ranking), ""]
         lines += [f"memory of {chosen.candidate.label}", *report.memory_bars(chosen), ""]
         lines += [*report.operation_lines(report.operations(chosen, assumptions), assumptions)]
+        lines += [starting_line(starting(chosen, planner))]
     else:
         lines = [*report.explain(chosen, planner, assumptions)]
     if chosen.candidate.pipeline > 1:

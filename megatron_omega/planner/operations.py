@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from megatron_omega import accounting
 from megatron_omega.errors import ConfigError
 from megatron_omega.planner.estimate import Estimate
+from megatron_omega.planner.orthogonal import moved_matrices
 from megatron_omega.planner.saving import advise_saving
 
 HOST_COPY_BYTES_PER_SECOND = 10e9
@@ -15,7 +16,7 @@ HOST_COPY_BYTES_PER_SECOND = 10e9
 NODE_OVERHEAD_WATTS = 0.35
 """Power of hosts, network and cooling, per watt of accelerators."""
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""fp32 master and both moments; the working weights come on top."""
+"""fp32 weight and both moments; a matrix that Muon moves has one. Working weights are not saved: they follow."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ class Operations:
 def operations(estimate: Estimate, assumptions: Assumptions) -> Operations:
     """Return what a run of `assumptions.tokens` takes."""
     config, gpus = estimate.config, estimate.candidate.world_size
-    element = 0 if config.precision.dtype == "fp32" else 2
-    parameters = sum(cost.parameters for cost in accounting.layer_costs(config))
-    size = parameters * (CHECKPOINT_BYTES_PER_PARAMETER + element)
+    without_second_moment = sum(matrix.elements for matrix in moved_matrices(config, estimate.stages))
+    size = accounting.parameter_count(config.model) * CHECKPOINT_BYTES_PER_PARAMETER - 4 * without_second_moment
     write, stall = assumptions.write_seconds, assumptions.stall_seconds
     if write is None:
         write = size / assumptions.storage_bytes_per_second

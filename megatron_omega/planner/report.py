@@ -18,6 +18,7 @@ from megatron_omega.planner.operations import Assumptions, Operations, operation
 from megatron_omega.planner.pipeline_schedule import Timeline
 from megatron_omega.planner.ranking import Ranking
 from megatron_omega.planner.stages import Stage
+from megatron_omega.planner.starting import starting, starting_line
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
@@ -137,6 +138,7 @@ def explain(estimate: Estimate, planner: Planner, assumptions: Assumptions) -> I
     yield from memory_bars(estimate)
     yield ""
     yield from operation_lines(operations(estimate, assumptions), assumptions)
+    yield starting_line(starting(estimate, planner))
 
 
 def _message_lines(estimate: Estimate, planner: Planner) -> Iterator[str]:
@@ -190,7 +192,7 @@ def operation_lines(run: Operations, assumptions: Assumptions) -> Iterator[str]:
         f"{run.megawatt_hours:,.3g} MWh"
     )
     yield (
-        f"checkpoint {run.checkpoint_bytes / GIB:,.1f} GiB: {run.checkpoint_seconds:.3g} s to write, "
+        f"checkpoint {run.checkpoint_bytes / 1e9:,.1f} GB: {run.checkpoint_seconds:.3g} s to write, "
         f"{run.stall_seconds:.2g} s stall"
     )
     if run.failures:
