@@ -116,7 +116,7 @@ def test_more_failures_less_goodput() -> None:
     rare, often = (operations(estimate, Assumptions(failures_per_gpu_hour=rate)) for rate in (1e-6, 1e-3))
     assert often.goodput < rare.goodput <= 1
     assert often.checkpoint_interval_seconds < rare.checkpoint_interval_seconds
-    assert rare.checkpoint_bytes == 14 * 11_934_059_264
+    assert rare.checkpoint_bytes == 12 * 11_934_059_264
     assert rare.steps == -(-100_000_000_000 // (512 * 4096))
 
 
