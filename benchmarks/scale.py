@@ -64,7 +64,7 @@ def connections() -> list[Row]:
 
 def hub() -> list[Row]:
     """From the question for stacks to the end of all ranks, for 1,024 monitors and a file system of such a latency."""
-    from watchdog.fake_monitors import IDLE, WAITING, FakeRank, FakeRun
+    from watchdog.fake_monitors import IDLE, WAITING, FakeRank, FakeRun  # pyright: ignore[reportMissingImports]
 
     rows = []
     for milliseconds in (0, 5, 20):

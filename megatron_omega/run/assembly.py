@@ -15,6 +15,7 @@ from megatron_omega.config.load import ResolvedRun
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.samples import Sources
 from megatron_omega.engine.engine import Engine
+from megatron_omega.engine.start import visible_devices
 from megatron_omega.health.weights import Integrity, has_copies
 from megatron_omega.host import run_folder
 from megatron_omega.host.lease import Lease
@@ -29,7 +30,7 @@ from megatron_omega.parallel.places import Places, gather_places
 from megatron_omega.parallel.topology import Topology
 from megatron_omega.run.batches import open_batches
 from megatron_omega.run.construction import build_engine
-from megatron_omega.run.faulty_hosts import part_with_host
+from megatron_omega.run.faulty_hosts import part_with_host, refuse_slow_hosts
 from megatron_omega.run.hooks import run_hooks
 from megatron_omega.run.profiling import profiling_hooks
 from megatron_omega.run.stopping import StopRequests
@@ -65,13 +66,14 @@ def assemble(
         attachments={run_folder.TOKENIZER: sources.tokenizer.model},
     )
     _refuse_foreign_checkpoint(config, store)
+    places = gather_places(topology.layout, store.peers)
+    refuse_slow_hosts(config, places, store.peers, device_type=visible_devices()[0])
     baseline = peak_bytes()
     with _engine_output(config, topology):
         engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
     open_rows(guard.ledger)
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
-    places = gather_places(topology.layout, store.peers)
     own = run_hooks(
         resolved, sources, topology, guard, places=places, lease=lease, baseline=baseline,
         profiling=profiling_hooks(config, engine),

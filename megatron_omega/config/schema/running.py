@@ -68,6 +68,8 @@ class ResilienceConfig(Section):
     """How often a run goes back before it gives up."""
     integrity_interval_steps: NonNegative = 100
     """Steps between comparisons of weights that must be equal on several ranks; 0: never."""
+    slow_host_factor: NonNegativeFloat | None = None
+    """Before the start, a host is refused whose devices take so many times the median; 0: never; 1.5 on a GPU."""
     straggler_window: NonNegative = 20
     """Steps over which a rank must be the slowest of its peers to be named; 0 does not measure."""
 
