@@ -20,10 +20,9 @@ from megatron_omega.planner import report
 from megatron_omega.planner.candidates import MICRO_BATCHES, obstacle, parse_label
 from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import find_hardware, read_hardware
-from megatron_omega.planner.operations import Assumptions
+from megatron_omega.planner.operations import Assumptions, starting, starting_line
 from megatron_omega.planner.plan_files import write_plan
 from megatron_omega.planner.ranking import Ranking, best_per_grid, nothing_fits, rank
-from megatron_omega.planner.starting import starting, starting_line
 
 
 def build_parser() -> argparse.ArgumentParser:

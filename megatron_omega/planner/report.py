@@ -14,11 +14,10 @@ from megatron_omega.planner.estimate import Estimate, Planner
 from megatron_omega.planner.hardware import GIB, Hardware
 from megatron_omega.planner.memory import Memory
 from megatron_omega.planner.messages import data_bytes, tied_ranks
-from megatron_omega.planner.operations import Assumptions, Operations, operations
+from megatron_omega.planner.operations import Assumptions, Operations, operations, starting, starting_line
 from megatron_omega.planner.pipeline_schedule import Timeline
 from megatron_omega.planner.ranking import Ranking
 from megatron_omega.planner.stages import Stage
-from megatron_omega.planner.starting import starting, starting_line
 from megatron_omega.planner.work import pipeline_messages, table_parameters
 
 MEMORY_SIGNS = {
