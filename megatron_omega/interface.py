@@ -22,6 +22,7 @@ from megatron_omega.data.indexed import IndexedShard, without_suffix
 from megatron_omega.data.objectives import first_decoder_id
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
+from megatron_omega.export.hugging_face.registration import register as register_transformers
 from megatron_omega.export.loading import TextModel, load_text_model
 from megatron_omega.generation.decoding import generate, stream_text
 from megatron_omega.generation.fill_mask import Filled, fill_mask
@@ -32,7 +33,7 @@ from megatron_omega.model.omega import Omega, vocabulary_logits
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import StepReport, TrainState
 
-__all__ = ["Filled", "Hook", "Model", "StepReport", "Tokenizer", "load", "open_shard", "train"]
+__all__ = ["Filled", "Hook", "Model", "StepReport", "Tokenizer", "load", "open_shard", "register_transformers", "train"]
 
 Text = str | Sequence[int]
 """A text, or the ids of its tokens."""

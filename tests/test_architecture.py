@@ -45,6 +45,9 @@ HEAVY = {"torch", "numpy", "deepspeed", "transformers", "datasets", "matplotlib"
 PRINTING_ROOMS = {"commands"}
 FACES = {"__init__.py", "__main__.py", "interface.py"}
 """What the package shows to others; no rooms."""
+TRAVELLING = "export/hugging_face/model/"
+"""Code that goes with the weights: its files import each other, by relative imports, and these."""
+TRAVELLERS_MAY = {"__future__", "json", "typing", "tokenizers", "torch", "transformers"}
 MOST_FUNCTION_LINES = 60
 MOST_FILE_LINES = 400
 MOST_FILES = 20
@@ -66,6 +69,11 @@ class Source:
         return self.path.partition("/")[0].removesuffix(".py")
 
     @property
+    def travels(self) -> bool:
+        """Whether it is copied into exports, where it has to do without this package."""
+        return self.path.startswith(TRAVELLING) and not self.path.endswith("__init__.py")
+
+    @property
     def module(self) -> str:
         return ".".join([PACKAGE, *self.path.removesuffix(".py").removesuffix("/__init__").split("/")])
 
@@ -75,8 +83,9 @@ class Source:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{self.path}: relative import"
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+                assert node.level == (1 if node.level and self.travels else 0), f"{self.path}: relative import"
+                module = f"{self.module.rpartition('.')[0]}.{node.module}" if node.level else node.module
+                yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def source(path: str, text: str) -> Source:
@@ -147,6 +156,18 @@ def deepspeed_findings(files: list[Source]) -> list[str]:
         if file.path not in DEEPSPEED_FILES
         and file.room not in DEEPSPEED_ROOMS
         and any(name.partition(".")[0] == "deepspeed" for name in file.imports())
+    ]
+
+
+def ties_of_travellers(files: list[Source]) -> list[str]:
+    """Return each import by which code that travels with the weights would miss something there."""
+    package = f"{PACKAGE}.{TRAVELLING.replace('/', '.')}"
+    return [
+        f"{file.path} imports {name}"
+        for file in files
+        if file.travels
+        for name in file.imports()
+        if name.partition(".")[0] not in TRAVELLERS_MAY and not name.startswith(package)
     ]
 
 
@@ -227,7 +248,7 @@ def crowded_rooms(files: list[Source]) -> list[str]:
 
 
 RULES = [
-    table_findings, unused_entries, heavy_findings, deepspeed_findings, cycle_finding, long_functions, prints, swallowed_errors,
+    table_findings, unused_entries, heavy_findings, deepspeed_findings, ties_of_travellers, cycle_finding, long_functions, prints, swallowed_errors,
     unannotated, global_statements, crowded_rooms,
 ]  # fmt: skip
 
@@ -251,6 +272,8 @@ LONG = "def f() -> None:\n" + "    x = 1\n" * MOST_FUNCTION_LINES
         (unused_entries, "planner/memory.py", "from megatron_omega import accounting, config"),
         (heavy_findings, "config/load.py", "def f():\n    import torch.nn"),
         (deepspeed_findings, "training/loop.py", "from deepspeed.runtime import zero"),
+        (ties_of_travellers, "export/hugging_face/model/a.py", "from megatron_omega.export.native import DTYPES"),
+        (ties_of_travellers, "export/hugging_face/model/a.py", "import numpy"),
         (cycle_finding, "log.py", "from megatron_omega.errors import OmegaError"),
         (long_functions, "log.py", LONG),
         (prints, "log.py", "print(1)"),

@@ -13,10 +13,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from pydantic import JsonValue
@@ -101,6 +102,30 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, peers: Peers, *, token
     return directory / name
 
 
+def write_alone(
+    directory: Path,
+    parts: Iterable[Sequence[Piece]],
+    head: dict[str, Any],
+    *,
+    attachments: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
+    """Write a checkpoint from one process, a shard for each of `parts`, and return its folder.
+
+    `parts` are made one after another, so that no more than one of them is in memory. Pieces without moments make a
+    checkpoint of weights alone. Raises CheckpointError where the disk fails; then nothing of it remains.
+    """
+    name = step_folder(head["step"])
+    staging = directory / f"{HIDDEN_PREFIX}{name}-{os.getpid()}"
+    try:
+        shards: Any = [_write_shard(staging, Snapshot(part, head), number) for number, part in enumerate(parts)]
+        _finish(staging, directory / name, Snapshot((), head, attachments), shards)
+    except OSError as error:
+        raise CheckpointError(f"{directory / name} cannot be written: {error.strerror}; free space") from None
+    finally:
+        _discard(staging)
+    return directory / name
+
+
 def _first_sentence(error: BaseException) -> str:
     return str(error).split(". ")[0]
 
@@ -131,8 +156,11 @@ def _write_shard(staging: Path, snapshot: Snapshot, rank: int) -> JsonValue:
     """Write this rank's two files; return what the manifest says of them."""
     staging.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, tuple[Kind, ...]] = {"weights": ("weight",), "optimizer": ("exp_avg", "exp_avg_sq")}
-    files, blocks = {}, {}
+    files: dict[str, JsonValue] = {"optimizer": None}
+    blocks: dict[str, tuple[str, ...]] = {}
     for role, contents in kinds.items():
+        if not all(kind in piece.tensors for piece in snapshot.pieces for kind in contents):
+            continue
         path = staging / f"{role}-{rank:05d}.safetensors"
         written = write_tensors(path, [_entry(piece, kind) for kind in contents for piece in snapshot.pieces])
         files[role] = _file_entry(path.name, written)
@@ -175,7 +203,7 @@ def _assemble(snapshot: Snapshot, parts: Sequence[dict[str, Any]]) -> Manifest:
         **snapshot.head,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         block_bytes=BLOCK_BYTES,
-        shards=tuple(Shard(**{role: FileEntry(**row) for role, row in part["shard"].items()}) for part in parts),
+        shards=tuple(_shard(part["shard"]) for part in parts),
         parameters={
             name: ParameterEntry(
                 shape=tuple(entry["shape"]), axis=entry["axis"], step=entry["step"], fragments=tuple(entry["fragments"])
@@ -186,6 +214,10 @@ def _assemble(snapshot: Snapshot, parts: Sequence[dict[str, Any]]) -> Manifest:
     problems = manifest.problems()
     assert not problems, f"ranks do not hold every element exactly once: {problems[:5]}"
     return manifest
+
+
+def _shard(files: Mapping[str, Any]) -> Shard:
+    return Shard(**{role: row and FileEntry(**row) for role, row in files.items()})
 
 
 def _tuples(blocks: dict[Kind, list[str]]) -> dict[Kind, tuple[str, ...]]:

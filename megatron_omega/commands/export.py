@@ -2,9 +2,9 @@
 
 megatron-omega export-hf --checkpoint runs/omega-tiny --output exports/omega-tiny
 
-The folder has the layout that model hubs expect. megatron-omega generate, megatron-omega fill-mask and load_omega (in
-megatron_omega.export.loading) load it; every safetensors library reads its tensors, and its README.md says what
-they mean. The Transformers library has no such architecture: AutoModel does not load it.
+Transformers 5 loads the folder: AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM (decoder-only),
+AutoTokenizer; its README.md shows how. So do megatron-omega generate, fill-mask and load_omega (in
+megatron_omega.export.loading). What was trained on there comes back by megatron-omega import-hf.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         raise CheckpointError(f"{arguments.checkpoint} is an export already; give a checkpoint")
     checkpoint = newest_whole(arguments.checkpoint)
     with open_checkpoint(checkpoint) as source:
-        tokenizer = Path(open_tokenizer(source, arguments.tokenizer).path).read_bytes()
+        tokenizer = open_tokenizer(source, arguments.tokenizer)
         count = source.element_count()
         written = write_export(
             arguments.output, source, tokenizer, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gigabytes * 1e9)

@@ -45,7 +45,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "fill-mask": ("fill_mask", "predict masked tokens with a trained model"),
         "serve": ("serve", "answer over HTTP as OpenAI's API does, with a page to try models"),
         "inspect-checkpoint": ("inspect_checkpoint", "look into checkpoints, verify and compare them"),
-        "export-hf": ("export", "export a checkpoint as safetensors, and prove that the export says the same"),
+        "export-hf": ("export", "export a checkpoint for Transformers, and prove that the export says the same"),
+        "import-hf": ("import_hf", "turn a folder of Transformers into a checkpoint that trains on"),
     },
     "prove": {
         "verify-parallel": ("verify_layouts", "train under many layouts and compare every step"),

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from megatron_omega.config.schema import ModelConfig
 
-from pydantic import JsonValue
+_CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline}
+tags: [gpt-omega, megatron-omega]
+---
 
-_CARD = """# GPT-Omega weights
+# GPT-Omega weights
 
 {shape}, stored as {dtype} in {files}.
 
-`tokenizer.model` is SentencePiece. `config.json` has every setting (`config`), and for every parameter its shape, its
-file and the XXH3-64 of its bytes (`parameters`).
+## Use
 
-## What reads them
+Transformers 5, without any other package (the model's code lies in this folder, hence `trust_remote_code`):
 
-megatron-omega: `megatron-omega generate --checkpoint FOLDER`, `megatron-omega fill-mask --checkpoint FOLDER`, or
+{usage}
+
+megatron-omega: `megatron-omega generate --checkpoint FOLDER`{fill_mask}, or
 
     from megatron_omega.export.loading import load_omega
     model, config = load_omega("FOLDER")
 
-Any safetensors reader gives the tensors. The Transformers library has no such architecture: `AutoModel` does not load
-this.
+Where megatron-omega is installed, `megatron_omega.register_transformers()` makes the flag unnecessary.
+`megatron-omega import-hf` turns a folder that was trained on with Transformers into a checkpoint.
+
+`tokenizer.model` is SentencePiece, `tokenizer.json` the same for Transformers: literal control pieces such as `</s>`
+stay text, `<mask>` alone is the mask (with split_special_tokens=True it stays text too: for texts of strangers). What
+the decoder is to answer is given as `text_target`: it has no mode token in front and ends.
+`omega.json` has every setting (`config`), and for every parameter its shape, its file and the XXH3-64 of its bytes
+(`parameters`).
 
 ## What they mean
+
+Parameters by their canonical names. In the files `head.mlm.` is `mlm.`, all other names begin with `model.`, and every
+matrix has two dimensions: the same bytes, outputs before inputs.
 
 | name | shape |
 |---|---|
@@ -58,14 +71,33 @@ i has list i modulo their number.
 """
 
 
-def model_card(dtype: str, config: Mapping[str, JsonValue], num_files: int) -> str:
+_SEQ2SEQ = """    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER", trust_remote_code=True)
+    inputs = tokenizer(["The first"], return_tensors="pt")
+    print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))"""
+
+_CAUSAL = _SEQ2SEQ.replace("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+
+_MASKED = """
+
+    from transformers import pipeline
+    fill = pipeline("fill-mask", "FOLDER", trust_remote_code=True)
+    fill("The first <mask> of all")"""
+
+
+def model_card(dtype: str, model: ModelConfig, num_files: int) -> str:
     """Return the page, in Markdown."""
-    model = cast(Mapping[str, JsonValue], config["model"])
-    layers = f"{model['encoder_layers']} encoder and {model['decoder_layers']} decoder layers"
-    shape = (
-        f"{layers}, d = {model['hidden_size']}, f = {model['ffn_hidden_size']}, {model['num_attention_heads']} heads"
-    )
+    encoder = "" if model.is_decoder_only else f"{model.encoder_layers} encoder and "
     files = (
         "`model.safetensors`" if num_files == 1 else f"{num_files} files (`model.safetensors.index.json` lists them)"
     )
-    return _CARD.format(shape=shape, dtype=dtype, files=files)
+    return _CARD.format(
+        shape=f"{encoder}{model.decoder_layers} decoder layers, d = {model.hidden_size}, f = {model.ffn_hidden_size}, "
+        f"{model.num_attention_heads} heads",
+        dtype=dtype,
+        files=files,
+        pipeline="text-generation" if model.is_decoder_only else "text2text-generation",
+        usage=(_CAUSAL if model.is_decoder_only else _SEQ2SEQ) + (_MASKED if model.has_mlm_head else ""),
+        fill_mask=", `megatron-omega fill-mask --checkpoint FOLDER`" if model.has_mlm_head else "",
+    )

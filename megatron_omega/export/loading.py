@@ -23,7 +23,7 @@ from megatron_omega.config.check.architecture import architecture
 from megatron_omega.config.schema import ModelConfig, RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
-from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export
+from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export, settings_of
 from megatron_omega.log import get_logger
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
@@ -131,7 +131,7 @@ def usable_device(name: torch.device | str) -> torch.device:
 def open_tokenizer(weights: Weights, path: Path | str | None = None) -> Tokenizer:
     """Open the tokenizer at `path`, or the run's, and compare its fingerprint with that of the weights."""
     own = weights.path / TOKENIZER_NAME
-    tokenizer = Tokenizer.open(path or (own if own.exists() else _config_of(weights).data.tokenizer))
+    tokenizer = Tokenizer.open(path or (own if own.exists() else settings_of(weights).data.tokenizer))
     wanted = weights.identity.get("tokenizer")
     if tokenizer.fingerprint != wanted:
         raise DataError(
@@ -145,7 +145,7 @@ def build_omega(
     weights: Weights, device: torch.device, dtype: torch.dtype, parallel: TensorParallel = SERIAL
 ) -> tuple[Omega, RunConfig]:
     """Build the model of `weights`, or this rank's slice, and fill every parameter by its canonical name."""
-    config = _config_of(weights)
+    config = settings_of(weights)
     _require_sense(config, weights)
     _require_even(config.model, parallel)
     context = ModelContext.of(config, parallel, select_kernels(device.type))
@@ -205,18 +205,6 @@ def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError(*problems)
-
-
-def _config_of(weights: Weights) -> RunConfig:
-    try:
-        return RunConfig.model_validate(weights.config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{weights.path} was written with settings that this version does not know ({place}: {first['msg']}); "
-            "use the version that wrote it"
-        ) from None
 
 
 def _require_sense(config: RunConfig, weights: Weights) -> None:

@@ -140,7 +140,7 @@ def test_a_wrong_export_is_found(run: Run, folder: Path, tmp_path: Path, monkeyp
     from megatron_omega.export import native as export
 
     def save_wrongly(tensors: dict[str, torch.Tensor], *arguments: object, **options: object) -> None:
-        tensors["token_table.weight"].mul_(1.001)
+        tensors["model.token_table.weight"].mul_(1.001)
         save_file(tensors, *arguments, **options)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(export, "save_file", save_wrongly)
