@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
+.PHONY: help setup demo test check docs settings lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -74,6 +74,9 @@ check: setup ## The fast half of test: lint, types, and the unit tests of what w
 docs: setup ## Make the documentation site in build/site
 	$(PIP_INSTALL) --editable '.[docs]'
 	$(BIN)/mkdocs build --quiet --strict
+
+settings: setup ## Write docs/settings.md anew from the schema
+	$(BIN)/python -m megatron_omega settings > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

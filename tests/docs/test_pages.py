@@ -52,6 +52,12 @@ def test_a_dead_link_and_a_missing_file_are_noticed(tmp_path: Path) -> None:
     assert missing_files(page) == ["megatron_omega/gone.py"]
 
 
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target: page.name for page in PAGES for target in re.findall(r"`make ([a-z-]+)", page.read_text())}
+    assert len(named) > 8 and named.keys() <= targets, {name: named[name] for name in named.keys() - targets}
+
+
 def test_ten_common_changes_name_their_files() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     rows = [line for line in text.partition("## Where to change what")[2].splitlines() if line.startswith("| ")][1:]
