@@ -25,11 +25,12 @@ _PACKAGE = Path(__file__).parents[1]
 _VERSIONED = ("torch", "deepspeed", "numpy")
 
 
-def fingerprint(resolved: ResolvedRun) -> dict[str, str]:
-    """Return what must be the same on all ranks, each as a short text."""
+def fingerprint(resolved: ResolvedRun, *, has_code: bool = True) -> dict[str, str]:
+    """Return what must be the same on all ranks, each as a short text; the code too, which one rank of a host reads."""
+    code = {"code": _digest(*(path.read_bytes() for path in sorted(_PACKAGE.rglob("*.py"))))} if has_code else {}
     return {
         "configuration": _digest(repr((resolved.config.model_dump(mode="json"), resolved.deepspeed.values)).encode()),
-        "code": _digest(*(path.read_bytes() for path in sorted(_PACKAGE.rglob("*.py")))),
+        **code,
         **{f"version of {name}": _version(name) for name in _VERSIONED},
     }
 

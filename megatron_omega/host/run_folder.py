@@ -9,6 +9,7 @@ launches.jsonl   launching   each start with its end
 excluded.jsonl   all         hosts that the run no longer uses, and why
 exit-codes/      launching   what the ranks of a launch returned
 stacks/          watchdog    where the ranks stood when they hung
+logs/            run         the log of every rank, where there are several
 .monitor/        watchdog    where the monitors of a running run meet; closed to other users
 .lease           run         who writes here; lapses by itself
 stop             the user    asks for a stop; removed when it is obeyed
@@ -28,6 +29,7 @@ LAUNCHES = "launches.jsonl"
 EXCLUDED = "excluded.jsonl"
 EXIT_CODES = "exit-codes"
 STACKS = "stacks"
+LOGS = "logs"
 MONITOR = ".monitor"
 LEASE = ".lease"
 STOP = "stop"

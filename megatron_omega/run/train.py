@@ -38,7 +38,7 @@ from megatron_omega.host.environment import ProcessPlace, network_findings, requ
 from megatron_omega.host.lease import Lease
 from megatron_omega.host.redaction import redact
 from megatron_omega.host.run_folder import SUCCESS
-from megatron_omega.log import configure_logging, get_logger
+from megatron_omega.log import configure_logging, get_logger, keep_log
 from megatron_omega.model.kernels import apex_notice, select_kernels
 from megatron_omega.monitoring.files import mark_success
 from megatron_omega.parallel.counting import count_messages, device_progress
@@ -66,7 +66,7 @@ def train(
     Raises:
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
-    facts = fingerprint(resolved)
+    facts = fingerprint(resolved, has_code=place.local_rank == 0)
     resolved = replace(resolved, config=with_absolute_paths(resolved.config))
     config = resolved.config
     configure_logging(rank=place.rank, level=log_level)
@@ -77,6 +77,7 @@ def train(
         log.warning(notice)
     with Guard(config, place) as guard:
         sources, lease = _preflight(config, place, guard, facts)
+        _keep_own_log(config, place)
         if config.training.compile == "layers":
             share_cache(Path(config.logging.run_directory), place)
         _seed_everything(config)
@@ -157,6 +158,15 @@ def _prepare_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"logging.run_directory={directory} cannot be written: {error.strerror}; choose another folder"
         ) from None
+
+
+def _keep_own_log(config: RunConfig, place: ProcessPlace) -> None:
+    if place.world_size == 1:
+        return
+    try:
+        keep_log(Path(config.logging.run_directory) / run_folder.LOGS / f"rank-{place.rank:05d}.log")
+    except OSError as error:
+        log.warning("rank %d keeps no log of its own: %s", place.rank, error)
 
 
 def _seed_everything(config: RunConfig) -> None:

@@ -164,12 +164,13 @@ def diagnose_refusal(findings: Sequence[tuple[str, int]]) -> Diagnosis:
 
 
 def disagreements(fingerprints: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """Return a finding for each thing (configuration, code, versions) that is not the same on all ranks."""
+    """Return a finding for each thing (configuration, code, versions) that is not the same on all ranks that say it."""
     found = []
-    for name in fingerprints[min(fingerprints)] if fingerprints else ():
+    for name in dict.fromkeys(name for values in fingerprints.values() for name in values):
         holders: dict[str, list[int]] = defaultdict(list)
         for rank, values in sorted(fingerprints.items()):
-            holders[values.get(name, "unknown")].append(rank)
+            if name in values:
+                holders[values[name]].append(rank)
         if len(holders) > 1:
             sides = ", ".join(f"{rank_ranges(ranks)} {value}" for value, ranks in holders.items())
             found.append(f"ranks do not agree on {name}: {sides}; start all of them from the same files")
