@@ -55,6 +55,18 @@ def stop(lab: Laboratory) -> Outcome:
     return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log))
 
 
+def held(lab: Laboratory) -> Outcome:
+    """A rank stands still outside of every message: it is named, with the message that the others wait in."""
+    rank = lab.random.randrange(lab.world_size)
+    run = lab.run(faults=[{"kind": "held", "rank": rank, "step": lab.random.randrange(4, STEPS - 2)}])
+    attempt = run.start()
+    attempt.wait_until(lambda: any(run.directory.glob("fired-*")))
+    ending = attempt.wait()
+    pattern = rf"hang: rank {rank} \(.*\n  at .*\n  it has not come to \w+, in which ranks? [\d, -]+ waits?\n"
+    problems = demand(ending, code=76, pattern=pattern)
+    return lab.compare(run, detected=ending.seconds, problems=problems, said=last_words(ending.log))
+
+
 def ask(number: int) -> Fault:
     """Send a signal twice, the second during the save: all ranks save and end with 75, and continue."""
 
@@ -294,6 +306,7 @@ FAULTS: dict[str, Fault] = {
     "SIGKILL of a rank of a middle stage": kill("middle"),
     "SIGKILL of a rank of the last stage": kill("last"),
     "SIGSTOP of a rank": stop,
+    "a rank that stands still": held,
     "SIGTERM, twice": ask(signal.SIGTERM),
     "SIGUSR1, twice": ask(signal.SIGUSR1),
     "exception in the loader": exception("loader"),

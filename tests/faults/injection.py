@@ -119,6 +119,9 @@ class Injector(Hook):
     def _stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
+    def _held(self) -> None:
+        time.sleep(3600)
+
     def _full(self) -> None:
         """Do nothing: `_fill` does, at two steps."""
 
