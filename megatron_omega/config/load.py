@@ -27,6 +27,7 @@ from megatron_omega.config.derived import Derived, derive, followers
 from megatron_omega.config.layout import ranks_per_replica
 from megatron_omega.config.peers import counterpart
 from megatron_omega.config.schema import BRANCH_FORMS, RunConfig
+from megatron_omega.config.shards import spread_corpora
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.environment import has_gpu
 from megatron_omega.host.regular_files import read_text
@@ -169,7 +170,7 @@ def _read(
             findings += error.findings
             faulty.add(override.name)
     given = frozenset(_names(values))
-    values, derived = derive(values)
+    values, derived = derive(spread_corpora(values))
     if machine is not None and "precision.dtype" not in given and (found := machine(values)) is not None:
         _set(values, found.name.split("."), found.value)
         derived.append(found)

@@ -14,7 +14,7 @@ class Corpus(Section):
     """One corpus of a blend."""
 
     prefix: str
-    """Path of the indexed shard without .bin / .idx, as megatron-omega preprocess-data wrote it."""
+    """Path of the indexed shard without .bin / .idx; of many: a pattern (data/web-*) or a list."""
     weight: NonNegativeFloat = 1.0
     """Share of samples drawn from this corpus, relative to the other weights; 0 until data.reweight gives it one."""
     from_sample: NonNegative = 0
