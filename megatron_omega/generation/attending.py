@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,52 @@ from megatron_omega.model.select import select_visible
 from megatron_omega.model.stream import visible
 
 Text = tuple[Held, Memory | None]
+_MOST_WORKSPACES = 64
+
+
+class PartViews(NamedTuple):
+    """Of the heads of one part."""
+
+    new: Tensor
+    """Keys and values [texts, 2, heads, head_dim]."""
+    queries: Sequence[Tensor]
+    """[1, heads, 1, head_dim] of each text."""
+    attended: Tensor
+    """[texts, heads, 1, head_dim]."""
+
+
+class Workspace:
+    """Room for what the rows of a layer become, and views of it, made once for all layers and steps of so many rows."""
+
+    def __init__(self, rows: int, texts: int, layer: LayerPass) -> None:
+        branches, _, heads, head_dim = layer.gains.shape
+        like = layer.gains
+        self.projected = like.new_zeros(rows, branches * 3 * heads * head_dim)
+        self.query = like.new_zeros(rows, heads * head_dim)
+        self.attended = like.new_zeros(rows, branches * heads * head_dim)
+        self.remembered = like.new_zeros(rows, heads * head_dim)
+        split = self.projected.view(rows, branches, 3, heads, head_dim)[:texts]
+        gathered = self.attended.view(rows, branches, heads, head_dim)[:texts]
+        self.parts = [
+            PartViews(
+                split[:, part.branch_index, 1:, part.heads],
+                split[:, part.branch_index, 0, part.heads].unsqueeze(2).split(1),
+                gathered[:, part.branch_index, part.heads].unsqueeze(2),
+            )
+            for part in layer.parts
+        ]
+        self.queries = self.query.view(rows, heads, 1, head_dim)[:texts].split(1)
+        self.answers = self.remembered.view(rows, heads, 1, head_dim)[:texts]
 
 
 class Growing:
     """The next row of each of several texts. There may be more rows than texts: nobody asks for them."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, texts: Sequence[Text]) -> None:
+    def __init__(self, decoder: Decoder, cache: Cache, texts: Sequence[Text], rows: int) -> None:
         self._layers, self._stores = decoder.layers, cache.stores
         self._held, self._memories = [held for held, _ in texts], [memory for _, memory in texts]
+        self._rows = rows
+        self._kept: dict[Hashable, Workspace] = decoder.workspaces
         places: dict[Keeping, list[int]] = {
             keeping: [cache.places(keeping, held, range(held.length, held.length + 1))[0] for held in self._held]
             for keeping in self._stores
@@ -34,21 +73,21 @@ class Growing:
             keeping: [cache.seen(keeping, held, held.length) for held in self._held] for keeping in self._stores
         }
 
+    def room(self, layer: LayerPass) -> tuple[Tensor | None, Tensor | None]:
+        """Return where q, k and v of all rows, and queries of the memory, are to be written."""
+        space = self._workspace(layer)
+        return space.projected, space.query
+
     def attend(self, layer: int, projected: Tensor) -> Tensor:
         """Keep what is new of every text, and attend."""
         of_layer = self._layers[layer]
-        attended = projected.new_zeros(len(projected), projected.shape[1], *projected.shape[3:])
-        count = len(self._held)
-        for part, sink in zip(of_layer.parts, of_layer.sinks, strict=True):
-            heads = projected[:count, part.branch_index, :, part.heads]  # [texts, 3, heads, head_dim]
-            self._stores[part.keeping].rows[part.entry].index_copy_(0, self._places[part.keeping], heads[:, 1:])
+        space = self._workspace(of_layer)
+        for part, sink, views in zip(of_layer.parts, of_layer.sinks, space.parts, strict=True):
+            self._stores[part.keeping].rows[part.entry].index_copy_(0, self._places[part.keeping], views.new)
             sink = None if sink is None else sink[part.heads]
-            found = [
-                self._attend(part, of_layer, text, heads[text, 0].unsqueeze(1).unsqueeze(0), sink)
-                for text in range(count)
-            ]
-            attended[:count, part.branch_index, part.heads] = _rows(found)
-        return attended.flatten(1)
+            found = [self._attend(part, of_layer, text, query, sink) for text, query in enumerate(views.queries)]
+            views.attended.copy_(_together(found))
+        return space.attended
 
     def _attend(self, part: Part, layer: LayerPass, text: int, query: Tensor, sink: Tensor | None) -> Tensor:
         """[1, heads, 1, head_dim] -> the same."""
@@ -63,22 +102,31 @@ class Growing:
 
     def attend_memory(self, layer: int, query: Tensor) -> Tensor:
         """Every text attends the memory of its own prompt."""
-        found = []
-        for text, memory in enumerate(self._memories):
+        space, found = self._workspace(self._layers[layer]), []
+        for mine, memory in zip(space.queries, self._memories, strict=True):
             assert memory is not None, "a decoder with cross-attention has a memory"
-            found.append(F.scaled_dot_product_attention(query[text, :, None].unsqueeze(0), *memory.layers[layer]))
-        rows = _rows(found)
-        return F.pad(rows, (0, 0, 0, 0, 0, len(query) - len(rows))).flatten(1)
+            found.append(F.scaled_dot_product_attention(mine, *memory.layers[layer]))
+        space.answers.copy_(_together(found))
+        return space.remembered
 
     def end(self) -> None:
         """Count the rows as read."""
         for held in self._held:
             held.length += 1
 
+    def _workspace(self, layer: LayerPass) -> Workspace:
+        """Return the workspace that layers with the same parts share; it stays for later steps of as many rows."""
+        kept, key = self._kept, (self._rows, len(self._held), layer.form)
+        if key not in kept:
+            if len(kept) >= _MOST_WORKSPACES:
+                kept.clear()
+            kept[key] = Workspace(self._rows, len(self._held), layer)
+        return kept[key]
 
-def _rows(found: list[Tensor]) -> Tensor:
-    """Tensors [1, heads, 1, head_dim] -> [texts, heads, head_dim]."""
-    return (found[0] if len(found) == 1 else torch.cat(found)).squeeze(2)
+
+def _together(found: list[Tensor]) -> Tensor:
+    """Tensors [1, ...] -> [texts, ...]."""
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class Reading:
@@ -91,6 +139,10 @@ class Reading:
         self._new = range(self._held.length, self._held.length + count)
         self._masks: dict[tuple[Keeping, int], Tensor] = {}
         self._indices: dict[tuple[Keeping, range], Tensor] = {}
+
+    def room(self, layer: LayerPass) -> tuple[Tensor | None, Tensor | None]:
+        """Return nothing: prompts have all numbers of rows."""
+        return None, None
 
     def attend(self, layer: int, projected: Tensor) -> Tensor:
         """Attend to what the text has read and to the new rows, and keep those."""

@@ -46,8 +46,9 @@ class Engine:
     @torch.inference_mode()
     def grow(self, rows: Sequence[Row]) -> Tensor:
         """Read one token of each text; return the logits [rows, vocab_size] of those that follow, on the CPU."""
-        attending = Growing(self.decoder, self.cache, [(row.held, row.memory) for row in rows])
-        hidden = self._run([row.id for row in rows], [row.held.length for row in rows], attending)
+        ids, positions = self._padded([row.id for row in rows]), self._padded([row.held.length for row in rows])
+        attending = Growing(self.decoder, self.cache, [(row.held, row.memory) for row in rows], len(ids))
+        hidden = self.decoder.run(ids, positions, attending)
         attending.end()
         return self.decoder.logits(hidden)[: len(rows)].cpu()
 
@@ -55,7 +56,8 @@ class Engine:
     def read(self, ids: Sequence[int], held: Held, memory: Memory | None) -> Tensor:
         """Read the next tokens of one text; return their hidden states [tokens, d]."""
         attending = Reading(self.decoder, self.cache, (held, memory), len(ids))
-        hidden = self._run(ids, range(held.length, held.length + len(ids)), attending)
+        positions = range(held.length, held.length + len(ids))
+        hidden = self.decoder.run(self._padded(ids), self._padded(positions), attending)
         attending.end()
         return hidden[: len(ids)]
 
@@ -67,11 +69,9 @@ class Engine:
         allowed[list(end_ids)] = 0
         return allowed
 
-    def _run(self, ids: Sequence[int], positions: Sequence[int], attending: Growing | Reading) -> Tensor:
-        """Run rows; where texts may have company, in a number at which none feels it."""
-        if self.has_company:
-            ids, positions = padded(ids), padded(positions)
-        return self.decoder.run(ids, positions, attending)
+    def _padded(self, rows: Sequence[int]) -> Sequence[int]:
+        """Return the rows; where texts may have company, in a number at which none feels it."""
+        return padded(rows) if self.has_company else rows
 
     def _penalty_of_others(self) -> Tensor:
         allowed = torch.full((self.text_model.config.model.vocab_size,), float("-inf"))

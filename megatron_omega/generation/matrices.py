@@ -16,8 +16,8 @@ from megatron_omega.errors import ConfigError
 class Matrix(Protocol):
     """A product with a weight [out, in]."""
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+    def __call__(self, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, in] -> [rows, out], in the memory of `out` if it is given."""
         ...
 
     def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
@@ -35,8 +35,8 @@ class Plain:
     def __init__(self, weight: Tensor) -> None:
         self._transposed = weight.t()
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return torch.mm(inputs, self._transposed)
+    def __call__(self, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(inputs, self._transposed, out=out)
 
     def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
         total.addmm_(inputs, self._transposed, alpha=scale)
@@ -48,8 +48,9 @@ class Quantised:
     def __init__(self, weight: Tensor) -> None:
         self._linear = quantised_linear(weight)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self._linear.weight)
+    def __call__(self, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        found = F.linear(inputs, self._linear.weight)
+        return found if out is None else out.copy_(found)
 
     def add_to(self, total: Tensor, inputs: Tensor, scale: float) -> None:
         total.add_(self(inputs), alpha=scale)

@@ -78,7 +78,7 @@ def test_texts_of_all_lengths_grow_as_without_a_cache(shape: str, positions: str
         expected.append(whole_pass(model, before, after))
         ids.append(after)
     while growing := [number for number, (held, _) in enumerate(texts) if held.length < len(ids[number])]:
-        rows = Growing(decoder, cache, [texts[number] for number in growing])
+        rows = Growing(decoder, cache, [texts[number] for number in growing], -(-len(growing) // 4) * 4)
         at = [texts[number][0].length for number in growing]
         hidden = decoder.run(padded([ids[n][i] for n, i in zip(growing, at, strict=True)]), padded(at), rows)
         rows.end()
@@ -99,7 +99,7 @@ def test_what_goes_on_from_another_text_is_as_if_it_had_read_it(shape: str) -> N
     for held, end in ((first, 60), (second, 50)):
         rows = []
         for i in range(35, end):
-            growing = Growing(decoder, cache, [(held, None)])
+            growing = Growing(decoder, cache, [(held, None)], 4)
             rows.append(decoder.logits(decoder.run(padded([ids[i]]), padded([i]), growing))[0])
             growing.end()
         torch.testing.assert_close(torch.stack(rows), whole_pass(model, [], ids[:end])[35:], rtol=0, atol=2e-5)
