@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decoder": {"encoder_layers": 0},
     "t5": {"encoder_branches": ["full"], "decoder_branches": ["causal"], "mlm_head": False},
 }
-BOUNDS = Bounds(body_bytes=1 << 16, prompt_tokens=90, new_tokens=64, queue=12, body_seconds=2, answer_seconds=20)
+BOUNDS = Bounds(body_bytes=1 << 16, prompt_tokens=90, new_tokens=64, queue=12, body_seconds=30, answer_seconds=120)
 
 
 def text_model(shape: str) -> TextModel:

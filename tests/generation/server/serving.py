@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 from written_models import tiny_config, tiny_model, write_run
 
 from megatron_omega.generation.server.app import Application
@@ -91,6 +93,16 @@ class ThreadServer:
     def _run(self) -> None:
         self._loop.run_until_complete(self.server.serve([self.socket]))
         self._loop.close()
+
+
+def get(url: str) -> httpx.Response:
+    """GET, with patience for a busy machine."""
+    return httpx.get(url, timeout=60)
+
+
+def post(url: str, body: dict[str, Any]) -> httpx.Response:
+    """POST JSON, likewise."""
+    return httpx.post(url, json=body, timeout=60)
 
 
 def request_bytes(body: bytes, **headers: object) -> bytes:

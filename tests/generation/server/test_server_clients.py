@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2 as httpx
 import openai
 import pytest
-from serving import Process, serving
+from serving import Process, get, serving
 from written_models import write_run
 
 from megatron_omega.commands import serve
@@ -83,7 +83,7 @@ def test_sigterm_lets_a_stream_finish_and_ends_with_0(tmp_path: Path) -> None:
         assert any("asked to stop" in line for line in server.errors)
         assert not any("Traceback" in line for line in server.errors)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/health")
+            get(f"{server.url}/health")
 
 
 def test_other_interfaces_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
-import httpx2 as httpx
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -14,7 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from serving import Process
+from serving import Process, get, post
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -89,7 +88,7 @@ def test_a_text_is_written_token_by_token_with_what_it_might_have_been(page: Web
         "top_p": 0.95,
         "logprobs": 8,
     }
-    expected = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=SECONDS).json()["choices"][0]
+    expected = post(f"{server.url}/v1/completions", asked).json()["choices"][0]
     tokens = every(page, "#text-0 .token")
     names = [token.get_attribute("aria-label") for token in tokens]
     assert len(tokens) == len(expected["logprobs"]["tokens"]) >= 1
@@ -137,7 +136,7 @@ def test_two_models_are_compared_and_stopped(page: WebDriver, server: Process) -
     assert said(page) == "writing"  # tokens are seen before the end
     one(page, "body").send_keys(Keys.ESCAPE)
     until(page, lambda: said(page) == "stopped")
-    until(page, lambda: 'omega_answers_in_flight{model="two"} 0.0' in httpx.get(f"{server.url}/metrics").text)
+    until(page, lambda: 'omega_answers_in_flight{model="two"} 0.0' in get(f"{server.url}/metrics").text)
 
 
 def test_words_are_masked_by_a_click(page: WebDriver) -> None:
