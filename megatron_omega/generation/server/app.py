@@ -22,9 +22,16 @@ from megatron_omega.generation.server.encoding import embedded_ids, embeddings, 
 from megatron_omega.generation.server.exchange import Events, read_question, while_client_stays, within
 from megatron_omega.generation.server.metrics import Metrics
 from megatron_omega.generation.server.pages import page_routes
-from megatron_omega.generation.server.questions import CompletionQuestion, EmbeddingQuestion, FillMaskQuestion
+from megatron_omega.generation.server.questions import (
+    CompletionQuestion,
+    DetokenizeQuestion,
+    EmbeddingQuestion,
+    FillMaskQuestion,
+    TokenizeQuestion,
+)
 from megatron_omega.generation.server.refusals import Refusal
 from megatron_omega.generation.server.served import Served
+from megatron_omega.generation.server.tokens import detokenized, tokenized, tokenizer_card
 
 _SENTENCES = {
     404: "there is no such path; GET / shows a page, GET /v1/models the models",
@@ -48,6 +55,9 @@ class Application:
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/embeddings", self._embeddings, methods=["POST"]),
             Route("/v1/fill-mask", self._fill_mask, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self._tokenizer_info),
             Route("/v1/models", self._list),
             Route("/v1/models/{name:path}", self._card),
             Route("/health", self._health),
@@ -106,6 +116,17 @@ class Application:
         served = self._served(question.model)
         texts = await asyncio.to_thread(filled_ids, served, question)
         return await self._answer(request, served, len(texts), partial(filled, served, question, texts))
+
+    async def _tokenize(self, request: Request) -> Response:
+        question = await read_question(request, TokenizeQuestion, self.bounds)
+        return json_answer(await asyncio.to_thread(tokenized, self._served(question.model), question))
+
+    async def _detokenize(self, request: Request) -> Response:
+        question = await read_question(request, DetokenizeQuestion, self.bounds)
+        return json_answer(detokenized(self._served(question.model), question))
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        return json_answer(tokenizer_card(self._served(request.query_params.get("model"))))
 
     async def _answer(
         self, request: Request, served: Served, answers: int, work: Callable[[], Awaitable[dict[str, Any]]]

@@ -58,8 +58,9 @@ class LogProbabilities:
         """Add a token."""
         self.tokens.append(self.names.name(number))
         self.token_logprobs.append(log_probability)
-        # The most probable of several tokens with one text is kept: it comes last.
-        self.top_logprobs.append({self.names.name(other): value for other, value in reversed(alternatives)})
+        # The most probable of several tokens with one text is kept: it comes last. The token itself is always there.
+        named = {self.names.name(other): value for other, value in reversed(alternatives) if other != number}
+        self.top_logprobs.append(named | {self.tokens[-1]: log_probability})
         self.text_offset.append(self.offset)
         self.offset += self.names.num_characters(number)
 

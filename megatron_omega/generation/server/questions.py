@@ -44,6 +44,13 @@ def _stops(value: Any) -> tuple[str, ...]:
     return found
 
 
+def _ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list | tuple) and _are_ids(value):
+        return tuple(value)
+    raise ValueError("must be a list of token ids")
+
+
+Ids = Annotated[tuple[int, ...], BeforeValidator(_ids)]
 Prompts = Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
@@ -156,3 +163,17 @@ class FillMaskQuestion(Question):
     """Texts with <mask> or [MASK]."""
     top_k: Count = 5
     """Candidates of each mask."""
+
+
+class TokenizeQuestion(Question):
+    """The body of /tokenize."""
+
+    prompt: str
+    add_special_tokens: bool = False
+    """Put the begin token before it."""
+
+
+class DetokenizeQuestion(Question):
+    """The body of /detokenize."""
+
+    tokens: Ids

@@ -61,7 +61,12 @@ def test_a_completion_is_what_the_scheduler_writes(client: TestClient, shape: st
     first = [token for token in tokens if token.sample == 0]
     logprobs = found["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"] == pytest.approx([token.log_probability for token in first])
-    assert [len(each) for each in logprobs["top_logprobs"]] == [3] * len(first)
+    for name, value, top, token in zip(
+        *map(logprobs.get, ("tokens", "token_logprobs", "top_logprobs")), first, strict=True
+    ):
+        others = dict(token.alternatives)
+        assert top[name] == value and len(top) == len({*others, token.id})
+        assert max(top.values()) == pytest.approx(max(*others.values(), value))
     written = sum(len(each.ids) for each in finished)
     count = len(tiny_tokenizer().encode(PROMPT))
     assert found["usage"] == {"prompt_tokens": count, "completion_tokens": written, "total_tokens": count + written}
@@ -162,6 +167,17 @@ def test_embeddings_are_means_of_the_memory(client: TestClient) -> None:
         np.testing.assert_allclose(
             np.frombuffer(base64.b64decode(packed[place]["embedding"]), "<f4"), expected[place], atol=1e-6
         )
+
+
+def test_texts_are_cut_as_the_model_cuts_them(client: TestClient) -> None:
+    ids, special = tiny_tokenizer().encode(PROMPT), tiny_tokenizer().special
+    assert client.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"] == ids
+    opened = client.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": True}).json()
+    assert opened["tokens"] == [special.bos, *ids] and opened["count"] == len(ids) + 1
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
+    assert client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+    card = client.get("/tokenizer_info", params={"model": "t5"}).json()
+    assert client.post("/tokenize", json={"prompt": card["eos_token"]}).json()["tokens"] == [special.eos]
 
 
 def test_models_are_listed_with_what_they_can(client: TestClient) -> None:
