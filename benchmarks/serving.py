@@ -90,25 +90,26 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict[str, object], cou
     counts.ends[path] += 1
 
 
-async def be_a_client(url: str, seed: int, end: float, counts: Counts, abilities: dict[str, bool]) -> None:
+async def be_a_client(
+    client: httpx.AsyncClient, seed: int, end: float, counts: Counts, abilities: dict[str, bool]
+) -> None:
     """Ask until `end`."""
     draw = random.Random(seed)
     kinds = ["stream"] * 5 + ["leave"] * 2 + ["completions"] * 3
     kinds += ["fill-mask"] * abilities["fill_mask"] + ["embeddings"] * abilities["embeddings"]
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        while time.monotonic() < end:
-            kind = draw.choice(kinds)
-            try:
-                if kind in ("stream", "leave"):
-                    await stream(client, draw, counts, leaves=kind == "leave")
-                elif kind == "completions":
-                    await ask(client, kind, completion(draw), counts)
-                else:
-                    text = prompt(draw) + " <mask>" * (kind == "fill-mask")
-                    await ask(client, kind, {"input": [text] * draw.randint(1, 3)}, counts)
-            except (httpx.HTTPError, RuntimeError) as error:
-                counts.ends["error"] += 1
-                counts.errors.append(f"{type(error).__name__}: {error}")
+    while time.monotonic() < end:
+        kind = draw.choice(kinds)
+        try:
+            if kind in ("stream", "leave"):
+                await stream(client, draw, counts, leaves=kind == "leave")
+            elif kind == "completions":
+                await ask(client, kind, completion(draw), counts)
+            else:
+                text = prompt(draw) + " <mask>" * (kind == "fill-mask")
+                await ask(client, kind, {"input": [text] * draw.randint(1, 3)}, counts)
+        except (httpx.HTTPError, RuntimeError) as error:
+            counts.ends["error"] += 1
+            counts.errors.append(f"{type(error).__name__}: {error}")
 
 
 async def watch(pid: int, end: float, found: list[int]) -> None:
@@ -122,16 +123,18 @@ async def watch(pid: int, end: float, found: list[int]) -> None:
 async def load(url: str, pid: int, clients: int, seconds: float) -> tuple[Counts, list[int]]:
     """Let all clients ask; return what they saw, and the server's memory over time."""
     counts, memory = Counts(), []
-    abilities = httpx.get(f"{url}/v1/models").json()["data"][0]["abilities"]
+    abilities = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["abilities"]
     end = time.monotonic() + seconds
-    askers = (be_a_client(url, seed, end, counts, abilities) for seed in range(clients))
-    await asyncio.gather(*askers, watch(pid, end, memory))
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:  # a connection for each asker
+        askers = (be_a_client(client, seed, end, counts, abilities) for seed in range(clients))
+        await asyncio.gather(*askers, watch(pid, end, memory))
     return counts, memory
 
 
 def in_flight(url: str) -> float:
     """Return the answers that the server still counts."""
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("omega_answers_in_flight{"))
 
 
@@ -146,7 +149,7 @@ def report(counts: Counts, memory: list[int], seconds: float) -> None:
     print(f"tokens:   {counts.tokens:,}, {counts.tokens / seconds:.1f} a second")
     print(f"first part of a stream: {percentiles(counts.first_seconds)}")
     print(f"from part to part:      {percentiles(counts.between_seconds)}")
-    quarter = len(memory) // 4
+    quarter = max(1, len(memory) // 4)
     early, late = mean(memory[quarter : 2 * quarter]), mean(memory[-quarter:])
     shown = f"{early / 2**20:.1f} MiB in the second quarter, {late / 2**20:.1f} in the last"
     print(f"memory:   {shown} ({late / early - 1:+.2%})")
