@@ -21,6 +21,8 @@ SETTINGS: dict[str, Any] = {
     "checkpoint.interval_steps": 2, "logging.tensorboard": "false", "resilience.integrity_interval_steps": 0,
     "parallel.timeout_seconds": 60,
 }  # fmt: skip
+PATIENCE = 300
+"""Seconds for a command: one of them reads a whole shard, and the machine may be busy."""
 TOOLS = {
     "generate --greedy --max-new-tokens 2 --prompt hello --checkpoint {run}": "",
     "fill-mask --text a<mask>b --checkpoint {run}": "",
@@ -61,11 +63,11 @@ def test_every_tool_works_on_a_run_from_another_machine(tiny_corpus: TinyCorpus,
     (here / "few.txt").write_text("hello world. " * 400)
     names = {"run": here / "moved", "folder": here, "shard": here / "data" / tiny_corpus.prefix.name}
     for line, says in TOOLS.items():
-        outcome = run_command([word.format(**names) for word in line.split()], here, 60)
+        outcome = run_command([word.format(**names) for word in line.split()], here, PATIENCE)
         assert outcome.end == 0 and says in outcome.output, (line, outcome)
     again = ["train", "--config", here / "moved" / "config.yaml", "--logging.run_directory", here / "moved",
              "--data.tokenizer", here / "moved" / "tokenizer.model", "--training.train_steps", "5",
              "--data.corpora", json.dumps([{"prefix": str(names["shard"])}])]  # fmt: skip
-    outcome = run_command(again, here, 60)
+    outcome = run_command(again, here, PATIENCE)
     assert outcome.end == 0 and (here / "moved/checkpoints/step-00000005/manifest.json").exists(), outcome.output
     assert not there.exists()
