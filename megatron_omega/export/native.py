@@ -78,9 +78,9 @@ class ExportDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model_type: Literal["gpt-omega"] = "gpt-omega"
-    format: Literal["megatron-omega-export"] = FORMAT
-    version: Literal[1, 2] = 2
+    model_type: Literal["gpt-omega"]
+    format: Literal["megatron-omega-export"]
+    version: Literal[1, 2]
     """1: without checksum, tensors under canonical names, in canonical shapes."""
     checksum: str = ""
     """XXH3 (64 bit) of everything else here, as compact JSON with sorted keys."""
@@ -141,8 +141,8 @@ def _write(
             parameters[name] = ExportedParameter(shape=tuple(tensor.shape), file=file, checksum=_checksum(tensor))
     manifest = source.manifest
     description = ExportDescription(
-        dtype=dtype, step=manifest.step, identity=manifest.identity, config=manifest.config, parameters=parameters,
-        headers=headers,
+        model_type="gpt-omega", format=FORMAT, version=2, dtype=dtype, step=manifest.step,
+        identity=manifest.identity, config=manifest.config, parameters=parameters, headers=headers,
     )  # fmt: skip
     if len(shards) > 1:
         write_durably(folder / INDEX_NAME, json.dumps(_index(description), indent=2).encode())

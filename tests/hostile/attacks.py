@@ -161,7 +161,7 @@ def _signed_manifest(data: bytes, chance: random.Random) -> bytes:
 
 
 def _is_same_json(before: bytes, after: bytes) -> bool:
-    """Tell whether two texts hold the same values: only blanks and spellings differ."""
+    """Tell whether two texts hold the same values: only blanks and spellings differ (true is 1)."""
     try:
         return bool(json.loads(before) == json.loads(after))
     except ValueError:
@@ -194,7 +194,7 @@ TARGETS = (
     Target("manifest signed", f"run/checkpoints/step-00000001/{MANIFEST}", (*GENERATE, "{}/run"), _signed_manifest, (0, 3, 4), SIGNED),
     Target("manifest verify", f"run/checkpoints/step-00000001/{MANIFEST}", ("inspect-checkpoint", "{}/run", "--verify"), _signed_manifest, (0, 4), SIGNED),
     Target("export bytes", "export/omega.json", ("inspect-checkpoint", "{}/export", "--verify"), mutate_bytes, (4,), is_same=_is_same_json),
-    Target("export values", "export/omega.json", (*GENERATE, "{}/export"), _json_values, (4,)),
+    Target("export values", "export/omega.json", (*GENERATE, "{}/export"), _json_values, (4,), is_same=_is_same_json),
     Target("export signed", "export/omega.json", (*GENERATE, "{}/export"), _signed_export, (0, 3, 4), SIGNED),
     Target("export weights", "export/model.safetensors", ("inspect-checkpoint", "{}/export", "--verify"), mutate_bytes, (4,)),
     Target("tokenizer", "tokenizer.model", ("preprocess-data", "--input", "{}/a.jsonl", "--output-prefix", "{}/out", "--tokenizer-model", "{}/tokenizer.model", "--workers", "1", "--overwrite"), mutate_bytes, (0, 3), "a model that can be read is another tokenizer, and the shard's metadata name it"),
