@@ -12,7 +12,7 @@ ARG TORCH=torch==2.13.0
 # DeepSpeed's build asks the installed torch what to build for, so torch comes first; its C++ operators are not needed.
 RUN pip install --no-cache-dir "${TORCH}" setuptools wheel numpy packaging
 COPY . /src
-RUN cd /src && DS_BUILD_OPS=0 pip install --no-cache-dir --no-build-isolation --constraint constraints.txt .
+RUN cd /src && DS_BUILD_OPS=0 pip install --no-cache-dir --no-build-isolation --constraint constraints.txt '.[serve]'
 WORKDIR /work
 ENTRYPOINT ["megatron-omega"]
 CMD ["--help"]
