@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import our_logits, texts, write_case
+from export_cases import our_logits, texts, write_case
 from safetensors.torch import load_file, save_file
 from written_models import tiny_tokenizer
 

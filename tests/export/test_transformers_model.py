@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from exported import CASES, difference, our_logits, padded, texts, write_case
+from export_cases import CASES, difference, our_logits, padded, texts, write_case
 from torch import Tensor
 from written_models import tiny_tokenizer
 
 import megatron_omega
+from megatron_omega.commands import generate
 from megatron_omega.config.schema import ModelConfig
 from megatron_omega.export.hugging_face.exporting import model_code
 from megatron_omega.export.hugging_face.registration import register
@@ -128,14 +129,22 @@ def test_greedy_text_is_ours_token_for_token(case: Case, name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["omega", "decoder-only", "pattern, sinks"])
-def test_beams_do_not_depend_on_the_cache(case: Case, name: str) -> None:
-    folder, _ = case(name)
+def test_beams_are_ours_and_do_not_depend_on_the_cache(
+    case: Case, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, ours = case(name)
     model = load(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     given = tokenizer(PROMPTS[:3], return_tensors="pt", padding=True)
     options: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 20}
     found = [model.generate(**given, **options, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*found)
+    capsys.readouterr()
+    words = ["--checkpoint", str(folder), "--prompt", *PROMPTS[:3], "--beams", "4", "--num-samples", "2", "--json"]
+    generate.main([*words, "--max-new-tokens", "20"])
+    wanted = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    start = given["input_ids"].shape[1] if ours.context.model.is_decoder_only else 1
+    assert [tiny_tokenizer().decode(ids[start:]) for ids in found[0].tolist()] == wanted
 
 
 @torch.no_grad()
