@@ -111,7 +111,12 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
     """
     accelerator = "cpu" if launch.device == "cpu" else words.one_word("--gpu", launch.gpu)
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
-    resources += [f"--cpus-per-task={launch.cpus_per_rank}", *launch.options]
+    is_range = "-" in launch.reserved
+    resources += [] if is_range else [f"--cpus-per-task={launch.cpus_per_rank}"]
+    resources += launch.options
+    # Of a range of hosts Slurm gives the fewest as soon as it knows a number of tasks; srun says it anyway.
+    tasks = f"--mincpus={launch.ranks_per_node * launch.cpus_per_rank}"
+    tasks = tasks if is_range else f"--ntasks-per-node={launch.ranks_per_node}"
     return Template(templates.EVALUATE if launch.is_evaluation else templates.PRETRAIN).substitute(
         signal="" if launch.is_evaluation else "#SBATCH --signal=USR1@180\n",
         name=words.job_name(name),
@@ -119,6 +124,7 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
         environment=_environment(launch),
         hosts=f"--nodes {launch.fewest}-{launch.nodes} --ranks-per-node {launch.ranks_per_node} --gpu {accelerator}",
         ranks_per_node=launch.ranks_per_node,
+        tasks=f"#SBATCH {tasks}",
         resources="\n".join(f"#SBATCH {words.sbatch_option(option)}" for option in resources),
         time=words.time_limit(launch.time),
         path=words.quoted("--output", [str(path)]),

@@ -4,7 +4,7 @@ _HEAD = """\
 #!/usr/bin/env bash
 #SBATCH --job-name=$name
 #SBATCH --nodes=$nodes
-#SBATCH --ntasks-per-node=$ranks_per_node
+$tasks
 $resources
 #SBATCH --time=$time
 #SBATCH --output=%x-%j.out

@@ -80,3 +80,13 @@ def test_values_with_blanks_survive_the_script() -> None:
         ["bash", "-c", f"{line}; printf '%s\\n' \"${{run[@]}}\""], capture_output=True, text=True, check=True
     )
     assert shown.stdout.splitlines() == list(words)
+
+
+def test_of_a_range_of_hosts_slurm_is_to_give_the_most() -> None:
+    """It stops at the fewest as soon as the head names a number of tasks."""
+    launch = scripts.Launch(("--x", "1"), 3, 4, command="a test", least_nodes=2, spares=1, cpus_per_rank=8)
+    text = scripts.slurm_script(launch, Path("x"), "name")
+    assert "#SBATCH --nodes=2-4\n#SBATCH --mincpus=32\n" in text and "#SBATCH --ntasks" not in text
+    assert "launch begin --nodes 2-3 --ranks-per-node 4" in text and "OMEGA_EXCHANGES_HOSTS=1" in text
+    plain = scripts.slurm_script(scripts.Launch((), 3, 4, command="a test"), Path("x"), "name")
+    assert "#SBATCH --nodes=3\n#SBATCH --ntasks-per-node=4\n" in plain and "EXCHANGES" not in plain
