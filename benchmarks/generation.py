@@ -161,7 +161,7 @@ def compare(name: str, rounds: int, count: int) -> dict[str, Any]:
     """Return tokens per CPU-second of every rival, as medians of rounds."""
     model = our_model(name)
     t5 = t5_of(model.config)
-    one = [Task(tasks(1, 30_000, 1)[0].prompt[:1] * 64, 32)]
+    one = [Task(tasks(1, model.config.model.vocab_size, 1)[0].prompt[:1] * 64, 32)]
     batch = tasks(count, model.config.model.vocab_size, 2)
     rivals: dict[str, Callable[[Sequence[Task]], None]] = {
         "scheduler": lambda found: with_scheduler(model, found),

@@ -77,12 +77,13 @@ class Samples(Group):
 
     def _grow(self, text: _Sample, row: Tensor, total: float) -> Iterator[Event]:
         """Choose a token for one text from its logits, of which `total` is the logarithm of the sum of powers."""
-        chosen = choose(self._penalised(row, text.ids) + self._allowed, self.request.sampling, text.generator)
+        permitted = row + self._allowed
+        chosen = choose(self._penalised(permitted, text.ids), self.request.sampling, text.generator)
         text.ids.append(chosen)
         part, reason = text.text.add(chosen), self._reason(text)
         if reason:
             part += text.text.end()
-        alternatives = best(row + self._allowed, self.request.log_probabilities, total)
+        alternatives = best(permitted, self.request.log_probabilities, total)
         yield Token(self.number, text.index, chosen, part, float(row[chosen]) - total, alternatives)
         if reason:
             yield self._end(text, reason)
