@@ -176,6 +176,8 @@ def _signed_sidecar(data: bytes, chance: random.Random) -> bytes:
 
 def _signed_export(data: bytes, chance: random.Random) -> bytes:
     values = json.loads(mutate_json(data.decode(), chance))
+    if not isinstance(values, dict):
+        return json.dumps(values).encode()
     rest = {name: value for name, value in values.items() if name != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return json.dumps({**rest, "checksum": checksum(text.encode())}).encode()
