@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import importlib
+import io
 import json
 import lzma
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import xxhash
 import yaml
 import zstandard
@@ -168,6 +170,15 @@ def _is_same_json(before: bytes, after: bytes) -> bool:
         return False
 
 
+def _is_same_arrays(before: bytes, after: bytes) -> bool:
+    """Tell whether two files of arrays hold the same: a zip file has bytes that nobody reads, such as times."""
+    try:
+        first, second = (np.load(io.BytesIO(data)) for data in (before, after))
+        return first.files == second.files and all(np.array_equal(first[name], second[name]) for name in first.files)
+    except Exception:  # whatever damage is called: it is none of the same
+        return False
+
+
 def _signed_sidecar(data: bytes, chance: random.Random) -> bytes:
     _, _, rest = data.partition(b"\n")
     changed = mutate_json("{" + rest.decode(), chance).encode(errors="surrogatepass")[1:]
@@ -190,7 +201,7 @@ TARGETS = (
     *(Target(f"shard {suffix}", f"shards/t_text_document.{suffix}", CHECK, mutate_bytes, (3,)) for suffix in ("idx", "bin", "sums")),
     Target("sidecar bytes", "shards/t_text_document.json", CHECK, mutate_bytes, (3,)),
     Target("sidecar values", "shards/t_text_document.json", CHECK, _json_values, (3,)),
-    Target("origins", "shards/t_text_document.origins.npz", CHECK, mutate_bytes, (0, 3), "bytes of a zip file that nobody reads, such as times; what is read has a checksum"),
+    Target("origins", "shards/t_text_document.origins.npz", CHECK, mutate_bytes, (3,), is_same=_is_same_arrays),
     Target("sidecar signed", "shards/t_text_document.json", CHECK, _signed_sidecar, (0, 3), SIGNED),
     Target("manifest bytes", f"run/checkpoints/step-00000001/{MANIFEST}", ("inspect-checkpoint", "{}/run", "--verify"), mutate_bytes, (4,)),
     Target("manifest signed", f"run/checkpoints/step-00000001/{MANIFEST}", (*GENERATE, "{}/run"), _signed_manifest, (0, 3, 4), SIGNED),
