@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import cast
 
 import torch
@@ -38,13 +37,15 @@ class Pair:
     receiver: int
 
 
-def ring_pairs(ranks: int) -> list[Pair]:
-    """Return every direction in which neighbours on a ring of pipeline ranks talk, in one order for all.
+def neighbours(ranks: int, *, is_ring: bool) -> list[Pair]:
+    """Return every direction in which neighbours among pipeline ranks talk, in one order for all.
 
-    >>> [(pair.sender, pair.receiver) for pair in ring_pairs(2)]
-    [(0, 1), (1, 0)]
+    `is_ring`: the last and the first are neighbours, too.
+
+    >>> [(pair.sender, pair.receiver) for pair in neighbours(3, is_ring=False)]
+    [(0, 1), (1, 0), (1, 2), (2, 1)]
     """
-    steps = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+    steps = [(rank, (rank + 1) % ranks) for rank in range(ranks if is_ring else ranks - 1)]
     return [Pair(*ends) for ends in sorted({*steps, *((b, a) for a, b in steps)}) if ends[0] != ends[1]]
 
 
@@ -74,15 +75,15 @@ class _Inbox:
 class Channels:
     """This rank's channels to its neighbours. Collective: every rank makes one, with the same pipelines."""
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
-        """`pipelines` are the global ranks of every pipeline, stage by stage."""
+    def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device, *, is_ring: bool = True) -> None:
+        """`pipelines` are the global ranks of every pipeline, stage by stage; `is_ring`: see `neighbours`."""
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         self.rank, self.device = self.ranks.index(dist.get_rank()), device
         self._groups: dict[Pair, dist.ProcessGroup] = {}
-        for ranks, pair in product(pipelines, ring_pairs(len(self.ranks))):
-            group = dist.new_group([ranks[pair.sender], ranks[pair.receiver]])
-            if ranks is self.ranks and self.rank in (pair.sender, pair.receiver):
-                self._groups[pair] = cast(dist.ProcessGroup, group)
+        for pair in neighbours(len(self.ranks), is_ring=is_ring):
+            if self.rank in (pair.sender, pair.receiver):  # ranks of other pairs and pipelines need not be met
+                ends = [self.ranks[pair.sender], self.ranks[pair.receiver]]
+                self._groups[pair] = cast(dist.ProcessGroup, dist.new_group(ends, use_local_synchronization=True))
         mine = list(self._groups)
         for pair in mine:
             self._greet(pair)

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine for ranks that hold several stages: interleaved 1F1B. Knows no model and no data.
+"""DeepSpeed's pipeline engine in an order of our own: 1F1B, and interleaved stages. Knows no model and no data.
 
 The module says how many stages it holds (`chunks`) and shows one at a time (`activate_chunk`); everything a pass does
 is DeepSpeed's own. What differs is the order, and that messages do not block: the message for the next pass is
@@ -23,7 +23,7 @@ from megatron_omega.engine.schedules import RankSchedule, kind_of, rank_schedule
 
 
 class ChunkedModule(Protocol):
-    """A pipeline module that holds several stages of the layer list and shows one at a time."""
+    """A pipeline module that holds one or several stages of the layer list and shows one at a time."""
 
     chunks: int
 
@@ -33,7 +33,7 @@ class ChunkedModule(Protocol):
 
 
 def initialize(module: Any, optimizer: torch.optim.Optimizer, values: Mapping[str, Any], mpu: Any) -> Any:
-    """Build DeepSpeed's engine for `module`; ours where it holds stages that are run in turns. Collective."""
+    """Build DeepSpeed's engine for `module`; ours if it holds stages that are run in turns. Collective."""
     config = dict(values)
     if not hasattr(module, "activate_chunk"):
         return deepspeed.initialize(
@@ -41,13 +41,13 @@ def initialize(module: Any, optimizer: torch.optim.Optimizer, values: Mapping[st
         )[0]
     parsed = deepspeed.DeepSpeedConfig(config, module.mpu())
     deepspeed.set_optimizer_flags(parsed, module)
-    return InterleavedEngine(
+    return StagesInTurns(
         args=None, model=module, optimizer=optimizer, model_parameters=None, training_data=None, lr_scheduler=None,
         mpu=module.mpu(), dist_init_required=False, collate_fn=None, config=config, config_class=parsed,
     )  # fmt: skip
 
 
-class InterleavedEngine(PipelineEngine):
+class StagesInTurns(PipelineEngine):
     """Runs a `ChunkedModule` in the order of config/interleaving.py."""
 
     _chunk: int | None = None
@@ -57,7 +57,8 @@ class InterleavedEngine(PipelineEngine):
         super().__init__(*arguments, **options)
         assert not (self.is_pipe_partitioned or self.is_grad_partitioned or self.dynamic_shape)
         self._shape = Interleaving(self.num_stages, cast(ChunkedModule, self.module).chunks, self.micro_batches)
-        self._channels = Channels(self.grid._topo.get_axis_comm_lists("pipe"), cast(torch.device, self.device))
+        pipelines = self.grid._topo.get_axis_comm_lists("pipe")
+        self._channels = Channels(pipelines, cast(torch.device, self.device), is_ring=self._shape.chunks > 1)
         self._losses: dict[int, Tensor] = {}
 
     def is_last_stage(self) -> bool:

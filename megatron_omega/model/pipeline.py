@@ -1,4 +1,4 @@
-"""The same layer list, cut into pipeline stages: one for each rank, several in turns, or two folded like a V.
+"""The same layer list, cut into pipeline stages: one or several for each rank, in turns, or two folded like a V.
 
 Stages are cut where we say, as indices into the layer list. A layer of the list may be several DeepSpeed specs, because
 a tied module may hold only the tied weight. Knows nothing of optimizers or data.
@@ -104,12 +104,8 @@ class _OmegaPipeline(PipelineModule):
         return _join(leave_flow(outputs))
 
 
-class _OneForwardOneBackward(_OmegaPipeline):
-    """One stage per rank."""
-
-
-class _Interleaved(_OmegaPipeline):
-    """Several stages per rank, dealt out in turns. One of them is shown at a time."""
+class _InTurns(_OmegaPipeline):
+    """One or several stages per rank, dealt out in turns. One of them is shown at a time."""
 
     def _partition_layers(self, method: Sequence[int]) -> None:
         ranks = cast(int, self.num_stages)
@@ -142,7 +138,7 @@ class _DualPipeV(DualPipeVModule, _OmegaPipeline):
     """Two stages per rank, folded like a V."""
 
 
-_SCHEDULES = {"1f1b": _OneForwardOneBackward, "interleaved": _Interleaved, "dualpipev": _DualPipeV}
+_SCHEDULES = {"1f1b": _InTurns, "interleaved": _InTurns, "dualpipev": _DualPipeV}
 
 
 def _join(outputs: State) -> State:

@@ -276,7 +276,8 @@ def _makespan(estimate: Estimate) -> float:
     exchange = 4 * max(transfers)
     if c.schedule == "1f1b":
         slowest = max(s.forward + s.backward for s in seconds)
-        return sum(s.forward + s.backward for s in seconds) + 2 * sum(transfers) + (m - 1) * (slowest + exchange)
+        loop = 2 * max(transfers)  # there and back between two ranks that hand each other every second pass
+        return sum(s.forward + s.backward for s in seconds) + 2 * sum(transfers) + (m - 1) * (slowest + loop / 2)
     ranks = [[seconds[s] for s in c.stages_of(rank)] for rank in range(c.pipeline)]
     slowest = max(sum(s.forward + s.backward for s in parts) for parts in ranks)
     if c.schedule == "interleaved":  # a rank's first stage fills the pipeline, its last empties it

@@ -9,7 +9,7 @@ the plain AdamW at stage 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_omega.planner.activations import FP32
@@ -27,9 +27,8 @@ ALLOCATOR_SLACK = 0.04
 """Share of activations lost between blocks of the caching allocator."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its fullest moment."""
+class Memory(NamedTuple):
+    """Bytes of one rank at its fullest moment. A tuple: a plan makes hundreds of thousands."""
 
     weights: int = 0
     gradients: int = 0
@@ -46,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _in_backward(states: States, parts: Sequence[InFlight], micro_batches: int) 
                 held = states.in_backward(turn.formed, is_first=first)
                 activations = alive - part.kept + turn.kept
                 buffers = held.buffers + travelling
-                yield replace(held, activations=activations, working=turn.working, buffers=buffers)
+                yield Memory(held.weights, held.gradients, held.optimizer, activations, turn.working, buffers)
 
 
 def fullest(states: States, parts: Sequence[InFlight], micro_batches: int) -> Memory:
@@ -187,6 +186,6 @@ def fullest(states: States, parts: Sequence[InFlight], micro_batches: int) -> Me
 def _with_runtime(moment: Memory, states: States) -> Memory:
     """Add what the run time takes; the baseline of a CPU process (interpreter, torch, DeepSpeed) is not counted."""
     if states.is_cpu:
-        return replace(moment, runtime=CPU_RUNTIME + CPU_HOOKS * (states.zero_stage == 3))
+        return Memory(*moment[:-1], CPU_RUNTIME + CPU_HOOKS * (states.zero_stage == 3))
     slack = int(ALLOCATOR_SLACK * (moment.activations + moment.working))
-    return replace(moment, runtime=GPU_RUNTIME + slack)
+    return Memory(*moment[:-1], GPU_RUNTIME + slack)

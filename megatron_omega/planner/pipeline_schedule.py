@@ -1,10 +1,9 @@
 """Pipeline schedules on a virtual clock: who computes what when, where ranks wait, and how much time that costs.
 
 A schedule is, for every rank, a list of computations and exchanges in the order in which the engine issues them:
-1F1B as DeepSpeed's TrainSchedule (each send and receive blocks until its partner arrives), DualPipeV as its
-DualPipeVSchedule (sends and receives are queued and committed together), interleaved stages as our own engine runs
-them (nobody waits for a send, and what is received travels meanwhile). Durations are arguments; nothing here knows what
-a stage is made of.
+1F1B and interleaved stages as our own engine runs them (nobody waits for a send, and what is received travels
+meanwhile), DualPipeV as DeepSpeed's DualPipeVSchedule (sends and receives are queued and committed together). Durations
+are arguments; nothing here knows what a stage is made of.
 
 Stages count along the model: 0 .. P-1 for 1F1B; 0 .. 2P-1 for DualPipeV, where rank r holds r and 2P-1-r; 0 .. vP-1 for
 v interleaved stages a rank, where rank r holds r, r + P, ...
@@ -103,41 +102,15 @@ def instructions(
     schedule: Schedule, stages: int, micro_batches: int, virtual_stages: int = 1
 ) -> tuple[tuple[Instruction, ...], ...]:
     """Return every rank's instructions for one optimizer step."""
-    if schedule == "interleaved":
-        shape = Interleaving(stages, virtual_stages, micro_batches)
-        return tuple(tuple(_interleaved(shape, rank)) for rank in range(stages))
     if schedule == "dualpipev":
         if micro_batches < 2 * stages:
             raise ValueError(f"DualPipeV over {stages} ranks needs at least {2 * stages} micro-batches")
         return tuple(tuple(_DualPipeVRank(stages, micro_batches, rank).instructions()) for rank in range(stages))
-    return tuple(tuple(_one_forward_one_backward(stages, micro_batches, stage)) for stage in range(stages))
+    shape = Interleaving(stages, virtual_stages, micro_batches)
+    return tuple(tuple(_in_turns(shape, rank)) for rank in range(stages))
 
 
-def _one_forward_one_backward(stages: int, micro_batches: int, stage: int) -> Iterator[Instruction]:
-    """Even and odd stages alternate: one goes forward while the other goes backward."""
-    before: Compute | None = None
-    for step in range(2 * (micro_batches + stages - 1)):
-        is_forward = step % 2 == stage % 2
-        offset = stage if is_forward else 2 * stages - 1 - stage
-        micro_batch = (step - offset) // 2
-        task = Compute("F" if is_forward else "B", stage, micro_batch)
-        is_valid = 0 <= micro_batch < micro_batches
-        if is_forward:
-            if before and stage > 0:
-                yield (Transfer("B", stage, before.micro_batch),)
-            if is_valid and stage > 0:
-                yield (Transfer("F", stage - 1, micro_batch),)
-        else:
-            if is_valid and stage < stages - 1:
-                yield (Transfer("B", stage + 1, micro_batch),)
-            if before and stage < stages - 1:
-                yield (Transfer("F", stage, before.micro_batch),)
-        if is_valid:
-            yield task
-        before = task if is_valid else None
-
-
-def _interleaved(shape: Interleaving, rank: int) -> Iterator[Instruction]:
+def _in_turns(shape: Interleaving, rank: int) -> Iterator[Instruction]:
     for task in training_order(shape, rank):
         origin, goal = source(shape, task), target(shape, task)
         if origin is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import fields
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from megatron_omega.planner.estimate import Estimate
 from megatron_omega.planner.hardware import GIB
+from megatron_omega.planner.memory import Memory
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518"}
 
@@ -48,9 +48,9 @@ def _draw_schedule(axes: Axes, estimate: Estimate) -> None:
 def _draw_memory(figure: Figure, axes: Axes, estimate: Estimate) -> None:
     ranks = range(len(estimate.ranks))
     bottom = [0.0 for _ in ranks]
-    for field in fields(estimate.ranks[0]):
-        heights = [getattr(memory, field.name) / GIB for memory in estimate.ranks]
-        axes.bar(ranks, heights, bottom=bottom, label=field.name)
+    for name in Memory._fields:
+        heights = [getattr(memory, name) / GIB for memory in estimate.ranks]
+        axes.bar(ranks, heights, bottom=bottom, label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(estimate.hardware.facts.memory_gib, color="black", linestyle="--", label=estimate.hardware.name)
     axes.set(xlabel="pipeline rank", ylabel="GiB")

@@ -230,7 +230,7 @@ def as_data(estimate: Estimate, assumptions: Assumptions) -> dict[str, Any]:
         "fits": estimate.fits,
         "kernel_launches": estimate.launches,
         "stage_boundaries": [stage.first for stage in estimate.stages[1:]],
-        "memory": [{field.name: getattr(rank, field.name) for field in fields(rank)} for rank in estimate.ranks],
+        "memory": [rank._asdict() for rank in estimate.ranks],
         "breakdown_seconds": {
             field.name: getattr(estimate.breakdown, field.name) for field in fields(estimate.breakdown)
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 
 from megatron_omega import accounting
@@ -48,15 +49,15 @@ class Stage:
     learned_positions: tuple[int, ...] = ()
     """Lengths of the tables of learned positions that first layers in it own."""
 
-    @property
+    @cached_property
     def counts(self) -> Counter[str]:
         return Counter(self.kinds)
 
-    @property
+    @cached_property
     def has_table(self) -> bool:
         return any(kind in USES_TABLE for kind in self.kinds)
 
-    @property
+    @cached_property
     def signature(self) -> tuple[object, ...]:
         """Equal for stages that do the same."""
         return (*sorted(self.counts.items()), self.learned_positions)
