@@ -1,9 +1,10 @@
 """Messages between neighbouring pipeline ranks: receives posted early, sends held until done, one group a direction.
 
-A channel is a pair (sender, receiver) of pipeline ranks with a process group of its own: on a GPU its messages travel
-on a stream of their own, behind computation and behind everything else that ranks say to each other. A message is a
-tuple of tensors. The first of a kind is preceded by its shapes. What arrives is taken in the order in which it is sent,
-and that order is known beforehand. Knows nothing of models or schedules.
+A channel is a pair (sender, receiver) of pipeline ranks, with a process group that it shares with the same pair of
+other pipelines: on a GPU its messages travel on a stream of their own, behind computation and behind everything else
+that ranks say to each other. A message is a tuple of tensors. The first of a kind is preceded by its shapes. What
+arrives is taken in the order in which it is sent, and that order is known beforehand. Knows nothing of models or
+schedules.
 """
 
 from __future__ import annotations
@@ -81,9 +82,11 @@ class Channels:
         self.rank, self.device = self.ranks.index(dist.get_rank()), device
         self._groups: dict[Pair, dist.ProcessGroup] = {}
         for pair in neighbours(len(self.ranks), is_ring=is_ring):
-            if self.rank in (pair.sender, pair.receiver):  # ranks of other pairs and pipelines need not be met
-                ends = [self.ranks[pair.sender], self.ranks[pair.receiver]]
-                self._groups[pair] = cast(dist.ProcessGroup, dist.new_group(ends, use_local_synchronization=True))
+            # All pipelines share it, or there would be thousands, each a meeting of all ranks.
+            members = sorted(ranks[end] for ranks in pipelines for end in (pair.sender, pair.receiver))
+            group = dist.new_group(members)
+            if self.rank in (pair.sender, pair.receiver):
+                self._groups[pair] = cast(dist.ProcessGroup, group)
         mine = list(self._groups)
         for pair in mine:
             self._greet(pair)
@@ -92,8 +95,9 @@ class Channels:
         self._forms: dict[Hashable, Form] = {}
 
     def _greet(self, pair: Pair) -> None:
-        """Say one word: a connection that is first made in the middle of a step would wait there for its peer."""
+        """Let all members meet, and say one word: what is first made in the middle of a step would wait there."""
         word = torch.zeros(1, device=self.device)
+        dist.all_reduce(word, group=self._groups[pair])
         if self.rank == pair.sender:
             dist.send(word, self.ranks[pair.receiver], group=self._groups[pair])
         else:
