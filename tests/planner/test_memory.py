@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_omega.planner.memory import InFlight, Moment, States, fullest
@@ -14,7 +12,7 @@ NO_LAYERS = InFlight(1, 0, (Moment(0, 0, 0),))
 
 def held(states: States) -> int:
     """Bytes between two micro-batches, buckets apart."""
-    return replace(states.in_backward(0, is_first=False), buffers=0).total
+    return states.in_backward(0, is_first=False)._replace(buffers=0).total
 
 
 def test_states_of_zero_stages_follow_the_textbook() -> None:
