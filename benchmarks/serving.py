@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, quantiles
+from typing import Any
 
 import httpx2 as httpx
 import psutil
@@ -38,14 +39,18 @@ class Counts:
     errors: list[str] = field(default_factory=list)
 
 
-def prompt(draw: random.Random) -> str:
+def prompt(draw: random.Random, most_characters: int) -> str:
     words = TEXT.split()
-    return " ".join(draw.choice(words) for _ in range(draw.randint(1, 30)))
+    return " ".join(draw.choice(words) for _ in range(draw.randint(1, 30)))[:most_characters]
 
 
-def completion(draw: random.Random) -> dict[str, object]:
+def completion(draw: random.Random, most_characters: int) -> dict[str, object]:
     """Draw a question about /v1/completions."""
-    found: dict[str, object] = {"prompt": prompt(draw), "max_tokens": draw.randint(4, 48), "seed": draw.randrange(1000)}
+    found: dict[str, object] = {
+        "prompt": prompt(draw, most_characters),
+        "max_tokens": draw.randint(4, 48),
+        "seed": draw.randrange(1000),
+    }
     if draw.random() < 0.3:
         found |= {"logprobs": draw.randint(0, 5), "echo": draw.random() < 0.5}
     if draw.random() < 0.2:
@@ -57,9 +62,11 @@ def completion(draw: random.Random) -> dict[str, object]:
     return found
 
 
-async def stream(client: httpx.AsyncClient, draw: random.Random, counts: Counts, *, leaves: bool) -> None:
+async def stream(
+    client: httpx.AsyncClient, draw: random.Random, most_characters: int, counts: Counts, *, leaves: bool
+) -> None:
     """Ask for a stream; leave it after some parts if `leaves`."""
-    body = completion(draw) | {"stream": True}
+    body = completion(draw, most_characters) | {"stream": True}
     patience = draw.randint(1, 8) if leaves else 1 << 30
     last = time.monotonic()
     count = 0
@@ -90,10 +97,9 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict[str, object], cou
     counts.ends[path] += 1
 
 
-async def be_a_client(
-    client: httpx.AsyncClient, seed: int, end: float, counts: Counts, abilities: dict[str, bool]
-) -> None:
+async def be_a_client(client: httpx.AsyncClient, seed: int, end: float, counts: Counts, card: dict[str, Any]) -> None:
     """Ask until `end`."""
+    abilities, most_characters = card["abilities"], card["max_prompt_tokens"] - 12  # a character is a token at most
     draw = random.Random(seed)
     kinds = ["stream"] * 5 + ["leave"] * 2 + ["completions"] * 3
     kinds += ["fill-mask"] * abilities["fill_mask"] + ["embeddings"] * abilities["embeddings"]
@@ -101,11 +107,11 @@ async def be_a_client(
         kind = draw.choice(kinds)
         try:
             if kind in ("stream", "leave"):
-                await stream(client, draw, counts, leaves=kind == "leave")
+                await stream(client, draw, most_characters, counts, leaves=kind == "leave")
             elif kind == "completions":
-                await ask(client, kind, completion(draw), counts)
+                await ask(client, kind, completion(draw, most_characters), counts)
             else:
-                text = prompt(draw) + " <mask>" * (kind == "fill-mask")
+                text = prompt(draw, most_characters) + " <mask>" * (kind == "fill-mask")
                 await ask(client, kind, {"input": [text] * draw.randint(1, 3)}, counts)
         except (httpx.HTTPError, RuntimeError) as error:
             counts.ends["error"] += 1
@@ -123,11 +129,11 @@ async def watch(pid: int, end: float, found: list[int]) -> None:
 async def load(url: str, pid: int, clients: int, seconds: float) -> tuple[Counts, list[int]]:
     """Let all clients ask; return what they saw, and the server's memory over time."""
     counts, memory = Counts(), []
-    abilities = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["abilities"]
+    card = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]
     end = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:  # a connection for each asker
-        askers = (be_a_client(client, seed, end, counts, abilities) for seed in range(clients))
+        askers = (be_a_client(client, seed, end, counts, card) for seed in range(clients))
         await asyncio.gather(*askers, watch(pid, end, memory))
     return counts, memory
 
