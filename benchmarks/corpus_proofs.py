@@ -40,7 +40,7 @@ from benchmarks.preprocessing import ROOT, cut, measure, ours
 from megatron_omega.config.schema import Corpus, DataConfig, ModelConfig, RunConfig
 from megatron_omega.corpus.merge import write_merged_index
 from megatron_omega.data.indexed import HEADER_BYTES, IndexedShard, token_dtype
-from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sources import open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 

@@ -28,8 +28,8 @@ from megatron_omega.config.schema import Corpus, DataConfig, ModelConfig, RunCon
 from megatron_omega.data.indexed import HEADER_BYTES, IndexedShard, header
 from megatron_omega.data.objectives import span_example
 from megatron_omega.data.permutation import Permutation
-from megatron_omega.data.samples import open_sources
 from megatron_omega.data.search import last_not_above
+from megatron_omega.data.sources import open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.data.windows import Windows, WindowShape
 

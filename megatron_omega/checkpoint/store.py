@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
+from megatron_omega.checkpoint.adapters import Base, fill_frozen
 from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
 from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
@@ -287,6 +288,20 @@ class CheckpointStore:
         self._give_up_if(state is None, path, ["it holds no optimizer state; load its weights only"])
         assert state is not None
         return state
+
+    def start_from(self, engine: Engine, base: Base) -> None:
+        """Fill what is frozen beside adapters from `base`, and the adapters if it has some. Collective.
+
+        Raises CheckpointError, with what went wrong on any rank.
+        """
+        problems: list[str] = []
+        try:
+            fill_frozen(engine.deepspeed, base.weights, self._identity)
+        except CheckpointError as error:
+            problems = list(error.findings)
+        self._give_up_if(found := self._anywhere(problems), base.weights, found)
+        if base.adapters is not None:
+            self.load(engine, base.adapters, weights_only=True)
 
     def _load_first(
         self, engine: Engine, directory: Path | str, paths: Sequence[Path], *, needs_optimizer: bool, weights_only: bool

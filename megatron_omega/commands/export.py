@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_omega.checkpoint.catalogue import newest_whole
-from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.errors import CheckpointError, ConfigError
+from megatron_omega.export.adapted import open_whole
 from megatron_omega.export.comparison import Comparison, compare_export
 from megatron_omega.export.loading import open_tokenizer
 from megatron_omega.export.native import DTYPES, is_export, write_export
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if is_export(arguments.checkpoint):
         raise CheckpointError(f"{arguments.checkpoint} is an export already; give a checkpoint")
     checkpoint = newest_whole(arguments.checkpoint)
-    with open_checkpoint(checkpoint) as source:
+    with open_whole(checkpoint) as source:
         tokenizer = open_tokenizer(source, arguments.tokenizer)
         count = source.element_count()
         written = write_export(

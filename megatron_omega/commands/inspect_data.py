@@ -23,8 +23,8 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.indexed import IndexedShard, without_suffix
 from megatron_omega.data.inspection import SeenExample, check_shard, plot_lengths, render_sample, source_of, statistics
 from megatron_omega.data.loader import micro_batch_indices
-from megatron_omega.data.samples import Sources, open_sources
 from megatron_omega.data.sidecar import read_sidecar
+from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.host import run_folder

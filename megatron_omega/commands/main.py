@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "train": {
         "train": ("train", "train a configured run, as one of its processes or alone"),
+        "finetune": ("finetune", "fine-tune a trained model on supervised tasks, whole or with LoRA"),
         "launch": ("launch", "start all processes of a run: on this machine, on several, under Slurm"),
         "evaluate": ("validate", "measure the validation loss of a checkpoint"),
         "report": ("report", "say what a run learned, beside two guesses"),

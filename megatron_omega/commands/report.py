@@ -18,7 +18,7 @@ from typing import Any
 from megatron_omega.config.load import load_config
 from megatron_omega.config.paths import with_carried_tokenizer
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.data.tokenizer import MASK_PIECE, Tokenizer
 from megatron_omega.errors import DataError
 from megatron_omega.host import run_folder

@@ -2,18 +2,24 @@
 
     megatron-omega train --config omega-tiny --deepspeed_config zero1
 
---help lists every setting; --dry-run shows what would run (on WORLD_SIZE ranks, else on one replica).
+--help lists every setting; --dry-run shows what would run (on WORLD_SIZE ranks, else on one replica). With --tasks it
+fine-tunes, as `finetune` does.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from megatron_omega.config.arguments import parse_arguments
+from megatron_omega.config.arguments import Arguments, parse_arguments
 from megatron_omega.config.load import resolve_run
 from megatron_omega.host.environment import announced_world_size, complete_environment, has_gpu
 from megatron_omega.run.claims import notice_of_completion
+from megatron_omega.tasks.finetuning import FineTuning, as_finetuning, read_tasks, settings_of, with_epochs
+
+AsRun = Callable[[Arguments, int], FineTuning]
+"""From what a user said and the number of processes to an ordinary run."""
 
 
 def measure_machine() -> None:
@@ -24,16 +30,34 @@ def measure_machine() -> None:
         print(f"measured this machine for the forecast, once, in {seconds:.0f} s", file=sys.stderr)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse, check, and train; or, with --dry-run, print what would be trained."""
-    arguments = parse_arguments(argv)
+def with_tasks(arguments: Arguments) -> Arguments:
+    """Return the arguments with --tasks read."""
+    if arguments.tasks is None:
+        return arguments
+    return replace(arguments, tasks=None, overrides=(*arguments.overrides, read_tasks(arguments.tasks)))
+
+
+def as_run(arguments: Arguments, world_size: int) -> FineTuning:
+    """Return the run that was asked for: fine-tuning with --tasks, else pretraining."""
+    if arguments.tasks is not None:
+        return as_finetuning(with_tasks(arguments), world_size)
+    return with_epochs(arguments, world_size)
+
+
+def start(arguments: Arguments, as_run: AsRun) -> None:
+    """Check and train; or, with --dry-run, print what would be trained."""
     if arguments.dry_run:
         from megatron_omega.run.preview import describe
 
-        print(describe(resolve_run(arguments, announced_world_size()), as_json=arguments.json))
+        world_size = announced_world_size()
+        run = as_run(arguments, world_size or 1)
+        print(describe(resolve_run(run.arguments, world_size), as_json=arguments.json))
         return
     place = complete_environment()
-    resolved = resolve_run(arguments, place.world_size)
+    run = as_run(arguments, place.world_size)
+    if run.told and place.rank == 0:
+        print(settings_of(run.told), file=sys.stderr)
+    resolved = resolve_run(run.arguments, place.world_size)
     if (notice := notice_of_completion(resolved.config)) is not None:
         if place.rank == 0:
             print(notice)
@@ -43,3 +67,8 @@ def main(argv: Sequence[str]) -> None:
     if place.rank == 0 and not has_gpu():
         measure_machine()
     train(resolved, place)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, check, and train; or, with --dry-run, print what would be trained."""
+    start(parse_arguments(argv), as_run)

@@ -114,6 +114,8 @@ class Arguments:
     """Print the resolved configuration, layout and estimate, and end."""
     json: bool = False
     """Print for a program to read."""
+    tasks: str | None = None
+    """What --tasks names: a fine-tuning."""
 
 
 class _Collect(argparse.Action):
@@ -172,6 +174,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--max-minutes", "--max_minutes", dest="resilience.max_minutes", action=_Collect, default=argparse.SUPPRESS,
         metavar="MINUTES", help="short for --resilience.max_minutes",
     )  # fmt: skip
+    parser.add_argument(
+        "--tasks", metavar="RECORDS|YAML",
+        help="fine-tune --load on these: records with the fields prompt and target, or a YAML list for data.tasks",
+    )  # fmt: skip
     # Launchers add these to the command line; ranks are read from the environment instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -210,6 +216,7 @@ def parse_arguments(argv: Sequence[str], program: str | None = None) -> Argument
         overrides=(*known.overrides, *read_overrides(rest, parser)),
         dry_run=known.dry_run,
         json=known.json,
+        tasks=known.tasks,
     )
 
 

@@ -157,7 +157,7 @@ def _read(
     values: dict[str, Any] = {}
     faulty: set[str] = set()
     try:
-        values = _read_file(path)
+        values = read_values(path)
     except ConfigError as error:
         findings += error.findings
         faulty.add("")
@@ -199,7 +199,8 @@ def _typed(override: Override, texts: Mapping[str, bool]) -> Any:
     return None if texts[override.name] and override.text == "null" else override.text
 
 
-def _read_file(path: ConfigSource) -> dict[str, Any]:
+def read_values(path: ConfigSource) -> dict[str, Any]:
+    """Return the sections that a file (or a preset) holds, unchecked. Raises ConfigError if it cannot be read."""
     if path is None or isinstance(path, Mapping):
         return dict(path or {})
     try:

@@ -17,6 +17,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "corpora": tuple(
                 corpus.model_copy(update={"prefix": _absolute(corpus.prefix, ".idx")}) for corpus in config.data.corpora
             ),
+            "tasks": tuple(
+                task.model_copy(update={"path": _absolute(task.path), "validation": _absolute(task.validation)})
+                for task in config.data.tasks
+            ),
         }
     )
     load = config.checkpoint.load

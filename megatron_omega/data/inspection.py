@@ -14,8 +14,9 @@ from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.batch import Origin, Sample
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.origins import Origins, load_origins
-from megatron_omega.data.samples import SampleSource
+from megatron_omega.data.pairs.shard import PairShard
 from megatron_omega.data.sidecar import check_sidecar, read_sidecar
+from megatron_omega.data.sources import Source
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 
@@ -70,8 +71,10 @@ def check_shard(shard: IndexedShard, tokenizer: Tokenizer | None) -> None:
         shard.ids(start, min(shard.num_tokens, start + _BLOCK), limit or 0)
 
 
-def source_of(shard: IndexedShard, document: int) -> str:
-    """Return file and line of a document, or its number where nobody wrote that down."""
+def source_of(shard: IndexedShard | PairShard, document: int) -> str:
+    """Return file and line of a document or a pair, or its number where nobody wrote that down."""
+    if isinstance(shard, PairShard):
+        return shard.place(document)
     origins = load_origins(shard.prefix)
     if origins is None:
         return f"{shard.prefix} document {document}"
@@ -79,13 +82,17 @@ def source_of(shard: IndexedShard, document: int) -> str:
     return f"{name}:{record + 1}"
 
 
-def documents_of(source: SampleSource, samples: Iterable[int]) -> list[dict[str, Any]]:
+def documents_of(source: Source, samples: Iterable[int]) -> list[dict[str, Any]]:
     """Return the distinct documents that `samples` hold text of: shard, number, and file:line where it is known."""
-    held = sorted({(span.corpus, span.document) for index in samples for span in source.window(index)[1]})
+    held = sorted({one for index in samples for one in source.held(index)})
     origins: dict[int, Origins | None] = {}
     found = []
     for corpus, document in held:
-        prefix = source.corpora[corpus].shard.prefix
+        shard = source.corpora[corpus].shard
+        if isinstance(shard, PairShard):
+            found.append({"task": shard.name, "pair": document, "source": shard.place(document)})
+            continue
+        prefix = shard.prefix
         if corpus not in origins:
             origins[corpus] = load_origins(prefix)
         known = origins[corpus]
@@ -127,7 +134,7 @@ class SeenExample:
     decoder: str
 
 
-def render_sample(sample: Sample, rank: int, source: SampleSource, tokenizer: Tokenizer) -> Iterator[SeenExample]:
+def render_sample(sample: Sample, rank: int, source: Source, tokenizer: Tokenizer) -> Iterator[SeenExample]:
     """Yield the examples of a sample with their sources; masked tokens read [mask=answer]."""
     row = sample.row
     for origin in sample.origins:

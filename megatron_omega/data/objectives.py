@@ -7,7 +7,7 @@ without an encoder, plain causal language modelling. Everything is vectorised; r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
-Kind = Literal["prefix", "span", "extreme", "mask", "causal"]
+Kind = Literal["prefix", "span", "extreme", "mask", "causal", "pair"]
 DecoderStart = Literal["prefix", "begin"]
 Ids = NDArray[np.int64]
 _COUNT: Final = np.arange(NUM_SENTINELS)
@@ -62,6 +62,19 @@ def prefix_example(
     labels = _with_end(tokens[prefix:], special, is_end=is_end)
     encoder = _after(special.modes.prefix, tokens[:prefix])
     return Example("prefix", encoder, _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1]), labels)
+
+
+def pair_example(
+    prompt: Ids, target: Ids, special: SpecialIds, *, is_end: bool, has_encoder: bool, start: DecoderStart = "prefix"
+) -> Example:
+    """Read `prompt`, answer `target`: labels are the target's alone. Without an encoder both are one text."""
+    if has_encoder:
+        example = prefix_example(np.concatenate((prompt, target)), len(prompt), special, is_end=is_end, start=start)
+        return replace(example, kind="pair")
+    whole = causal_example(np.concatenate((prompt, target)), special, is_end=is_end)
+    labels = whole.labels.copy()
+    labels[: len(prompt)] = IGNORED_LABEL
+    return replace(whole, kind="pair", labels=labels)
 
 
 def first_decoder_id(prefix: Sequence[int] | Ids, special: SpecialIds, start: DecoderStart) -> int:

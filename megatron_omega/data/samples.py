@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from megatron_omega.config.schema import ObjectiveConfig, RunConfig
-from megatron_omega.data.batch import Origin, Sample, pack_row
+from megatron_omega.data.batch import PARTS, Origin, Part, Sample, pack_row
 from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.megatron_order import MegatronWindows
@@ -31,9 +30,6 @@ from megatron_omega.data.sidecar import check_sidecar
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
 from megatron_omega.data.windows import Span, Windows, WindowShape, WindowSource, probe_lengths, split_documents
 from megatron_omega.errors import DataError
-
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,10 @@ class SampleSource:
             raise DataError(_too_short(self.part, windows))
         return windows.take(ordinal, self._keys[corpus])
 
+    def held(self, index: int) -> list[tuple[int, int]]:
+        """Return (corpus, document) of all whose text a sample holds."""
+        return [(span.corpus, span.document) for span in self.window(index)[1]]
+
     def samples_of(self, corpus: int, document: int, stop: int) -> list[int]:
         """Return, ascending, the samples before `stop` whose window holds text of a document of a corpus."""
         given = self._blend.counts(stop)[corpus]
@@ -134,30 +134,14 @@ class SampleSource:
         )
 
 
-@dataclass(frozen=True)
-class Sources:
-    """The three parts of the corpus, and the tokenizer that made it."""
+def open_text(config: RunConfig, tokenizer: Tokenizer) -> tuple[SampleSource, SampleSource, SampleSource]:
+    """Open the shards of `config.data.corpora`, in constant time; return the train, validation and test parts.
 
-    train: SampleSource
-    validation: SampleSource
-    test: SampleSource
-    tokenizer: Tokenizer
-
-
-def open_sources(config: RunConfig) -> Sources:
-    """Open tokenizer and shards of `config.data`, in constant time.
-
-    Raises DataError with every finding: missing or damaged files, a shard of another tokenizer, a vocabulary that does
-    not fit the model, too little text for one sample.
+    Raises DataError with every finding: missing or damaged files, a shard of another tokenizer, too little text for one
+    sample.
     """
     if not config.data.corpora:
         raise DataError("data.corpora is empty; list at least one {prefix, weight}")
-    tokenizer = Tokenizer.open(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size}"
-        )
     shards = _open_shards(config, tokenizer)
     recipe = _recipe(config, tokenizer)
     train, validation, test = (_source(part, config, shards, recipe) for part in PARTS)
@@ -171,7 +155,7 @@ def open_sources(config: RunConfig) -> Sources:
         ]
     if short:
         raise DataError(*short)
-    return Sources(train, validation, test, tokenizer)
+    return train, validation, test
 
 
 def _open_shards(config: RunConfig, tokenizer: Tokenizer) -> list[IndexedShard]:

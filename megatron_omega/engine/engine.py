@@ -42,6 +42,16 @@ def gather_whole(model: nn.Module, classes: Sequence[type[nn.Module]]) -> None:
         set_z3_leaf_modules(model, present)
 
 
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that are trained; frozen ones cost no optimizer memory."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            yield parameter
+        else:
+            # DeepSpeed's pipeline asks every tied weight for the gradient its bf16 optimizer keeps.
+            parameter._hp_grad = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Engine:
     """A model, its optimizer and its layout, ready to train.
 
@@ -56,7 +66,7 @@ class Engine:
         clips = stage == 0 and not values.get("fp16", {}).get("enabled", False)
         self._own_clipping = Clipper(topology, optimizer.gradient_clipping) if clips else None
         inner, self.optimizer_choice = build_optimizer(
-            model.parameters(), optimizer, topology, device_type=device_type, clipper=self._own_clipping
+            trained(model), optimizer, topology, device_type=device_type, clipper=self._own_clipping
         )
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)

@@ -9,6 +9,7 @@ and a wrong table makes round trips that look perfect. `check_masters` is the pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,58 @@ def engine_parts(engine: Engine) -> list[EngineHolding]:
         assert shape == info.local_shape, f"{info.name}: holds {shape}, declared {info.local_shape}"
         copy = seen[info.name] = seen.get(info.name, -1) + 1
         found.append(EngineHolding(info, parameter, flat, offset, first, count, copy))
-    declared = {info.name for info, _ in declared_parameters(engine.module)}
+    declared = {info.name for info, parameter in declared_parameters(engine.module) if parameter.requires_grad}
     assert declared == seen.keys(), f"not optimised: {declared - seen.keys()}; unknown: {seen.keys() - declared}"
     return found
+
+
+@dataclass(frozen=True)
+class FrozenHolding:
+    """What this rank holds of a parameter that is not trained: working weights, no master."""
+
+    info: ParameterInfo
+    parameter: nn.Parameter
+    first: int
+    """Position of its first element in the flattened local parameter."""
+    count: int
+
+    @property
+    def region(self) -> Region:
+        """Which elements of the whole parameter these are."""
+        info = self.info
+        bounds = (0, 0) if info.axis is None else (info.start, info.stop)
+        return Region(info.shape, info.axis, *bounds, self.first, self.count)
+
+    def working(self) -> Tensor:
+        """Return them, as a 1-D view."""
+        shard = getattr(self.parameter, "ds_tensor", None)
+        return (self.parameter if shard is None else shard).detach().view(-1)[: self.count]
+
+
+def frozen_holdings(engine: Engine) -> Iterator[FrozenHolding]:
+    """Yield what this rank holds of every parameter that is not trained; under ZeRO-3 a part of each."""
+    for info, parameter in declared_parameters(engine.module):
+        if parameter.requires_grad:
+            continue
+        shard, first, count = getattr(parameter, "ds_tensor", None), 0, parameter.numel()
+        if shard is not None:
+            whole = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+            first = min(dist.get_rank(engine.optimizer.dp_process_group) * shard.numel(), whole)
+            count = min(shard.numel(), whole - first)
+        if count:
+            yield FrozenHolding(info, parameter, first, count)
+
+
+@contextmanager
+def placing_frozen(engine: Engine) -> Iterator[None]:
+    """Surround the filling of frozen weights: under ZeRO-3 small ones stay gathered, and would be the old."""
+    partitions = hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+    if partitions:
+        engine.optimizer.checkpoint_event_prologue()
+    with torch.no_grad():
+        yield
+    if partitions:
+        engine.optimizer.checkpoint_event_epilogue()
 
 
 _Part = tuple[nn.Parameter, Tensor, int, int, int]  # parameter, flat, offset in flat, first, count

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.export.adapted import open_whole
 from megatron_omega.export.loading import load_omega
 from megatron_omega.export.native import DTYPES, open_export
 from megatron_omega.model.omega import Omega, vocabulary_logits
@@ -42,7 +42,7 @@ def compare_export(export: Path, checkpoint: Path, device: str = "cpu") -> Compa
 
     The models are loaded one after the other, so that this needs the memory of one.
     """
-    with open_checkpoint(checkpoint) as source:
+    with open_whole(checkpoint) as source:
         copy = open_export(export)
         dtype = copy.description.dtype
         names = copy.names()

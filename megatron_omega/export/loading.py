@@ -18,11 +18,11 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from megatron_omega.checkpoint.catalogue import checkpoints_at, no_checkpoint
-from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.check.architecture import architecture
 from megatron_omega.config.schema import ModelConfig, RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
+from megatron_omega.export.adapted import open_whole
 from megatron_omega.export.native import TOKENIZER_NAME, is_export, open_export, settings_of
 from megatron_omega.log import get_logger
 from megatron_omega.model.context import ModelContext
@@ -186,8 +186,8 @@ def find_weights(path: Path) -> list[Path]:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Open a checkpoint or an export."""
-    return open_export(folder) if is_export(folder) else open_checkpoint(folder)
+    """Open a checkpoint or an export; adapters come merged into their base."""
+    return open_export(folder) if is_export(folder) else open_whole(folder)
 
 
 def _with_newest(path: Path, use: Callable[[Weights], Found]) -> Found:
@@ -219,7 +219,8 @@ def _require_sense(config: RunConfig, weights: Weights) -> None:
     if config.model.encoder_layers + config.model.decoder_layers > len(weights.names()):
         findings.append(f"its configuration asks for more layers than there are parameters ({len(weights.names())})")
     promised = sum(math.prod(weights.shape(name)) for name in weights.names()) * _SMALLEST_ELEMENT_BYTES
-    present = sum(file.stat().st_size for file in weights.path.iterdir() if file.is_file())
+    folders = getattr(weights, "folders", (weights.path,))  # adapters and their base lie in two
+    present = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file())
     if promised > present:
         findings.append(f"its parameters need {promised:,} bytes or more, its files hold {present:,}")
     if findings:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_omega.checkpoint.reader import CheckpointReader
+from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.tensor_file import checksum
 from megatron_omega.checkpoint.writer import HIDDEN_PREFIX, sync_folder, write_durably
 from megatron_omega.config.schema import RunConfig
@@ -60,6 +60,14 @@ class HasSettings(Protocol):
 
     @property
     def config(self) -> dict[str, JsonValue]: ...
+
+
+class Exportable(HasSettings, Protocol):
+    """Weights to be written: a checkpoint's, or those of one with its adapters merged into them."""
+
+    manifest: Manifest
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 class ExportedParameter(BaseModel):
@@ -97,7 +105,7 @@ class ExportDescription(BaseModel):
 
 
 def write_export(
-    target: Path, source: CheckpointReader, tokenizer: Tokenizer, *, dtype: Literal["fp32", "bf16"], shard_bytes: int
+    target: Path, source: Exportable, tokenizer: Tokenizer, *, dtype: Literal["fp32", "bf16"], shard_bytes: int
 ) -> ExportDescription:
     """Write the weights of `source` into the new folder `target`, one file after the other.
 
@@ -124,7 +132,7 @@ def write_export(
 
 
 def _write(
-    folder: Path, source: CheckpointReader, tokenizer: Tokenizer, dtype: Literal["fp32", "bf16"], shard_bytes: int
+    folder: Path, source: Exportable, tokenizer: Tokenizer, dtype: Literal["fp32", "bf16"], shard_bytes: int
 ) -> ExportDescription:
     config = settings_of(source)
     parameters: dict[str, ExportedParameter] = {}
@@ -180,7 +188,7 @@ def _publish(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _shards(source: CheckpointReader, element_bytes: int, shard_bytes: int) -> Iterator[list[str]]:
+def _shards(source: Exportable, element_bytes: int, shard_bytes: int) -> Iterator[list[str]]:
     """Yield the names that share a file."""
     names: list[str] = []
     size = 0

@@ -5,10 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _CHANGED_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return where this user keeps what can be made again."""
+    home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/tmp")) / ".cache")
+    return home / "megatron-omega"
 
 
 def private_folder(path: Path) -> Path:

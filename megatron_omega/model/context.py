@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from megatron_omega.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+from megatron_omega.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron_omega.model import parametrization
 from megatron_omega.model.kernels import PORTABLE, Kernels
 from megatron_omega.parallel.parameters import Scales
@@ -28,6 +28,8 @@ class ModelContext:
     """Longest decoder stream; sizes the learned positions."""
     recompute: Recompute = "none"
     kernels: Kernels = PORTABLE
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters beside the products of every layer; none if its rank is 0."""
     residual: float = 1.0
     """Factor on what a layer adds to the residual stream; 1 outside of the stacks."""
 
@@ -43,6 +45,7 @@ class ModelContext:
             decoder_seq_length=config.data.decoder_seq_length,
             recompute=config.parallel.recompute,
             kernels=kernels,
+            lora=config.lora,
         )
 
     @property

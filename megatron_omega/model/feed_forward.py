@@ -26,10 +26,10 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s or s/tp, d] outside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
         (gate_up,) = self.gate_up(hidden)
-        if self.recompute == "swiglu":
+        if self.recompute == "swiglu" and self.down.adapter is None:
             return gated_linear(gate_up, self.down.weight)
         product = self.activation(gate_up)
         if self.recompute in ("ffn", "full"):
             # Torch keeps arguments before it multiplies: the recomputation, of which this is the end, stops here.
-            return F.linear(product, self.down.weight)
+            return self.down.adapted(product, F.linear(product, self.down.weight))
         return self.down(product)

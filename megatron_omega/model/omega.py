@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from megatron_omega.model.adapters import with_adapters
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import Kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer, EncoderNorm, Head
@@ -126,13 +127,13 @@ def _names(stack: str, count: int) -> list[str]:
 def _encoder_builder(name: str, index: int, context: ModelContext) -> Callable[[], nn.Module]:
     length = context.encoder_seq_length if _adds_positions(index, context) else None
     branches = context.model.layer_branches("encoder", index)
-    return lambda: EncoderLayer(name, context, branches, max_positions=length)
+    return lambda: with_adapters(EncoderLayer(name, context, branches, max_positions=length), context)
 
 
 def _decoder_builder(name: str, index: int, context: ModelContext) -> Callable[[], nn.Module]:
     length = context.decoder_seq_length if _adds_positions(index, context) else None
     branches = context.model.layer_branches("decoder", index)
-    return lambda: DecoderLayer(name, context, branches, max_positions=length)
+    return lambda: with_adapters(DecoderLayer(name, context, branches, max_positions=length), context)
 
 
 def _adds_positions(index: int, context: ModelContext) -> bool:

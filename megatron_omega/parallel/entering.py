@@ -49,8 +49,9 @@ class _Products(Function):
             d_hidden += gradient @ _matrix(weight)
         arriving = context.parallel.start_leaving(d_hidden)
         inputs = entered.flatten(0, -2)
+        is_needed = context.needs_input_grad[2:]  # a frozen weight has no gradient
         d_weights = [
-            (gradient.flatten(0, -2).t() @ inputs).view(weight.shape)
-            for gradient, weight in zip(gradients, weights, strict=True)
+            (gradient.flatten(0, -2).t() @ inputs).view(weight.shape) if needed else None
+            for gradient, weight, needed in zip(gradients, weights, is_needed, strict=True)
         ]
         return arriving(), None, *d_weights

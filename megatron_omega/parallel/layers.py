@@ -37,6 +37,7 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel = parallel
+        self.adapter: nn.Module | None = None
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=shape[-1] ** -0.5, parallel=parallel, seed=seed,
             scales=scales, rows=(*range(axis, len(shape) - 1),), columns=(len(shape) - 1,),
@@ -44,7 +45,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, in] inside the region -> [b, s, out / tp]."""
-        return linear(hidden, self.weight, self.weight.shape[:-1].numel())
+        return self._adapted(hidden, linear(hidden, self.weight, self.weight.shape[:-1].numel()))
+
+    def _adapted(self, hidden: Tensor, product: Tensor) -> Tensor:
+        """Add what a low-rank adapter makes of the same input, if there is one."""
+        return product if self.adapter is None else product + self.adapter(hidden)
 
 
 class EnteringLinear(ColumnParallelLinear):
@@ -53,8 +58,11 @@ class EnteringLinear(ColumnParallelLinear):
     def forward(self, hidden: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[b, s or s/tp, in] outside the region -> [b, s, out / tp], and as much for each weight `beside` this one."""
         if self.parallel.size > 1:
-            return enter_products(hidden, self.parallel, self.weight, *beside)
-        return tuple(linear(hidden, weight, weight.shape[:-1].numel()) for weight in (self.weight, *beside))
+            first, *others = enter_products(hidden, self.parallel, self.weight, *beside)
+        else:
+            weights = (self.weight, *beside)
+            first, *others = (linear(hidden, weight, weight.shape[:-1].numel()) for weight in weights)
+        return self._adapted(hidden, first), *others
 
 
 class RowParallelLinear(nn.Module):
@@ -67,6 +75,7 @@ class RowParallelLinear(nn.Module):
         self, name: str, shape: tuple[int, ...], *, axis: int, parallel: TensorParallel, seed: int, scales: Scales
     ) -> None:
         super().__init__()
+        self.adapter: nn.Module | None = None
         self.weight = declare_parameter(
             f"{name}.weight", shape, axis=axis, std=math.prod(shape[1:]) ** -0.5, parallel=parallel, seed=seed,
             scales=scales, rows=(0,), columns=(*range(axis, len(shape)),),
@@ -74,7 +83,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, in / tp] -> this rank's partial sum [b, s, out]; the caller leaves the region."""
-        return linear(hidden, self.weight, self.weight.shape[0])
+        return self.adapted(hidden, linear(hidden, self.weight, self.weight.shape[0]))
+
+    def adapted(self, hidden: Tensor, product: Tensor) -> Tensor:
+        """Add what a low-rank adapter makes of the same input, if there is one."""
+        return product if self.adapter is None else product + self.adapter(hidden)
 
 
 class TokenTable(nn.Module):

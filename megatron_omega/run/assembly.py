@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omega import accounting
+from megatron_omega.checkpoint.adapters import IDENTITY, Base, adapter_identity, find_base
 from megatron_omega.checkpoint.store import CheckpointStore
 from megatron_omega.config.load import ResolvedRun
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.samples import Sources
+from megatron_omega.data.sources import Sources
 from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.start import visible_devices
 from megatron_omega.health.weights import Integrity, has_copies
@@ -72,6 +73,8 @@ def assemble(
     with _engine_output(config, topology):
         engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
     open_rows(guard.ledger)
+    if config.lora.is_on:
+        store.start_from(engine, base_of(config))
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     own = run_hooks(
@@ -103,12 +106,23 @@ def assemble(
 
 
 def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Return what a checkpoint must share with a run to be loaded into it, and how its first weights are drawn."""
+    """Return what a checkpoint must share with a run to be loaded into it, and how its first weights are drawn.
+
+    Raises CheckpointError if the weights that adapters stand beside are not there.
+    """
+    adapters = {IDENTITY: adapter_identity(config.lora, base_of(config))} if config.lora.is_on else {}
     return {
         "model": config.model.model_dump(mode="json"),
         "tokenizer": tokenizer_fingerprint,
         "initialization": DRAWING_VERSION,
+        **adapters,
     }
+
+
+def base_of(config: RunConfig) -> Base:
+    """Return the weights that a run's adapters stand beside."""
+    assert config.checkpoint.load is not None, "checked with the configuration"
+    return find_base(config.checkpoint.load)
 
 
 @contextmanager
@@ -122,7 +136,7 @@ def _engine_output(config: RunConfig, topology: Topology) -> Iterator[None]:
 def _refuse_foreign_checkpoint(config: RunConfig, store: CheckpointStore) -> None:
     """Raise CheckpointError where the run would go on from another model's checkpoint, before anything is allocated."""
     resumes = config.checkpoint.resume and store.find_latest() is not None
-    if not resumes and config.checkpoint.load is not None:
+    if not resumes and config.checkpoint.load is not None and not config.lora.is_on:
         store.resolve(config.checkpoint.load)
 
 

@@ -10,14 +10,14 @@ import torch
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.loader import Loader, micro_batch_indices
-from megatron_omega.data.samples import SampleSource
+from megatron_omega.data.sources import Source
 from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.results import MicroBatch
 from megatron_omega.training.batch_size import Interval, samples_of_step
 from megatron_omega.training.loop import OpenBatches
 
 
-def open_batches(config: RunConfig, source: SampleSource, engine: Engine) -> OpenBatches:
+def open_batches(config: RunConfig, source: Source, engine: Engine) -> OpenBatches:
     """Return a function that opens this replica's stream of micro-batches at a place in the data."""
     data, batch = engine.topology.data, config.batch
 

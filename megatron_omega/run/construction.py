@@ -14,6 +14,7 @@ from megatron_omega.engine.engine import Engine, gather_whole
 from megatron_omega.engine.start import (
     construction,
 )
+from megatron_omega.model.adapters import freeze_all_but_adapters
 from megatron_omega.model.compilation import LAYERS, compile_layers
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import PORTABLE, Kernels
@@ -45,6 +46,8 @@ def build_engine(
     """Build model and engine. `values` is the resolved DeepSpeed configuration. Collective."""
     with construction(values, topology):
         model = build_model(config, topology, kernels)
+    if config.lora.is_on:
+        freeze_all_but_adapters(model, is_pipeline=topology.layout.pipeline > 1)
     if config.training.compile == "layers":
         compile_layers(model)
         if values["zero_optimization"]["stage"] == 3:

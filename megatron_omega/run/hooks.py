@@ -10,7 +10,7 @@ import torch
 from megatron_omega.config.load import ResolvedRun
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.inspection import documents_of
-from megatron_omega.data.samples import Sources
+from megatron_omega.data.sources import Sources
 from megatron_omega.health.stragglers import StragglerWatch
 from megatron_omega.host.lease import Lease
 from megatron_omega.monitoring import monitoring_hooks
@@ -119,6 +119,8 @@ def _forecast_hooks(resolved: ResolvedRun, topology: Topology, baseline: int) ->
     `baseline` is the process's memory before the engine.
     """
     machine = this_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    if resolved.config.lora.is_on:  # the planner prices training the whole model
+        return []
     if topology.rank or machine is None or not machine.hardware.supports(resolved.config.precision.dtype):
         return []
     world_size, stage = topology.layout.world_size, resolved.deepspeed.zero_stage

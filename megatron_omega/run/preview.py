@@ -17,7 +17,7 @@ from megatron_omega import accounting
 from megatron_omega.config.layout import num_stages, ranks_per_replica
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sources import open_sources
 from megatron_omega.health.preflight import disk_findings, gather_findings
 from megatron_omega.host.environment import has_gpu
 from megatron_omega.host.redaction import redact, redacted

@@ -20,7 +20,16 @@ from megatron_omega.host import run_folder
 from megatron_omega.training.learning_rate import learning_rate_fraction
 from megatron_omega.training.state import TrainState
 
-_ORDER = ("training.seed", "data.split", "data.order", "data.encoder_seq_length", "data.decoder_seq_length")
+_ORDER = (
+    "training.seed",
+    "data.split",
+    "data.order",
+    "data.encoder_seq_length",
+    "data.decoder_seq_length",
+    "data.tasks",
+    "data.task_temperature",
+    "data.text_fraction",
+)
 """Settings on which the order of samples depends, or what is in each."""
 _TOTAL = ("training.train_steps", "batch.global_batch_size", "data.corpora", "data.reweight")
 """In Megatron's order all samples of a run are shuffled together, so that these count too."""

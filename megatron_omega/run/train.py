@@ -17,7 +17,7 @@ from megatron_omega.config.layout import layout_of
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.paths import with_absolute_paths
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.engine.start import (
     check_precision,
@@ -132,6 +132,8 @@ def _preflight(
         }
     )
     guard.arrive(findings, code, facts)
+    for notice in opened[0].notices:
+        log.info(notice)
     if is_main:
         _prepare_run_directory(config, opened[0].tokenizer)
     for notice in told:

@@ -12,7 +12,7 @@ from megatron_omega.checkpoint.catalogue import newest_whole
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.config.load import ResolvedRun, load_config
-from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sources import open_sources
 from megatron_omega.errors import ConfigError, Preempted
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import ProcessPlace

@@ -25,7 +25,7 @@ from megatron_omega.config import yaml_text
 from megatron_omega.config.arguments import Arguments, Override
 from megatron_omega.config.load import load_config, resolve_run
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.samples import Sources, open_sources
+from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.errors import ConfigError
 from megatron_omega.export.loading import load_omega
 from megatron_omega.host import run_folder

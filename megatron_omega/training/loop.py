@@ -146,7 +146,7 @@ class Trainer:
         """Return the state of the checkpoint to go on from, or a new one. Resuming has precedence over loading."""
         checkpoint = self.config.checkpoint
         saved = self.store.load_latest(self.engine) if checkpoint.resume else None
-        if saved is None and checkpoint.load is not None:
+        if saved is None and checkpoint.load is not None and not self.config.lora.is_on:  # a base is there by now
             weights_only = checkpoint.load_weights_only
             saved = self.store.load(self.engine, checkpoint.load, weights_only=weights_only)
             log.info("loaded %s%s", checkpoint.load, " (weights only)" if weights_only else "")

@@ -31,7 +31,7 @@ import pretrain_omega
 from megatron_omega.checkpoint.inspection import compare
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.load import load_config
-from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sources import open_sources
 from megatron_omega.launching.local_ranks import run_ranks
 
 STEPS, BREAK = 20, 7

@@ -17,7 +17,7 @@ from megatron_omega.config.schema import Corpus, RunConfig
 from megatron_omega.data.batch import Batch, Sample
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.loader import Loader, build_batch, micro_batch_indices
-from megatron_omega.data.samples import open_sources
+from megatron_omega.data.sources import open_sources
 from megatron_omega.errors import DataError
 
 MakeConfig = Callable[..., RunConfig]

@@ -13,8 +13,8 @@ from megatron_omega.config.schema import Corpus, ModelConfig, Reweight, RunConfi
 from megatron_omega.data.batch import Batch
 from megatron_omega.data.indexed import token_dtype, write_shard
 from megatron_omega.data.objectives import restore
-from megatron_omega.data.samples import open_sources
 from megatron_omega.data.sidecar import Sidecar, sidecar_path, to_json
+from megatron_omega.data.sources import open_sources
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 

@@ -7,10 +7,10 @@ One file a subject: a new setting's sentence goes where its section's are.
 from __future__ import annotations
 
 from megatron_omega.config.check.architecture import architecture, objective
-from megatron_omega.config.check.data import corpus, streams
+from megatron_omega.config.check.data import corpus, streams, tasks
 from megatron_omega.config.check.layout import stages, tensor_parallel, zero
 from megatron_omega.config.check.sizes import ends, sizes
-from megatron_omega.config.check.training import batches, checkpoints, schedule, traces
+from megatron_omega.config.check.training import adapters, batches, checkpoints, schedule, traces
 from megatron_omega.config.check.unwise import unwise
 from megatron_omega.config.check.words import divisors, one_of
 from megatron_omega.config.schema import RunConfig
@@ -35,7 +35,7 @@ def findings(
         needs_training_text: whether a corpus without a train part is one (an evaluation's is not).
     """
     found = [*architecture(config.model), *streams(config), *objective(config), *tensor_parallel(config)]
-    found += [*stages(config), *schedule(config), *checkpoints(config)]
+    found += [*stages(config), *schedule(config), *checkpoints(config), *tasks(config), *adapters(config)]
     if zero_stage is not None:
         found += zero(config, zero_stage)
     found += [*batches(config, world_size), *traces(config, world_size)]

@@ -44,12 +44,14 @@ def streams(config: RunConfig) -> Iterator[str]:
 
 def corpus(config: RunConfig, *, needs_training_text: bool) -> Iterator[str]:
     data = config.data
-    if not data.corpora:
+    if not data.corpora and not data.tasks:
         yield "data.corpora is empty; name at least one: --data.corpora '[{prefix: PATH}]'"
     if not data.tokenizer:
         yield "data.tokenizer is not set; give the path of the SentencePiece model the corpus was encoded with"
     yield from _reweights(config)
     train, validation, _ = data.split
+    if data.tasks:
+        return
     if train == 0 and needs_training_text:
         yield f"data.split={list(data.split)} has no train part; its first number must be positive"
     if validation == 0 and config.evaluation.interval_steps:
@@ -57,6 +59,31 @@ def corpus(config: RunConfig, *, needs_training_text: bool) -> Iterator[str]:
             f"data.split={list(data.split)} has no validation part, but evaluation.interval_steps="
             f"{config.evaluation.interval_steps}; use evaluation.interval_steps=0, or give it a share"
         )
+
+
+def tasks(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.tasks:
+        if config.training.epochs is not None:
+            yield (
+                f"training.epochs={config.training.epochs:g} without data.tasks; epochs are passes through tasks: use "
+                "training.train_steps"
+            )
+        if data.text_fraction:
+            yield f"data.text_fraction={data.text_fraction:g} without data.tasks; text is all there is: leave it out"
+        return
+    weights = [task.weight for task in data.tasks]
+    unweighted = weights.count(None)
+    if 0 < unweighted < len(weights):
+        yield f"data.tasks gives {unweighted} of {len(weights)} tasks no weight; give a weight to all or to none"
+    elif not unweighted and not any(weights):
+        yield "every weight of data.tasks is 0; give one task more"
+    if data.text_fraction and not data.corpora:
+        yield f"data.text_fraction={data.text_fraction:g} without data.corpora; name them, or use 0"
+    if data.text_fraction == 1:
+        yield "data.text_fraction=1 leaves nothing for data.tasks; use less"
+    if data.order == "megatron":
+        yield "data.order=megatron with data.tasks; that order is of text alone: use flat"
 
 
 def _reweights(config: RunConfig) -> Iterator[str]:

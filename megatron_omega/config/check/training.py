@@ -101,3 +101,22 @@ def schedule(config: RunConfig) -> Iterator[str]:
 def checkpoints(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.load_weights_only and config.checkpoint.load is None:
         yield "checkpoint.load_weights_only=true without checkpoint.load; say which checkpoint (--load PATH)"
+
+
+def adapters(config: RunConfig) -> Iterator[str]:
+    lora = config.lora
+    if not lora.is_on:
+        return
+    if not lora.targets:
+        yield "lora.targets is empty; name at least one of qkv, out, gate_up, down or cross"
+    if len({*lora.targets}) < len(lora.targets):
+        yield f"lora.targets=[{', '.join(lora.targets)}] names a target more than once; name each once"
+    if config.model.is_decoder_only and {*lora.targets} == {"cross"}:
+        yield "lora.targets=[cross] with model.encoder_layers=0; a decoder-only model has no cross-attention: use qkv"
+    if config.checkpoint.load is None:
+        yield (
+            f"lora.rank={lora.rank} without checkpoint.load; adapters stand beside trained weights: say which "
+            "(--load PATH)"
+        )
+    if config.optimizer.name == "muon":
+        yield f"lora.rank={lora.rank} with optimizer.name=muon, which moves whole matrices; use adamw"

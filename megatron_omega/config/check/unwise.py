@@ -20,3 +20,8 @@ def unwise(config: RunConfig) -> Iterator[str]:
         yield "objective.masked_prefix masks tokens that nothing predicts, since model.mlm_head=false"
     if model.has_mlm_head and objective.mlm_weight and not objective.masked_prefix:
         yield "model.mlm_head=true is never trained, since objective.masked_prefix=0"
+    if config.lora.is_on:
+        yield (
+            f"lora.rank={config.lora.rank}: estimates are of training the whole model; with adapters the memory of "
+            "gradients, masters and moments is a small part of what they say"
+        )

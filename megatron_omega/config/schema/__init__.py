@@ -31,13 +31,16 @@ from megatron_omega.config.schema.optimization import (
 )
 from megatron_omega.config.schema.parallel import ParallelConfig
 from megatron_omega.config.schema.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ResilienceConfig
+from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, AdapterTarget, LoraConfig, Task
 
 __all__ = [
+    "ADAPTER_TARGETS",
     "BRANCH_FORMS",
     "DECODER_BRANCHES",
     "ENCODER_BRANCHES",
     "LEGAL_BRANCHES",
     "VOCABULARY_MULTIPLE",
+    "AdapterTarget",
     "BatchConfig",
     "Branch",
     "Branches",
@@ -47,6 +50,7 @@ __all__ = [
     "EvaluationConfig",
     "LayerBranches",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "Stack",
+    "Task",
     "TrainingConfig",
 ]
 
@@ -72,6 +77,8 @@ class RunConfig(Section):
     """Corpus and samples."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Objectives and losses."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout."""
     batch: BatchConfig = BatchConfig()

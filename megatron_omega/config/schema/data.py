@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_omega.config.history import with_earlier_meaning
 from megatron_omega.config.schema.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_omega.config.schema.tasks import Task
 
 
 class Corpus(Section):
@@ -39,6 +40,12 @@ class DataConfig(Section):
     """Corpora to blend: a list of {prefix, weight, from_sample}."""
     reweight: tuple[Reweight, ...] = ()
     """Later weights of the blend, each {from_sample, weights}, ascending. No corpus repeats or loses a sample by it."""
+    tasks: tuple[Task, ...] = ()
+    """Supervised tasks to fine-tune on: a list of {path, prompt, target, ...}; docs/tasks.md has examples."""
+    task_temperature: PositiveFloat = 1.0
+    """T: a task without a weight gives pairs in proportion to its number of pairs to the power of 1 / T."""
+    text_fraction: Fraction = 0.0
+    """Share of samples that are pretraining text of data.corpora, beside data.tasks."""
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (969.0, 30.0, 1.0)
     """Relative sizes of the train, validation and test parts, cut by documents in each corpus."""
     encoder_seq_length: NonNegative = 2048

@@ -87,6 +87,8 @@ class TrainingConfig(Section):
 
     train_steps: Positive = 1000
     """Optimizer steps of the whole run."""
+    epochs: PositiveFloat | None = None
+    """Passes through data.tasks; training.train_steps follows from it if that is not given."""
     seed: NonNegative = 1234
     """Seed of weights and data; the only source of randomness."""
     deterministic: bool = False

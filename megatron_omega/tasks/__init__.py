@@ -1,0 +1,1 @@
+"""After pretraining: fine-tuning on supervised tasks."""

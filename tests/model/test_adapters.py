@@ -1,0 +1,76 @@
+"""Low-rank adapters: they begin as nothing, can be merged, and are all that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from synthetic import micro_batch, small_config
+
+from megatron_omega.config.schema import LoraConfig, RunConfig
+from megatron_omega.model.adapters import (
+    adapter_names,
+    adapter_shapes,
+    freeze_all_but_adapters,
+    is_adapter,
+    is_column,
+    merged,
+    target_of,
+)
+from megatron_omega.model.context import ModelContext
+from megatron_omega.model.omega import Omega
+from megatron_omega.parallel.parameters import declared_parameters
+
+RANK = 4
+
+
+def build(config: RunConfig, lora: LoraConfig, recompute: str = "none") -> Omega:
+    return Omega(replace(ModelContext.of(config), lora=lora, recompute=recompute))
+
+
+def loss_of(model: Omega, config: RunConfig) -> torch.Tensor:
+    batch = micro_batch(0, 2, config)
+    return model(batch.inputs, (*batch.labels, torch.tensor([0.1, 0.1]), batch.masked_rows))
+
+
+@pytest.mark.parametrize("recompute", ["none", "swiglu", "ffn", "full"])
+@pytest.mark.parametrize("encoder_layers", [2, 0])
+def test_merged_equals_unmerged(encoder_layers: int, recompute: str) -> None:
+    config = small_config(model={"encoder_layers": encoder_layers})
+    plain, adapted = build(config, LoraConfig()), build(config, LoraConfig(rank=RANK), recompute)
+    assert loss_of(adapted, config).item() == loss_of(plain, config).item()
+    freeze_all_but_adapters(adapted, is_pipeline=False)
+    held = {info.name: parameter for info, parameter in declared_parameters(adapted)}
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in held.items():
+        if is_adapter(name):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    loss = loss_of(adapted, config)
+    loss.backward()
+    assert all((parameter.grad is not None) == is_adapter(name) for name, parameter in held.items())
+    with torch.no_grad():
+        for info, parameter in declared_parameters(plain):
+            a, b = adapter_names(info.name)
+            if a in held:
+                parameter.copy_(merged(parameter, held[a], held[b], LoraConfig(rank=RANK).scale))
+    assert loss_of(plain, config).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert abs(loss.item() - loss_of(build(config, LoraConfig()), config).item()) > 1e-3
+
+
+def test_what_is_trained_is_what_the_formula_says() -> None:
+    config = small_config()
+    for targets in (("qkv",), ("down", "cross"), ("qkv", "out", "gate_up", "down", "cross")):
+        model = build(config, LoraConfig(rank=RANK, targets=targets))
+        freeze_all_but_adapters(model, is_pipeline=False)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        expected = 0
+        for info, _ in declared_parameters(model):
+            if target_of(info.name) in targets:
+                inputs = prod(info.shape[-1:] if is_column(info) else info.shape[1:])
+                expected += RANK * (inputs + prod(info.shape) // inputs)
+                assert all(
+                    len(shape) >= 2 for shape in adapter_shapes(info.shape, is_column=is_column(info), rank=RANK)
+                )
+        assert trained == expected > 0
