@@ -246,7 +246,7 @@ def is_refused_in_training(prefix: Path, model: Path) -> bool:
     try:
         source = open_sources(RunConfig(model=ModelConfig(vocab_size=1 << 16), data=data)).train
         for number in range(len(source)):
-            source.window(number)
+            source.held(number)
     except DataError as error:
         return len(error.findings) == 1
     return False
