@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "data": {
         "gather-text": ("gather_text", "gather the text that every Python installation carries"),
+        "gather-tasks": ("gather_tasks", "gather supervised tasks that every Python installation carries"),
         "train-tokenizer": ("train_tokenizer", "learn a SentencePiece tokenizer with the ids that the objectives need"),
         "preprocess-data": ("preprocess", "tokenize text into memory-mapped shards"),
         "merge-shards": ("merge_shards", "join shards into one"),
@@ -35,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {
         "train": ("train", "train a configured run, as one of its processes or alone"),
         "finetune": ("finetune", "fine-tune a trained model on supervised tasks, whole or with LoRA"),
+        "score": ("score", "measure how well a model answers held-out prompts"),
         "launch": ("launch", "start all processes of a run: on this machine, on several, under Slurm"),
         "evaluate": ("validate", "measure the validation loss of a checkpoint"),
         "report": ("report", "say what a run learned, beside two guesses"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import micro_batch, small_config
 
-from megatron_omega.config.schema import ADAPTER_TARGETS, LoraConfig, RunConfig
+from megatron_omega.config.schema import ADAPTER_TARGETS, AdapterTarget, LoraConfig, RunConfig
 from megatron_omega.model.adapters import (
     adapter_names,
     adapter_shapes,
@@ -61,7 +61,8 @@ def test_merged_equals_unmerged(encoder_layers: int, recompute: str) -> None:
 
 def test_what_is_trained_is_what_the_formula_says() -> None:
     config = small_config()
-    for targets in ((ADAPTER_TARGETS[0],), ADAPTER_TARGETS[3:], ADAPTER_TARGETS):
+    choices: list[tuple[AdapterTarget, ...]] = [ADAPTER_TARGETS[:1], ADAPTER_TARGETS[3:], ADAPTER_TARGETS]
+    for targets in choices:
         model = build(config, LoraConfig(rank=RANK, targets=targets))
         freeze_all_but_adapters(model, is_pipeline=False)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

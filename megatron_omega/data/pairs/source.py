@@ -81,6 +81,11 @@ class PairRows:
         return len(self._grouping)
 
     @property
+    def pairs(self) -> NDArray[np.int64]:
+        """Numbers of its pairs, ascending."""
+        return np.sort(self._grouping.members)
+
+    @property
     def num_pairs(self) -> int:
         return len(self._grouping.members)
 

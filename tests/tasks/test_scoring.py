@@ -1,0 +1,89 @@
+"""Metrics by their published rules, and tasks gathered from source files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_omega.commands.gather_tasks import package_of
+from megatron_omega.tasks.installed import Origin, gather, write_tasks
+from megatron_omega.tasks.metrics import exact_match, f1, mean_of, normalized
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "exact", "overlap"),
+    [
+        ("The cat.", "cat", 1, 1),
+        ("a cat sat", "the cat", 0, 2 / 3),
+        ("", "", 1, 1),
+        ("", "cat", 0, 0),
+        ("the", "a", 1, 1),
+        ("cat cat", "cat", 0, 2 / 3),
+        ("Ümlaut-Wort", "ümlautwort", 1, 1),
+        ("dog", "cat", 0, 0),
+    ],
+)
+def test_metrics_follow_squads_rules(answer: str, wanted: str, exact: float, overlap: float) -> None:
+    assert exact_match(answer, wanted) == exact
+    assert f1(answer, wanted) == pytest.approx(overlap)
+
+
+def test_metrics_are_symmetric_bounded_and_one_for_the_same() -> None:
+    source = random.Random(0)
+    for _ in range(500):
+        texts = ["".join(source.choice("abthe n.,!? \n\t") for _ in range(source.randrange(30))) for _ in range(2)]
+        assert 0 <= f1(*texts) <= 1
+        assert f1(*texts) == pytest.approx(f1(*reversed(texts)))
+        assert exact_match(texts[0], texts[0]) == f1(texts[0], texts[0]) == 1
+        assert normalized(normalized(texts[0])) == normalized(texts[0])
+        assert exact_match(*texts) <= f1(*texts)
+
+
+def test_an_interval_holds_its_mean_and_narrows() -> None:
+    few, many = mean_of([0.0, 1.0] * 10), mean_of([0.0, 1.0] * 1000)
+    for mean in (few, many):
+        assert mean.low < mean.value == 0.5 < mean.high
+    assert many.high - many.low < few.high - few.low
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(2000), rel=0.2)
+    assert math.isnan(mean_of([]).value)
+
+
+SOURCE = '''
+def scale(values, factor=2, offset=None):
+    """Scale every value, then add an offset.
+
+    More of it.
+    """
+    return [value * factor + (offset or 0) for value in values]
+'''
+
+
+def test_tasks_are_gathered_from_functions(tmp_path: Path) -> None:
+    origins = []
+    for number in range(20):
+        path = tmp_path / f"package{number % 2}/file{number}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SOURCE.replace("scale", f"scale_{number}").replace("Scale", f"Scale {number}"))
+        origins.append(Origin(path, path.parent.name))
+    found = gather(origins, 100)
+    assert found["summary"][0]["answer"] == "Scale 0 every value, then add an offset."
+    assert "Scale" not in found["summary"][0]["text"]
+    assert {one["answer"] for one in found["default"]} <= {"2", "None"}
+    path = write_tasks(tmp_path / "tasks", found)
+    tasks = yaml.safe_load(path.read_text())
+    assert [task["name"] for task in tasks] == ["summary", "default", "package"]
+    lines = [json.loads(line) for task in tasks for line in Path(task["path"]).read_text().splitlines()]
+    held = [json.loads(line) for task in tasks for line in Path(task["validation"]).read_text().splitlines()]
+    assert {one["source"] for one in lines}.isdisjoint({one["source"] for one in held})
+    assert all(one["licence"] and one["source"] for one in lines)
+
+
+def test_a_file_knows_its_package() -> None:
+    assert package_of(Path("json/decoder.py")) == "json"
+    assert package_of(Path("abc.py")) == "abc"
+    assert package_of(Path("site-packages/numpy/core/x.py")) == "numpy"
