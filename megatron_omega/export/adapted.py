@@ -62,6 +62,10 @@ class AdaptedReader:
             return weight
         return merged(weight, self._adapters.tensor(a), self._adapters.tensor(b), self.lora.scale)
 
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Return [start, stop) along `axis` of a weight with its adapter merged in."""
+        return self.tensor(name).narrow(axis, start, stop - start).clone()
+
     def close(self) -> None:
         self._base.close()
         self._adapters.close()
