@@ -70,11 +70,8 @@ def assemble(
     places = gather_places(topology.layout, store.peers)
     refuse_slow_hosts(config, places, store.peers, device_type=visible_devices()[0])
     baseline = peak_bytes()
-    with _engine_output(config, topology):
-        engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
+    engine = _start_engine(resolved, topology, kernels, store)
     open_rows(guard.ledger)
-    if config.lora.is_on:
-        store.start_from(engine, base_of(config))
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))
     peak = peak_flops(topology.layout.world_size, config.precision.dtype, config.logging.peak_flops)
     own = run_hooks(
@@ -103,6 +100,16 @@ def assemble(
             device=engine.device,
         ).agreed,
     )
+
+
+def _start_engine(resolved: ResolvedRun, topology: Topology, kernels: Kernels, store: CheckpointStore) -> Engine:
+    """Build the engine; what is frozen beside adapters is filled at once, since no checkpoint of the run has it."""
+    config = resolved.config
+    with _engine_output(config, topology):
+        engine = build_engine(config, resolved.deepspeed.values, topology, kernels)
+    if config.lora.is_on:
+        store.start_from(engine, base_of(config))
+    return engine
 
 
 def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, Any]:
