@@ -18,6 +18,17 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
+def _own_place() -> Iterator[None]:
+    """Take back what a run in this process said of its place: a later test would be one rank of one."""
+    kept = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    yield
+    for name, value in kept.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
 def _own_log() -> Iterator[None]:
     """Take back what a test did to the package's logger: a later one would hear each line twice, or through a closed file."""
     yield

@@ -114,6 +114,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that is called as the pages call the demo's."""
     folder = tmp_path_factory.mktemp("pasted")
     write_run(folder / "runs/omega-tiny")
+    (folder / "a.txt").write_text("This function")
+    (folder / "b.txt").write_text("A class")
     (folder / "runs/omega-tiny/events.jsonl").write_text(
         '{"time": "2026-01-01T00:00:00+00:00", "event": "start", "uptime_seconds": 1.0}\n'
     )

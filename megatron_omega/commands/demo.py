@@ -28,7 +28,7 @@ from megatron_omega.commands import (
 )
 from megatron_omega.config.load import load_config
 from megatron_omega.host import run_folder
-from megatron_omega.host.command_line import COMMAND, CommandLine
+from megatron_omega.host.command_line import COMMAND, CommandLine, output_folder
 from megatron_omega.monitoring.files import read_objects
 
 PRESET = "omega-tiny"
@@ -62,7 +62,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ranks", type=int, default=8, help="processes (default 8: TP 2 x PP 2 x DP 2)")
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/omega-tiny"), help="run folder (default runs/omega-tiny)"
+        "--run", type=output_folder, default=Path("runs/omega-tiny"), help="run folder (default runs/omega-tiny)"
     )
     return parser.parse_known_args(argv)
 

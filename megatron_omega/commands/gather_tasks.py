@@ -16,13 +16,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_omega.corpus.installed_text import files_below, roots
-from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.command_line import CommandLine, output_folder
 from megatron_omega.tasks.installed import Origin, gather, write_tasks
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder to write to")
     parser.add_argument("--records", type=int, default=4000, help="most records of each task (default 4,000)")
     return parser.parse_args(argv)
 

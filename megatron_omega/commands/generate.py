@@ -31,6 +31,7 @@ from megatron_omega.generation.requests import Finished, Request, Token
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.host.command_line import CommandLine
+from megatron_omega.host.regular_files import read_text
 from megatron_omega.log import configure_logging
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,9 +74,9 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
     files = arguments.prompt_file or ([] if arguments.prompt else [Path("-")])
     for file in files:
         try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            text = sys.stdin.read() if str(file) == "-" else read_text(file)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            reason = error.strerror if isinstance(error, OSError) else "is not text in UTF-8"
             raise DataError(f"prompt file {file} cannot be read ({reason}); give a text file, or - for stdin") from None
         yield text.removesuffix("\n")
 

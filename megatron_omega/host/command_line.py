@@ -41,6 +41,18 @@ def output_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """Return the path of a folder that an option names for writing; for `add_argument(type=...)`.
+
+    Raises ArgumentTypeError, before any work is done, if it is no folder and cannot become one.
+    """
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is no folder; give the name of a folder to write to")
+    return path
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Make the folders above `path` and let it be written. Raises ConfigError instead of OSError."""

@@ -24,6 +24,7 @@ from megatron_omega.data.pairs.source import PairRows
 from megatron_omega.data.sources import Sources, open_sources
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
+from megatron_omega.host.regular_files import read_text
 
 EPOCHS = 3.0
 RATE_OF_PRETRAINING = 0.3
@@ -121,10 +122,9 @@ def read_tasks(text: str) -> Override:
     if not text.endswith((".yaml", ".yml")):
         return Override("data.tasks", json.dumps([{"path": text}]))
     try:
-        values = yaml_text.parse(Path(text).read_text(encoding="utf-8"), text)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"--tasks {text} cannot be read: {reason}; give a YAML file or records") from None
+        values = yaml_text.parse(read_text(text), text)
+    except OSError as error:
+        raise ConfigError(f"--tasks {text} cannot be read: {error.strerror}; give a YAML file or records") from None
     found = values.get("tasks") if isinstance(values, Mapping) else values
     if not isinstance(found, list):
         raise ConfigError(f"--tasks {text} holds no list of tasks; begin it with `- path: ...`")

@@ -83,6 +83,7 @@ WRITTEN = (
     "check-device --device cpu --json @",
     "import-hf --folder {checkpoint} --output @",
     "gather-text --output @",
+    "gather-tasks --output @",
     "train-tokenizer --input {text} --output @",
     "inspect-data {shard} --histogram @",
     f"{PLAN} --plot @",
