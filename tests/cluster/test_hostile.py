@@ -37,8 +37,15 @@ run.mkdir(parents=True, exist_ok=True)
 """
 
 
+ONE_RANK = (
+    "--config", "examples/omega-tiny/run.yaml", "--parallel.tensor_parallel_size", "1",
+    "--parallel.pipeline_parallel_size", "1",
+)  # fmt: skip
+"""A job that begins checks first that the run fits its hosts."""
+
+
 def _settings(folder: Path, name: str) -> tuple[str, ...]:
-    return ("--config", "examples/omega-tiny/run.yaml", "--logging.run_directory", str(folder / "run" / name))
+    return (*ONE_RANK, "--logging.run_directory", str(folder / "run" / name))
 
 
 def _nothing_else_ran(lab: Lab, folder: Path) -> bool:
