@@ -29,13 +29,14 @@ TEXT = ("The quick brown fox jumps over the lazy dog. ", "Zwölf Boxkämpfer jag
 
 
 def tiny_config(**sections: dict[str, Any]) -> RunConfig:
-    """An encoder-decoder with every branch; `sections` override fields."""
+    """An encoder-decoder with every branch and every objective; `sections` override fields."""
     values: dict[str, dict[str, Any]] = {
         "model": {
             "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2,
             "vocab_size": VOCAB_SIZE, "local_window": WINDOW, "axial_width": WIDTH,
         },
         "data": {"encoder_seq_length": 96, "decoder_seq_length": 96},
+        "objective": {"prefix_lm": 0.45, "span_corruption": 0.1, "masked_prefix": 0.45},
         "precision": {"dtype": "fp32"},
     }  # fmt: skip
     for section, fields in sections.items():

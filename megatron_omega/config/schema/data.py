@@ -88,11 +88,11 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What is asked of the model. Decided per example by (seed, epoch, sample index), never by rank or worker."""
 
-    prefix_lm: NonNegativeFloat = 0.45
+    prefix_lm: NonNegativeFloat = 0.5
     """Weight of prefix language modelling (decoder-only models always use plain language modelling)."""
-    span_corruption: NonNegativeFloat = 0.10
-    """Weight of span corruption."""
-    masked_prefix: NonNegativeFloat = 0.45
+    span_corruption: NonNegativeFloat = 0.0
+    """Weight of span corruption, which teaches to fill in gaps; docs/quality.md says what a tenth of it costs."""
+    masked_prefix: NonNegativeFloat = 0.5
     """Weight of masked prefix: tokens of the prefix are masked for the MLM head, the decoder continues it."""
     empty_prefix_fraction: Fraction = 1 / 6
     """Share of prefix-LM examples with an empty prefix: plain text generation."""
