@@ -99,6 +99,9 @@ def long_prefix(tmp_path_factory: pytest.TempPathFactory, texts: list[str], toke
     return str(path)
 
 
+EVERY_OBJECTIVE: dict[str, Any] = {"prefix_lm": 0.45, "span_corruption": 0.1, "masked_prefix": 0.45}
+
+
 @pytest.fixture
 def make_config(prefix: str, model_path: Path) -> Callable[..., RunConfig]:
     """Return a function that makes a configuration; keywords replace settings of the data section."""
@@ -117,7 +120,7 @@ def make_config(prefix: str, model_path: Path) -> Callable[..., RunConfig]:
         return RunConfig(
             model=model,
             data=DataConfig(**{**settings, **data}),
-            objective=ObjectiveConfig(**(objective or {})),
+            objective=ObjectiveConfig(**(EVERY_OBJECTIVE | (objective or {}))),
             training=TrainingConfig(train_steps=20),
         )
 
