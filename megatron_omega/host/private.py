@@ -30,9 +30,7 @@ def private_folder(path: Path) -> Path:
 
 def refuse_others(path: Path, *, is_folder: bool = False) -> None:
     """Raise PermissionError unless `path` is a file or folder, no link, of this user and closed to others."""
-    found = path.lstat()
-    is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
-    if not is_kind or found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
+    if not _is_own(path, _OTHERS, is_folder):
         raise PermissionError(f"{path} is not private to this user")
 
 
@@ -48,10 +46,15 @@ def code_folder(path: Path) -> Path:
 
 def refuse_foreign(path: Path, *, is_folder: bool = False) -> None:
     """Raise PermissionError unless `path` is a file or folder, no link, of this user, which no other can change."""
+    if not _is_own(path, _CHANGED_BY_OTHERS, is_folder):
+        raise PermissionError(errno.EPERM, "is a link, another user's, or open to changes by others", str(path))
+
+
+def _is_own(path: Path, refused_mode: int, is_folder: bool) -> bool:
+    """Return whether `path` itself, not what a link names, is of this kind and user, and without `refused_mode`."""
     found = path.lstat()
     is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
-    if not is_kind or found.st_uid != os.geteuid() or found.st_mode & _CHANGED_BY_OTHERS:
-        raise PermissionError(errno.EPERM, "is a link, another user's, or open to changes by others", str(path))
+    return is_kind and found.st_uid == os.geteuid() and not found.st_mode & refused_mode
 
 
 def write_private(path: Path, text: str) -> None:

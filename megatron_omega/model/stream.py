@@ -90,13 +90,6 @@ def rotations(stream: Stream | Continued, head_dim: int, base: float) -> RotaryT
     return rotary_table(stream.once(positions), head_dim, base)
 
 
-def document_bounds(stream: Stream) -> Tensor:
-    """int32 [documents + 1]: where runs of equal segments begin among all b * s tokens, and the end."""
-    segments = stream.segments
-    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
-    return F.pad(first.nonzero().flatten().int(), (0, 1), value=segments.numel())
-
-
 def dense_mask(stream: Stream, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     """[b, 1, s, s]: tokens of one document; causal: earlier ones."""
     same = share_document(stream.segments, stream.segments).unsqueeze(1)

@@ -65,13 +65,13 @@ class GPTOmegaPreTrainedModel(PreTrainedModel):
         return total / ((labels != IGNORED).sum() if num_items is None else num_items)
 
 
-class GPTOmegaEncoder(GPTOmegaPreTrainedModel):
-    """Token ids -> memory."""
+class GPTOmegaStack(GPTOmegaPreTrainedModel):
+    """The table, layers and last norm of an encoder or a decoder."""
 
-    def __init__(self, config: GPTOmegaConfig) -> None:
+    def __init__(self, config: GPTOmegaConfig, name: str, num_layers: int) -> None:
         super().__init__(config)
         self.token_table = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(GPTOmegaLayer(config, "encoder", index) for index in range(config.encoder_layers))
+        self.layers = nn.ModuleList(GPTOmegaLayer(config, name, index) for index in range(num_layers))
         self.norm = GPTOmegaRMSNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -81,6 +81,13 @@ class GPTOmegaEncoder(GPTOmegaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.token_table = value
+
+
+class GPTOmegaEncoder(GPTOmegaStack):
+    """Token ids -> memory."""
+
+    def __init__(self, config: GPTOmegaConfig) -> None:
+        super().__init__(config, "encoder", config.encoder_layers)
 
     def forward(
         self,
@@ -102,22 +109,11 @@ class GPTOmegaEncoder(GPTOmegaPreTrainedModel):
         return BaseModelOutput(self.norm(hidden), tuple(states) if output_hidden_states else None)
 
 
-class GPTOmegaDecoder(GPTOmegaPreTrainedModel):
+class GPTOmegaDecoder(GPTOmegaStack):
     """Token ids and, if there is an encoder, its memory -> hidden states."""
 
     def __init__(self, config: GPTOmegaConfig) -> None:
-        super().__init__(config)
-        self.token_table = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(GPTOmegaLayer(config, "decoder", index) for index in range(config.decoder_layers))
-        self.norm = GPTOmegaRMSNorm(config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.token_table
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.token_table = value
+        super().__init__(config, "decoder", config.decoder_layers)
 
     def forward(
         self,
