@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_omega.config import yaml_text
+from megatron_omega.config.check.data import metrics as wrong_metrics
 from megatron_omega.config.schema import DataConfig, Task
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import CommandLine
@@ -58,11 +59,14 @@ def tasks_of(text: str | None, own: Sequence[Task]) -> tuple[Task, ...]:
     from pydantic import ValidationError
 
     try:
-        return DataConfig.model_validate({"tasks": values}).tasks
+        tasks = DataConfig.model_validate({"tasks": values}).tasks
     except ValidationError as error:
         raise ConfigError(
             *(f"--tasks: {'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
         ) from None
+    if findings := list(wrong_metrics(tasks)):
+        raise ConfigError(*findings)
+    return tasks
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
     configure_logging()
     from megatron_omega.export.loading import load_text_model  # torch comes in here
+    from megatron_omega.tasks.metrics import require_metrics
     from megatron_omega.tasks.scoring import guesses, held_out, score
 
     model = load_text_model(arguments.checkpoint, arguments.device, tokenizer=arguments.tokenizer)
@@ -77,11 +82,13 @@ def main(argv: Sequence[str]) -> None:
     data = model.config.data.model_copy(update={"tokenizer": model.tokenizer.path})
     config = model.config.model_copy(update={"data": data})
     chosen = {"limit": arguments.limit, "seed": arguments.seed}
-    for train, held in zip(*held_out(config, tasks), strict=True):
+    require_metrics([name for task in tasks for name in task.measured_by])
+    for task, train, held in zip(tasks, *held_out(config, tasks), strict=True):
         if not len(held):
             continue
-        scores = [score(model, train, held, name=str(model.path), shots=arguments.shots, **chosen)]
-        scores += guesses(model, train, held, **chosen)
+        asked = {"metrics": task.measured_by, **chosen}
+        scores = [score(model, train, held, name=str(model.path), shots=arguments.shots, **asked)]
+        scores += guesses(model, train, held, **asked)
         for one in scores:
             print(json.dumps(asdict(one)) if arguments.json else "\n".join(in_words(one, arguments.examples)))
 

@@ -1,16 +1,30 @@
-"""Metrics of an answer against the wanted one, by published rules, and how certain their means are. Pure functions."""
+"""Metrics of answers against the wanted ones, by published rules, and how certain they are. Pure functions.
+
+exact_match, f1   SQuAD's evaluation (1606.05250; an empty answer as in 2.0)     0 to 1, a mean over answers
+rouge             ROUGE-1, ROUGE-2 and ROUGE-L (F) by rouge-score, unstemmed      0 to 1, a mean over answers
+bleu, chrf        by sacrebleu, over all answers together                         0 to 100
+accuracy          of choices by likelihood: see `choices`                         0 to 1, a mean over questions
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from megatron_omega.config.schema import Metric
+from megatron_omega.errors import ConfigError
 
 _RESAMPLES = 1000
+_INTERVAL = (0.025, 0.975)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -26,7 +40,7 @@ def exact_match(answer: str, wanted: str) -> float:
 
 
 def f1(answer: str, wanted: str) -> float:
-    """Return the harmonic mean of precision and recall of words, each as often as it stands there (SQuAD 1.1)."""
+    """Return the harmonic mean of precision and recall of words, each as often as it stands there (SQuAD)."""
     found, gold = normalized(answer).split(), normalized(wanted).split()
     common = sum((Counter(found) & Counter(gold)).values())
     if not common:
@@ -36,6 +50,70 @@ def f1(answer: str, wanted: str) -> float:
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1}
+"""Of one answer, in the standard library alone."""
+ROUGE = ("rouge1", "rouge2", "rougeL")
+CORPUS = {"bleu": "BLEU", "chrf": "CHRF"}
+"""Of all answers together -> its class in sacrebleu."""
+_PACKAGES = {"rouge": ("rouge_score", "rouge-score"), "bleu": ("sacrebleu",) * 2, "chrf": ("sacrebleu",) * 2}
+
+
+def rouge(answer: str, wanted: str) -> dict[str, float]:
+    """Return F of ROUGE-1, ROUGE-2 and ROUGE-L as rouge-score computes them, without stemming (its default)."""
+    return {name: float(score.fmeasure) for name, score in _rouge().score(wanted, answer).items()}
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE))
+
+
+def corpus_score(name: str, answers: Sequence[str], wanted: Sequence[str], seed: int = 0) -> Mean:
+    """Return sacrebleu's BLEU or chrF of all answers, 0 to 100; resampled are counts of answers, as sacrebleu does."""
+    from sacrebleu import metrics
+
+    if not answers:
+        return mean_of([])
+    metric: Any = getattr(metrics, CORPUS[name])()
+    counts = np.asarray(metric._extract_corpus_statistics(list(answers), [list(wanted)]))
+
+    def score(rows: NDArray[Any]) -> float:
+        return float(metric._compute_score_from_stats(rows.sum(axis=0).tolist()).score)
+
+    random = np.random.default_rng(seed)
+    scores = [score(counts[random.integers(len(counts), size=len(counts))]) for _ in range(_RESAMPLES)]
+    return Mean(score(counts), *map(float, np.quantile(scores, _INTERVAL)))
+
+
+def require_metrics(names: Iterable[Metric]) -> None:
+    """Raise ConfigError, before any work, for each metric of which the package is missing."""
+    findings = [
+        f"the metric {name} needs the package {package}; install the extra tasks, or {package}"
+        for name, (module, package) in _PACKAGES.items()
+        if name in set(names) and importlib.util.find_spec(module) is None
+    ]
+    if findings:
+        raise ConfigError(*findings)
+
+
+def measure(names: Sequence[Metric], answers: Sequence[str], wanted: Sequence[str], seed: int = 0) -> dict[str, Mean]:
+    """Return the metrics of answers by their columns: rouge has three, accuracy none here."""
+    found: dict[str, Mean] = {}
+    pairs = list(zip(answers, wanted, strict=True))
+    for name in names:
+        if name in METRICS:
+            found[name] = mean_of([METRICS[name](*pair) for pair in pairs], seed)
+        elif name == "rouge":
+            found |= means_of([rouge(*pair) for pair in pairs], ROUGE, seed)
+        elif name in CORPUS:
+            found[name] = corpus_score(name, answers, wanted, seed)
+    return found
+
+
+def means_of(values: Sequence[Mapping[str, float]], columns: Sequence[str], seed: int = 0) -> dict[str, Mean]:
+    """Return the mean of each column."""
+    return {column: mean_of([row[column] for row in values], seed) for column in columns}
 
 
 @dataclass(frozen=True)
@@ -57,5 +135,5 @@ def mean_of(values: Sequence[float], seed: int = 0) -> Mean:
     array = np.asarray(values, dtype=np.float64)
     random = np.random.default_rng(seed)
     means = [array[random.integers(len(array), size=len(array))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, _INTERVAL)
     return Mean(float(array.mean()), float(low), float(high))

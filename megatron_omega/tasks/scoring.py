@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_omega.config.labels import IGNORED_LABEL
-from megatron_omega.config.schema import RunConfig, Task
+from megatron_omega.config.schema import Metric, RunConfig, Task
 from megatron_omega.data.batch import stack
 from megatron_omega.data.pairs.source import PairRows
 from megatron_omega.data.sources import open_sources
@@ -23,7 +23,7 @@ from megatron_omega.generation.prompts import prompt_ids
 from megatron_omega.generation.requests import Finished, Limits, Request
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
-from megatron_omega.tasks.metrics import METRICS, Mean, mean_of
+from megatron_omega.tasks.metrics import Mean, measure
 
 MORE_THAN_LONGEST = 1.25
 """How much longer than the longest target an answer may be."""
@@ -67,8 +67,8 @@ def held_out(config: RunConfig, tasks: Sequence[Task]) -> tuple[tuple[PairRows, 
 
 
 def score(
-    model: TextModel, train: PairRows, held: PairRows, *, name: str, shots: int = 0, limit: int | None = None,
-    seed: int = 0,
+    model: TextModel, train: PairRows, held: PairRows, *, name: str, metrics: Sequence[Metric], shots: int = 0,
+    limit: int | None = None, seed: int = 0,
 ) -> Score:  # fmt: skip
     """Let `model` answer held-out prompts, greedily, `shots` training pairs before each prompt.
 
@@ -82,12 +82,13 @@ def score(
     )
     found = tuple(_answered(model, held, pair, answer) for pair, answer in zip(pairs, answers, strict=True))
     loss = float("nan") if shots else target_loss(model, held)
-    return Score(held.shard.name, name, shots, metrics_of(found, seed), loss, found)
+    return Score(held.shard.name, name, shots, metrics_of(metrics, found, seed), loss, found)
 
 
 def guesses(
-    model: TextModel, train: PairRows, held: PairRows, *, limit: int | None = None, seed: int = 0
-) -> list[Score]:
+    model: TextModel, train: PairRows, held: PairRows, *, metrics: Sequence[Metric], limit: int | None = None,
+    seed: int = 0,
+) -> list[Score]:  # fmt: skip
     """Return what the two guesses reach on the same pairs."""
     pairs = chosen(held, limit, np.random.default_rng(seed))
     targets = [model.tokenizer.decode(train.shard.pair(pair)[1].tolist()) for pair in train.pairs.tolist()]
@@ -98,7 +99,8 @@ def guesses(
     for name, guess in made.items():
         found = [_answered(model, held, pair, "") for pair in pairs]
         found = [Answered(one.source, one.prompt, one.wanted, guess(one.prompt)) for one in found]
-        scores.append(Score(held.shard.name, name, 0, metrics_of(found, seed), float("nan"), tuple(found)))
+        means = metrics_of(metrics, found, seed)
+        scores.append(Score(held.shard.name, name, 0, means, float("nan"), tuple(found)))
     return scores
 
 
@@ -110,11 +112,9 @@ def chosen(held: PairRows, limit: int | None, random: np.random.Generator) -> li
     return pairs.tolist()
 
 
-def metrics_of(answers: Sequence[Answered], seed: int) -> dict[str, Mean]:
-    """Return every metric over all answers."""
-    return {
-        name: mean_of([metric(one.answer, one.wanted) for one in answers], seed) for name, metric in METRICS.items()
-    }
+def metrics_of(names: Sequence[Metric], answers: Sequence[Answered], seed: int) -> dict[str, Mean]:
+    """Return the named metrics over all answers."""
+    return measure(names, [one.answer for one in answers], [one.wanted for one in answers], seed)
 
 
 def generate(model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:

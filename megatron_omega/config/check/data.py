@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from megatron_omega.config.check.architecture import branches_used
 from megatron_omega.config.check.words import nearest_multiples
-from megatron_omega.config.schema import RunConfig, Stack
+from megatron_omega.config.schema import RunConfig, Stack, Task
 
 
 def streams(config: RunConfig) -> Iterator[str]:
@@ -84,6 +84,18 @@ def tasks(config: RunConfig) -> Iterator[str]:
         yield "data.text_fraction=1 leaves nothing for data.tasks; use less"
     if data.order == "megatron":
         yield "data.order=megatron with data.tasks; that order is of text alone: use flat"
+    yield from metrics(data.tasks)
+
+
+def metrics(tasks: Sequence[Task]) -> Iterator[str]:
+    """Yield a finding for each task with a metric of another kind than it is."""
+    for number, task in enumerate(tasks):
+        if "accuracy" in task.metrics and not task.choices:
+            name = task.name or task.path
+            yield (
+                f"data.tasks[{number}].metrics has accuracy, but {name} has no choices; give it `choices`, or measure "
+                "what the model writes (exact_match, f1, rouge, bleu, chrf)"
+            )
 
 
 def _reweights(config: RunConfig) -> Iterator[str]:

@@ -31,7 +31,7 @@ from megatron_omega.config.schema.optimization import (
 )
 from megatron_omega.config.schema.parallel import ParallelConfig
 from megatron_omega.config.schema.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ResilienceConfig
-from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, AdapterTarget, LoraConfig, Task
+from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, AdapterTarget, LoraConfig, Metric, Task
 
 __all__ = [
     "ADAPTER_TARGETS",
@@ -51,6 +51,7 @@ __all__ = [
     "LayerBranches",
     "LoggingConfig",
     "LoraConfig",
+    "Metric",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

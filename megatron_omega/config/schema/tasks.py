@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_omega.config.schema.base import NonNegative, NonNegativeFloat, PositiveFloat, Section
 
 AdapterTarget = Literal["qkv", "out", "gate_up", "down", "cross"]
+Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf", "accuracy"]
 ADAPTER_TARGETS: tuple[AdapterTarget, ...] = ("qkv", "out", "gate_up", "down", "cross")
 
 
@@ -36,6 +37,17 @@ class Task(Section):
     """Where a prompt that is too long is cut."""
     long_targets: Literal["refuse", "cut", "leave_out"] = "refuse"
     """What happens to a pair whose target is longer than the decoder stream."""
+    choices: tuple[str, ...] = ()
+    """Templates of what there is to choose from; one that is a single field holding a list stands for all of the list.
+    The right choice is the one that equals the target."""
+    metrics: tuple[Metric, ...] = ()
+    """How answers are measured: exact_match and f1 (SQuAD), rouge, bleu, chrf, accuracy (of choices, by likelihood).
+    Without any: accuracy if there are choices, else exact_match and f1."""
+
+    @property
+    def measured_by(self) -> tuple[Metric, ...]:
+        """The metrics that count, defaults filled in."""
+        return self.metrics or (("accuracy",) if self.choices else ("exact_match", "f1"))
 
 
 class LoraConfig(Section):
