@@ -5,6 +5,10 @@ megatron-omega export-hf --checkpoint runs/omega-tiny --output exports/omega-tin
 Transformers 5 loads the folder: AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM (decoder-only),
 AutoTokenizer; its README.md shows how. So do megatron-omega generate, fill-mask and load_omega (in
 megatron_omega.export.loading). What was trained on there comes back by megatron-omega import-hf.
+
+A checkpoint of adapters is merged into its base; with --adapters it is written alone, as PEFT loads it:
+
+megatron-omega export-hf --checkpoint runs/omega-tiny-finetuned --adapters --output exports/adapters
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from pathlib import Path
 
 from megatron_omega.checkpoint.catalogue import newest_whole
 from megatron_omega.errors import CheckpointError, ConfigError
-from megatron_omega.export.adapted import open_whole
+from megatron_omega.export.adapted import AdaptedReader, open_whole
 from megatron_omega.export.comparison import Comparison, compare_export
+from megatron_omega.export.hugging_face.adapter_folder import write_adapters
 from megatron_omega.export.loading import open_tokenizer
 from megatron_omega.export.native import DTYPES, is_export, write_export
 from megatron_omega.host.command_line import CommandLine
@@ -35,6 +40,8 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest file (default 5)")
     parser.add_argument("--device", default="cpu", help="where logits are compared (default cpu)")
+    parser.add_argument("--adapters", action="store_true", help="write the adapters alone, in PEFT's format")
+    parser.add_argument("--base-name", help="with --adapters: where PEFT finds the export of the base by itself")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args(argv)
 
@@ -50,6 +57,21 @@ def verdict(found: Comparison) -> str:
     )
 
 
+def export_adapters(arguments: argparse.Namespace) -> None:
+    """Write the adapters of a checkpoint alone."""
+    with open_whole(newest_whole(arguments.checkpoint)) as source:
+        if not isinstance(source, AdaptedReader):
+            raise CheckpointError(f"{source.path} is a whole model and has no adapters; leave --adapters out")
+        count = write_adapters(arguments.output, source, base_name=arguments.base_name)
+        result = {"adapters": str(arguments.output), "checkpoint": str(source.path), "num_parameters": count}
+        base = source.folders[0]
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"{arguments.output}: {count:,} parameters of {result['checkpoint']}, read back bit for bit")
+        print(f"PEFT loads it on the export of its base, {base}")
+
+
 def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
     configure_logging()
@@ -57,6 +79,9 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--shard-gigabytes {arguments.shard_gigabytes:g} must be more than 0")
     if is_export(arguments.checkpoint):
         raise CheckpointError(f"{arguments.checkpoint} is an export already; give a checkpoint")
+    if arguments.adapters:
+        export_adapters(arguments)
+        return
     checkpoint = newest_whole(arguments.checkpoint)
     with open_whole(checkpoint) as source:
         tokenizer = open_tokenizer(source, arguments.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor
 from typing_extensions import Self
 
-from megatron_omega.checkpoint.adapters import find_base, has_adapters
+from megatron_omega.checkpoint.adapters import find_base, fingerprint, has_adapters
 from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_omega.config.schema import LoraConfig
@@ -36,6 +37,16 @@ class AdaptedReader:
     def lora(self) -> LoraConfig:
         """Rank, alpha and targets."""
         return LoraConfig.model_validate(self._adapters.config["lora"])
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Checksum of the weights that the adapters stand beside."""
+        return fingerprint(self._base.manifest)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every adapter's parameters, by canonical name, as they were trained."""
+        for name in sorted(self._own):
+            yield name, self._adapters.tensor(name)
 
     @property
     def config(self) -> dict[str, JsonValue]:

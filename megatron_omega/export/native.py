@@ -143,7 +143,7 @@ def _write(
         tensors = {name: source.tensor(name).to(DTYPES[dtype]) for name in names}
         stored = {stored_name(name): tensor.view(stored_shape(name, tensor.shape)) for name, tensor in tensors.items()}
         save_file(stored, folder / file, metadata={"format": "pt"})
-        _publish(folder / file)
+        publish(folder / file)
         headers[file] = _header_checksum(folder / file)
         for name, tensor in tensors.items():
             parameters[name] = ExportedParameter(shape=tuple(tensor.shape), file=file, checksum=_checksum(tensor))
@@ -181,7 +181,7 @@ def _own_checksum(description: ExportDescription) -> str:
     return checksum(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _publish(path: Path) -> None:
+def publish(path: Path) -> None:
     """Flush a file to the disk; let those read it who may read its folder (safetensors lets its owner alone)."""
     path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as file:

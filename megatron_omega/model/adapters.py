@@ -51,6 +51,14 @@ def adapter_shapes(shape: tuple[int, ...], *, is_column: bool, rank: int) -> tup
     return (rank, *shape[1:]), (shape[0], rank)
 
 
+def initial_deviation(shape: tuple[int, ...]) -> float:
+    """Return the standard deviation of a new A of `shape`: its results have the variance of its inputs."""
+    deviation = 1.0
+    for size in shape[1:]:
+        deviation *= size**-0.5
+    return deviation
+
+
 class Adapter(nn.Module):
     """A and B of one product."""
 
@@ -58,15 +66,13 @@ class Adapter(nn.Module):
         super().__init__()
         name = info.name.removesuffix(SUFFIX)
         first, second = adapter_shapes(info.shape, is_column=is_column(info), rank=lora.rank)
-        inputs = first[1:]
         build = {"parallel": parallel, "seed": seed}
         axes = (None, info.axis) if is_column(info) else (info.axis, None)
-        std = 1.0
-        for size in inputs:
-            std *= size**-0.5
         self.scale = lora.scale
         self.parallel = parallel
-        self.a = declare_parameter(f"{name}.{LORA_A}{SUFFIX}", first, axis=axes[0], std=std, **build)
+        self.a = declare_parameter(
+            f"{name}.{LORA_A}{SUFFIX}", first, axis=axes[0], std=initial_deviation(first), **build
+        )
         self.b = declare_parameter(f"{name}.{LORA_B}{SUFFIX}", second, axis=axes[1], **build)
 
     def product(self, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:

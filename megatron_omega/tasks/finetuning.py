@@ -34,7 +34,7 @@ STEPS_OF_AN_EPOCH = 8
 ROOM = 1.1
 """How much longer than the pairs ask for a decoder stream is made, since rows are never quite full."""
 
-INHERITED = ("model", "data", "objective", "precision", "parallel")
+INHERITED = ("model", "data", "objective", "precision", "parallel", "lora")
 """Sections that are as in the checkpoint."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "optimizer": {"weight_decay": 0.0},
@@ -162,7 +162,8 @@ def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _base(path: Path, world_size: int) -> dict[str, Any]:
     """Return the settings of the model to start from, with its own copy of the tokenizer."""
-    from megatron_omega.export.loading import (  # brings in torch, which a plain run does later
+    from megatron_omega.export.adapted import AdaptedReader  # brings in torch, which a plain run does later
+    from megatron_omega.export.loading import (
         find_weights,
         open_weights,
     )
@@ -171,6 +172,8 @@ def _base(path: Path, world_size: int) -> dict[str, Any]:
     weights = open_weights(folder)
     try:
         settings = json.loads(json.dumps(weights.config))
+        if isinstance(weights, AdaptedReader):
+            settings["lora"] = weights.lora.model_dump(mode="json")
     finally:
         weights.close()
     own = folder / run_folder.TOKENIZER
@@ -184,7 +187,8 @@ def _base(path: Path, world_size: int) -> dict[str, Any]:
 
 def _rates(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the learning rate: a share of pretraining's, or the adapters' own."""
-    if _named(given, "lora.rank") not in (None, 0, "0"):
+    rank = _named(given, "lora.rank") or base.get("lora", {}).get("rank")
+    if rank not in (None, 0, "0"):
         return {"optimizer": {"learning_rate": LORA_RATE}, "training": {"epochs": EPOCHS}}
     rate = base.get("optimizer", {}).get("learning_rate", RunConfig().optimizer.learning_rate)
     return {"optimizer": {"learning_rate": RATE_OF_PRETRAINING * rate}, "training": {"epochs": EPOCHS}}

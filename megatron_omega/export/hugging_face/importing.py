@@ -142,7 +142,7 @@ def import_folder(
 def open_folder(folder: Path) -> HubFolder:
     """Open a folder of Transformers. Raises CheckpointError where it holds no weights of GPT-Omega."""
     if (folder / _ADAPTER_NAME).exists() and not (folder / CONFIG_NAME).exists():
-        raise CheckpointError(f"{folder} holds an adapter alone; merge it first: model.merge_and_unload()")
+        raise CheckpointError(f"{folder} holds adapters alone; import them beside their base: import-hf --base")
     settings = _read_json(folder / CONFIG_NAME)
     if settings.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
