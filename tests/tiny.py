@@ -36,7 +36,7 @@ def make_tiny_corpus(folder: Path) -> TinyCorpus:
     """Make the corpus in `folder`."""
     text, tokenizer, prefix = folder / "text.jsonl", folder / "tokenizer.model", folder / "text"
     commands = [
-        ["-m", "megatron_omega", "gather-text", "--output", text, "--megabytes", "1"],
+        ["-m", "megatron_omega", "gather-text", "--output", text, "--megabytes", "2", "--standard-library"],
         ["tools/train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocab-size", "1000"],
         ["tools/preprocess_data.py", "--input", text, "--output-prefix", prefix, "--json-keys", "text",
          "--tokenizer-model", tokenizer, "--append-eod", "--workers", "1"],

@@ -2,7 +2,8 @@
 
     megatron-omega gather-text --output runs/corpus/text.jsonl
 
-Nothing is downloaded. What is found depends on the installed packages; its order is a fixed shuffle.
+Nothing is downloaded. What is found depends on the installed packages, unless --standard-library leaves them out; its
+order is a fixed shuffle.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ def main(argv: Sequence[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, required=True, help="jsonl to write")
     parser.add_argument("--megabytes", type=float, default=6.0, help="how much text to gather (default 6)")
+    parser.add_argument("--standard-library", action="store_true", help="leave installed packages out")
     arguments = parser.parse_args(argv)
     with writing(arguments.output):
-        written = write_installed_text(arguments.output, arguments.megabytes, _show)
+        written = write_installed_text(arguments.output, arguments.megabytes, _show, arguments.standard_library)
     if sys.stderr.isatty():
         print(end="\r" + " " * 40 + "\r", file=sys.stderr)
     print(f"{arguments.output}: {written.documents:,} documents, {written.size_bytes / 1e6:.1f} MB of text")

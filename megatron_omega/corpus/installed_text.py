@@ -44,6 +44,12 @@ def roots() -> list[Path]:
     return sorted({Path(path).resolve() for path in paths if path and Path(path).is_dir()})
 
 
+def standard_library() -> tuple[set[Path], set[Path]]:
+    """Return the standard library's folder, and the folders of packages inside of it."""
+    folder = Path(sysconfig.get_path("stdlib")).resolve()
+    return {folder}, {folder / "site-packages", folder / "dist-packages"}
+
+
 def files_below(root: Path, others: set[Path]) -> Iterator[Path]:
     """Walk `root` in a fixed order, leaving out the other roots inside it."""
     for path in sorted(root.iterdir()):
@@ -125,12 +131,14 @@ def documents(text: str) -> Iterator[str]:
     yield text
 
 
-def candidates() -> Iterator[tuple[str, str, str, Path]]:
-    """Yield (shuffle key, kind, package, path) of every file that may carry text, in a fixed shuffle."""
-    places = set(roots())
+def candidates(places: set[Path], others: set[Path]) -> Iterator[tuple[str, str, str, Path]]:
+    """Yield (shuffle key, kind, package, path) of every file below `places` that may carry text, in a fixed shuffle.
+
+    Folders in `others` are left out.
+    """
     found: dict[str, tuple[str, str, str, Path]] = {}
     for root in sorted(places):
-        for path in files_below(root, places - {root}):
+        for path in files_below(root, (places | others) - {root}):
             kind = kind_of(path)
             if kind:
                 place = path.relative_to(root)
@@ -165,12 +173,19 @@ def gather(
     return [document for _, document in sorted(found, key=lambda item: item[0])]
 
 
-def write_installed_text(output: Path, megabytes: float, progress: Callable[[float], None] = lambda _: None) -> Written:
+def write_installed_text(
+    output: Path,
+    megabytes: float,
+    progress: Callable[[float], None] = lambda _: None,
+    only_standard_library: bool = False,
+) -> Written:
     """Write `megabytes` of text to the jsonl `output`: objects with text, kind and source.
 
-    `progress` is called with the megabytes found so far.
+    `progress` is called with the megabytes found so far. The standard library's text does not depend on what else is
+    installed.
     """
-    found = gather(candidates(), int(megabytes * 1e6), progress)
+    places, others = standard_library() if only_standard_library else (set(roots()), set[Path]())
+    found = gather(candidates(places, others), int(megabytes * 1e6), progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
