@@ -1,4 +1,4 @@
-"""One process, or the tensor-parallel ranks that a launcher started: which slice of a model this one loads."""
+"""One process, or the ranks that a launcher started: they share a model, a slice each, or they share the work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_omega.host.environment import complete_environment
 from megatron_omega.parallel.exchange import Peers
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 from megatron_omega.parallel.topology import create_topology
+from megatron_omega.tasks.sharing import ALONE, Share
 
 _SECONDS = 1800  # that one rank waits for another inside a step
 
@@ -51,5 +52,25 @@ def join(device: str) -> Iterator[Together]:
     own_device = f"cuda:{place.local_rank}" if device == "cuda" else device
     try:
         yield Together(own_device, topology.tensor_parallel(sequence_parallel=False), Peers(timeout=PATIENCE))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def dealing(device: str) -> Iterator[tuple[str, Share]]:
+    """Meet the other ranks, each of which has the whole model; yield this one's device and its share of the work."""
+    place = complete_environment()
+    if place.world_size == 1:
+        yield device, ALONE
+        return
+    from megatron_omega.engine.start import start_distributed
+
+    start_distributed(local_rank=place.local_rank, timeout_seconds=_SECONDS)
+    peers = Peers(timeout=PATIENCE)
+    try:
+        yield (
+            f"cuda:{place.local_rank}" if device == "cuda" else device,
+            Share(place.rank, place.world_size, peers.exchange),
+        )
     finally:
         dist.destroy_process_group()

@@ -49,7 +49,12 @@ def f1(answer: str, wanted: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1}
+def same(answer: str, wanted: str) -> float:
+    """Return 1 if both are the same, letter by letter, else 0 (lm-evaluation-harness's exact_match)."""
+    return float(answer == wanted)
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1, "same": same}
 """Of one answer, in the standard library alone."""
 ROUGE = ("rouge1", "rouge2", "rougeL")
 CORPUS = {"bleu": "BLEU", "chrf": "CHRF"}
@@ -97,7 +102,7 @@ def require_metrics(names: Iterable[Metric]) -> None:
         raise ConfigError(*findings)
 
 
-def measure(names: Sequence[Metric], answers: Sequence[str], wanted: Sequence[str], seed: int = 0) -> dict[str, Mean]:
+def measure(names: Sequence[str], answers: Sequence[str], wanted: Sequence[str], seed: int = 0) -> dict[str, Mean]:
     """Return the metrics of answers by their columns: rouge has three, accuracy none here."""
     found: dict[str, Mean] = {}
     pairs = list(zip(answers, wanted, strict=True))
@@ -125,7 +130,8 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        is_certain = self.low == self.low
+        return f"{self.value:.3f}" + (f" ({self.low:.3f} to {self.high:.3f})" if is_certain else "")
 
 
 def mean_of(values: Sequence[float], seed: int = 0) -> Mean:
@@ -137,3 +143,19 @@ def mean_of(values: Sequence[float], seed: int = 0) -> Mean:
     means = [array[random.integers(len(array), size=len(array))].mean() for _ in range(_RESAMPLES)]
     low, high = np.quantile(means, _INTERVAL)
     return Mean(float(array.mean()), float(low), float(high))
+
+
+def ratio_of(
+    above: Sequence[float], below: Sequence[float], seed: int = 0, *, then: Callable[[float], float] = float
+) -> Mean:
+    """Return `then` of sum(above) / sum(below), and the interval of resampled examples; one alone has none: NaN."""
+    if not above:
+        return mean_of([])
+    parts = np.asarray([above, below], dtype=np.float64)
+    random = np.random.default_rng(seed)
+    drawn = (parts[:, random.integers(parts.shape[1], size=parts.shape[1])].sum(axis=1) for _ in range(_RESAMPLES))
+    low, high = np.quantile([then(float(one / other)) for one, other in drawn], _INTERVAL)
+    total = parts.sum(axis=1)
+    if len(above) < 2:
+        low = high = float("nan")
+    return Mean(then(float(total[0] / total[1])), float(low), float(high))

@@ -1,46 +1,50 @@
-"""How well a model answers: what it generates for held-out prompts, compared with the targets, beside two guesses.
+"""How well a model answers: what it writes, or chooses by likelihood, beside what was wanted and beside two guesses.
 
 The guesses know no prompt, or no target: the answer that was most frequent in training, and the first words of the
-prompt, as many as targets have on average.
+prompt, as many as answers have on average.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from megatron_omega.config.labels import IGNORED_LABEL
-from megatron_omega.config.schema import Metric, RunConfig, Task
-from megatron_omega.data.batch import stack
-from megatron_omega.data.pairs.source import PairRows
-from megatron_omega.data.sources import open_sources
 from megatron_omega.export.loading import TextModel
 from megatron_omega.generation.prompts import prompt_ids
 from megatron_omega.generation.requests import Finished, Limits, Request
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
-from megatron_omega.tasks.metrics import Mean, measure
+from megatron_omega.log import get_logger
+from megatron_omega.tasks.likelihood import Asked, Likelihood, is_cut, likelihoods, room_of
+from megatron_omega.tasks.metrics import CORPUS, METRICS, Mean, mean_of, means_of, measure, ratio_of
+from megatron_omega.tasks.questions import Exam, Question
+from megatron_omega.tasks.sharing import ALONE, Share
 
-MORE_THAN_LONGEST = 1.25
-"""How much longer than the longest target an answer may be."""
-_ROWS_AT_ONCE = 4
-_SEPARATOR = "\n\n"
+logger = get_logger(__name__)
 MOST_FREQUENT, FIRST_WORDS = "most frequent answer", "first words"
+WRITTEN = {*METRICS, "rouge", *CORPUS}
+"""Metrics of what a model writes."""
+ACCURACIES = ("accuracy", "accuracy_token", "accuracy_byte")
+"""Of the choice with the highest log p: as it is, by its tokens, by its UTF-8 bytes."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One held-out pair and what became of it."""
+    """One question and what became of it."""
 
     source: str
     """File and record."""
     prompt: str
     wanted: str
     answer: str
+    """What was written or chosen; empty if neither was asked for."""
+    log_probability: float = math.nan
+    """Of the wanted answer, nats."""
 
 
 @dataclass(frozen=True)
@@ -52,84 +56,118 @@ class Score:
     shots: int
     metrics: dict[str, Mean]
     loss: float
-    """Mean cross-entropy of target tokens, nats; not a number for a guess, and with examples in the prompt."""
+    """Mean cross-entropy of target tokens, nats; not a number for a guess."""
     answers: tuple[Answered, ...]
+    is_guess: bool = False
 
 
-def held_out(config: RunConfig, tasks: Sequence[Task]) -> tuple[tuple[PairRows, ...], tuple[PairRows, ...]]:
-    """Return training and held-out pairs of `tasks`, as a run of this configuration has them.
-
-    Raises DataError with everything that is wrong with them.
-    """
-    data = config.data.model_copy(update={"tasks": tuple(tasks), "text_fraction": 0.0})
-    sources = open_sources(config.model_copy(update={"data": data}))
-    return tuple(sources.train.corpora), tuple(sources.validation.corpora)
-
-
-def score(
-    model: TextModel, train: PairRows, held: PairRows, *, name: str, metrics: Sequence[Metric], shots: int = 0,
-    limit: int | None = None, seed: int = 0,
-) -> Score:  # fmt: skip
-    """Let `model` answer held-out prompts, greedily, `shots` training pairs before each prompt.
-
-    limit: how many pairs, drawn by seed; all of them without it.
-    """
-    random = np.random.default_rng(seed)
-    pairs = chosen(held, limit, random)
-    longest = int(held.shard.lengths()[1][pairs].max(initial=1))
-    answers = generate(
-        model, _prompts(model, train, held, pairs, shots, random), round(MORE_THAN_LONGEST * longest) + 1
+def score(model: TextModel, exam: Exam, *, name: str, share: Share = ALONE, seed: int = 0) -> Score:
+    """Let `model` take an exam: write answers greedily, choose by likelihood, say how probable the right answer is."""
+    questions = exam.questions
+    _tell_cuts(model, exam)
+    metrics: dict[str, Mean] = {}
+    answers = [""] * len(questions)
+    if written := [name for name in exam.metrics if name in WRITTEN]:
+        answers = write(model, exam, share)
+        metrics |= measure(written, answers, [one.wanted for one in questions], seed)
+    if "accuracy" in exam.metrics:
+        picked = choose(model, questions, share)
+        metrics |= accuracies(questions, picked, seed)
+        if not written:
+            answers = [one.choices[best[0]].text for one, best in zip(questions, picked, strict=True)]
+    known = likelihoods(model, [one.asked for one in questions], share)
+    metrics |= of_targets(exam, known, seed)
+    loss = -sum(one.nats for one in known) / max(1, sum(len(one.target) for one in questions))
+    found = tuple(
+        Answered(one.source, one.prompt, one.wanted, answer, likelihood.nats)
+        for one, answer, likelihood in zip(questions, answers, known, strict=True)
     )
-    found = tuple(_answered(model, held, pair, answer) for pair, answer in zip(pairs, answers, strict=True))
-    loss = float("nan") if shots else target_loss(model, held)
-    return Score(held.shard.name, name, shots, metrics_of(metrics, found, seed), loss, found)
+    return Score(exam.name, name, exam.shots, metrics, loss, found)
 
 
-def guesses(
-    model: TextModel, train: PairRows, held: PairRows, *, metrics: Sequence[Metric], limit: int | None = None,
-    seed: int = 0,
-) -> list[Score]:  # fmt: skip
-    """Return what the two guesses reach on the same pairs."""
-    pairs = chosen(held, limit, np.random.default_rng(seed))
-    targets = [model.tokenizer.decode(train.shard.pair(pair)[1].tolist()) for pair in train.pairs.tolist()]
-    words = max(1, round(float(np.mean([len(target.split()) for target in targets]))))
-    frequent = Counter(targets).most_common(1)[0][0]
-    made = {MOST_FREQUENT: lambda _: frequent, FIRST_WORDS: lambda prompt: " ".join(prompt.split()[:words])}
+def guesses(exam: Exam, *, seed: int = 0) -> list[Score]:
+    """Return what the two guesses reach on the same questions; none where nothing is written or known of training."""
+    names = [name for name in exam.metrics if name in WRITTEN]
+    if not exam.train:
+        return []
+    words = max(1, round(float(np.mean([len(answer.split()) for answer in exam.train]))))
+    frequent = Counter(exam.train).most_common(1)[0][0]
+    made: dict[str, Callable[[str], str]] = {
+        MOST_FREQUENT: lambda _: frequent,
+        FIRST_WORDS: lambda prompt: " ".join(prompt.split()[:words]),
+    }
     scores = []
     for name, guess in made.items():
-        found = [_answered(model, held, pair, "") for pair in pairs]
-        found = [Answered(one.source, one.prompt, one.wanted, guess(one.prompt)) for one in found]
-        means = metrics_of(metrics, found, seed)
-        scores.append(Score(held.shard.name, name, 0, means, float("nan"), tuple(found)))
+        found = tuple(Answered(one.source, one.prompt, one.wanted, guess(one.prompt)) for one in exam.questions)
+        metrics = measure(names, [one.answer for one in found], [one.wanted for one in found], seed)
+        if "accuracy" in exam.metrics and name == MOST_FREQUENT:
+            metrics["accuracy"] = mean_of([float(one.answer.strip() == one.wanted.strip()) for one in found], seed)
+        if metrics:
+            scores.append(Score(exam.name, name, 0, metrics, math.nan, found, is_guess=True))
     return scores
 
 
-def chosen(held: PairRows, limit: int | None, random: np.random.Generator) -> list[int]:
-    """Return the pairs to be asked, in their order."""
-    pairs = held.pairs
-    if limit is not None and limit < len(pairs):
-        pairs = np.sort(random.choice(pairs, size=limit, replace=False))
-    return pairs.tolist()
+def choose(model: TextModel, questions: Sequence[Question], share: Share = ALONE) -> list[tuple[int, int, int]]:
+    """Return the choice that is most probable of each question: by its sum, its mean a token, its mean a byte.
+
+    The first one, of equal ones.
+    """
+    asked = [Asked(one.context, choice.ids, one.before) for one in questions for choice in one.choices]
+    known = iter(likelihoods(model, asked, share))
+    found = []
+    for one in questions:
+        nats = np.array([next(known).nats for _ in one.choices])
+        sizes = [(1, len(choice.ids), len(choice.text.encode())) for choice in one.choices]
+        first, second, third = ((nats / np.array(size)).argmax() for size in zip(*sizes, strict=True))
+        found.append((int(first), int(second), int(third)))
+    return found
 
 
-def metrics_of(names: Sequence[Metric], answers: Sequence[Answered], seed: int) -> dict[str, Mean]:
-    """Return the named metrics over all answers."""
-    return measure(names, [one.answer for one in answers], [one.wanted for one in answers], seed)
+def accuracies(questions: Sequence[Question], picked: Sequence[Sequence[int]], seed: int) -> dict[str, Mean]:
+    """Return the share of questions of which the right choice is the most probable, by each measure."""
+    rows: list[Mapping[str, float]] = [
+        {name: float(number == one.right) for name, number in zip(ACCURACIES, numbers, strict=True)}
+        for one, numbers in zip(questions, picked, strict=True)
+    ]
+    return means_of(rows, ACCURACIES, seed)
 
 
-def generate(model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Answer all prompts, greedily and together, the longest first; return the answers in the order of the prompts."""
-    longest = max(map(len, prompts), default=0) + max_new_tokens + 1
+def of_targets(exam: Exam, known: Sequence[Likelihood], seed: int) -> dict[str, Mean]:
+    """Return the metrics that follow from how probable the right answers, or whole texts, are."""
+    losses = [-one.nats for one in known]
+    texts = [one.wanted for one in exam.questions]
+    num_bytes = [float(len(text.encode())) for text in texts]
+    words = [float(len(re.split(r"\s+", text))) for text in texts]
+    made: dict[str, Callable[[], Mean]] = {
+        "greedy": lambda: mean_of([float(one.is_greedy) for one in known], seed),
+        "perplexity": lambda: ratio_of(losses, [1.0] * len(losses), seed, then=_exp),
+        "word_perplexity": lambda: ratio_of(losses, words, seed, then=_exp),
+        "byte_perplexity": lambda: ratio_of(losses, num_bytes, seed, then=_exp),
+        "bits_per_byte": lambda: ratio_of(losses, num_bytes, seed, then=lambda nats: nats / math.log(2)),
+    }
+    return {name: make() for name, make in made.items() if name in exam.metrics}
+
+
+def write(model: TextModel, exam: Exam, share: Share = ALONE) -> list[str]:
+    """Answer all questions greedily, many at a time, those with the longest prompts first."""
+    order = sorted(range(len(exam.questions)), key=lambda at: -len(exam.questions[at].context))
+    found = share.collect([exam.questions[at] for at in order], lambda mine: _write(model, mine, exam))
+    answers = [""] * len(order)
+    for at, answer in zip(order, found, strict=True):
+        answers[at] = answer
+    return answers
+
+
+def _write(model: TextModel, questions: Sequence[Question], exam: Exam) -> list[str]:
+    requests = [_request(model, one, exam) for one in questions]
+    read = max((max(len(one.encoder_ids), len(one.decoder_ids)) for one in requests), default=0)
+    longest = read + exam.max_new_tokens + 1
     limits = Limits(
         memory_tokens=max(Limits().memory_tokens, longest), cache_tokens=max(Limits().cache_tokens, longest)
     )
     scheduler = Scheduler(model, limits)
-    places: dict[int, int] = {}
-    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
-        encoder, decoder = prompt_ids(model, prompts[place])
-        request = Request(encoder, decoder, max_new_tokens, Sampling(temperature=0.0))
-        places[scheduler.submit(request)] = place
-    answers = [""] * len(prompts)
+    places = {scheduler.submit(request): place for place, request in enumerate(requests)}
+    answers = [""] * len(requests)
     while not scheduler.idle:
         for event in scheduler.step():
             if isinstance(event, Finished):
@@ -137,40 +175,22 @@ def generate(model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens:
     return answers
 
 
-@torch.inference_mode()
-def target_loss(model: TextModel, held: PairRows) -> float:
-    """Return the mean cross-entropy of the held-out targets' tokens, nats."""
-    total = labels = 0.0
-    rows = [held.build(row, 0)[0] for row in range(len(held))]
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = stack(rows[first : first + _ROWS_AT_ONCE])
-        streams = [batch.decoder_ids, batch.decoder_segments]
-        if held.fit.has_encoder:
-            streams = [batch.encoder_ids, batch.encoder_segments, *streams]
-        inputs = tuple(torch.from_numpy(stream).to(model.device) for stream in streams)
-        wanted = [torch.from_numpy(part).to(model.device) for part in (batch.lm_labels, batch.mlm_labels)]
-        nothing = torch.empty(0, dtype=torch.long, device=model.device)
-        model.model(inputs, (*wanted, torch.ones(2, device=model.device), nothing))
-        total += float(model.model.loss_parts["lm_loss"])
-        labels += float((batch.lm_labels != IGNORED_LABEL).sum())
-    return total / labels if labels else float("nan")
+def _request(model: TextModel, question: Question, exam: Exam) -> Request:
+    room, before = room_of(model), question.before
+    most = room.encoder or max(1, room.decoder - exam.max_new_tokens - len(before))
+    encoder, decoder = prompt_ids(model, question.context[max(0, len(question.context) - most) :])
+    return Request(encoder, (*decoder, *before), exam.max_new_tokens, Sampling(temperature=0.0), stop=exam.stop)
 
 
-def _prompts(
-    model: TextModel, train: PairRows, held: PairRows, pairs: Sequence[int], shots: int, random: np.random.Generator
-) -> list[list[int]]:
-    """Return the ids of every prompt, `shots` other pairs with their targets before it, apart by an empty line."""
-    separator = model.tokenizer.encode(_SEPARATOR)
-    found = []
-    for pair in pairs:
-        ids: list[int] = []
-        for shown in random.choice(train.pairs, size=min(shots, len(train.pairs)), replace=False).tolist():
-            prompt, target = train.shard.pair(shown)
-            ids += [*prompt.tolist(), *target.tolist(), *separator]
-        found.append([*ids, *held.shard.pair(pair)[0].tolist()])
-    return found
+def _tell_cuts(model: TextModel, exam: Exam) -> None:
+    room = room_of(model)
+    cut = sum(is_cut(one.asked, room) for one in exam.questions if one.context)
+    if cut:
+        logger.warning(
+            "%s: %d of %d prompts are longer than the model reads at once and lose their start",
+            exam.name, cut, len(exam.questions),
+        )  # fmt: skip
 
 
-def _answered(model: TextModel, held: PairRows, pair: int, answer: str) -> Answered:
-    prompt, target = (model.tokenizer.decode(part.tolist()) for part in held.shard.pair(pair))
-    return Answered(held.shard.place(pair), prompt, target, answer)
+def _exp(nats: float) -> float:
+    return math.exp(min(700.0, nats))

@@ -19,6 +19,7 @@ HEAVY = (
     "sweep",
     "verify-parallel",
     "report",
+    "score",
     "train --logging",
     "dry-run",
 )

@@ -39,8 +39,26 @@ class Template:
         """Return the text for a record. Raises FieldError."""
         return "".join(literal + ("" if field is None else _value(record, field)) for literal, field in self.parts)
 
+    def render_each(self, record: Mapping[str, Any]) -> list[str]:
+        """Return a text for each item, if the only field holds a list; else the one text. Raises FieldError."""
+        if len(self.fields) == 1 and isinstance(items := _found(record, self.fields[0]), list):
+            count = len(items)
+            return [self._with(f"{self.fields[0]}.{number}").render(record) for number in range(count)]
+        return [self.render(record)]
+
+    def _with(self, field: str) -> Template:
+        """Return the same with another field in the place of its only one."""
+        return Template(self.text, tuple((literal, name and field) for literal, name in self.parts))
+
 
 def _value(record: Mapping[str, Any], field: str) -> str:
+    found = _found(record, field)
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise FieldError(f"has a {type(found).__name__} in {{{field}}}, not a text or a number")
+    return str(found)
+
+
+def _found(record: Mapping[str, Any], field: str) -> Any:
     found: Any = record
     for name in field.split("."):
         if isinstance(found, Mapping) and name in found:
@@ -49,6 +67,4 @@ def _value(record: Mapping[str, Any], field: str) -> str:
             found = found[int(name)]
         else:
             raise FieldError(f"has no {{{field}}}")
-    if isinstance(found, bool) or not isinstance(found, str | int | float):
-        raise FieldError(f"has a {type(found).__name__} in {{{field}}}, not a text or a number")
-    return str(found)
+    return found
