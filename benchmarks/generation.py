@@ -5,7 +5,8 @@ python benchmarks/generation.py [--shape omega-125m t5-like] [--rounds 3] [--req
 Everything runs in one process on one thread, interleaved: each round runs every rival once, on the same prompts and
 answer lengths, drawn once. Weights are random, decoding is greedy, and no text ends before its length.
 
-    one       a prompt of 64 tokens, an answer of 32: all rivals, and the bound: the time of reading every matrix once
+    one       a prompt of 64 tokens, an answer of 32: all rivals
+    steps     the same answer, its prompt read before, beside the bound: the time of reading every matrix once
     batch     prompts of 16-256 tokens, answers of 8-128: Transformers pads the prompts, and writes until the longest
               answer is done, as it must; only tokens that were asked for count
     trace     the same requests arrive at random moments; time to the first token, and between tokens (p50, p99), wall
@@ -21,7 +22,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import yaml
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_omega.export.loading import TextModel
-from megatron_omega.generation.decoding import Continuation, encode
+from megatron_omega.generation.decoding import Continuation, encode, limits_for
 from megatron_omega.generation.requests import Finished, Limits, Request, Token
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
@@ -67,7 +68,8 @@ def endless_tokenizer() -> Tokenizer:
 def our_model(name: str) -> TextModel:
     values = yaml.safe_load((ROOT / f"examples/{name}/run.yaml").read_text())
     config = RunConfig.model_validate({"model": values["model"], "data": {"decoder_seq_length": 1024}})
-    model = Omega(ModelContext.of(config)).eval().requires_grad_(requires_grad=False)
+    context = replace(ModelContext.of(config), recompute="none")  # as a model is loaded
+    model = Omega(context).eval().requires_grad_(requires_grad=False)
     return TextModel(model, config, endless_tokenizer(), Path(name))
 
 
@@ -98,11 +100,25 @@ def request_of(task: Task) -> Request:
     return Request(task.prompt, (2,), task.tokens, Sampling(0))
 
 
+def step_seconds(model: TextModel, task: Task) -> float:
+    """CPU-seconds of a step of one text, its prompt read before."""
+    request = request_of(task)
+    scheduler = Endless(model, limits_for([request]))
+    scheduler.submit(request)
+    scheduler.step()  # reads the prompt, writes the first token
+
+    def write() -> None:
+        while not scheduler.idle:
+            scheduler.step()
+
+    return cpu_seconds(write) / (task.tokens - 1)
+
+
 def with_scheduler(model: TextModel, found: Sequence[Task]) -> None:
-    limits = Limits(min(16, len(found)), 16 * 256, 16 * 300, chunk_tokens=512)
-    scheduler = Endless(model, limits)
-    for task in found:
-        scheduler.submit(request_of(task))
+    requests = [request_of(task) for task in found]
+    scheduler = Endless(model, replace(limits_for(requests, min(16, len(requests))), chunk_tokens=512))
+    for request in requests:
+        scheduler.submit(request)
     tokens = 0
     while not scheduler.idle:
         tokens += sum(isinstance(event, Token) for event in scheduler.step())
@@ -169,16 +185,21 @@ def compare(name: str, rounds: int, count: int) -> dict[str, Any]:
         "t5": lambda found: with_t5(t5, found),
     }
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    bounds = []
+    bounds, steps = [], []
     for _ in range(rounds):
         bounds.append(bound_seconds(model))
+        steps.append(step_seconds(model, one[0]))
         for rival, write in rivals.items():
             seconds["one", rival].append(cpu_seconds(lambda write=write: write(one)))
             if rival != "loop":  # one after the other: its rate is that of "one"
                 seconds["batch", rival].append(cpu_seconds(lambda write=write: write(batch)))
     wanted = {"one": one[0].tokens, "batch": sum(task.tokens for task in batch)}
     rates = {f"{kind} {rival}": wanted[kind] / statistics.median(found) for (kind, rival), found in seconds.items()}
-    return {"shape": name, "bound": 1 / min(bounds), **rates, **trace(model, batch)}
+    bound = {"bound": 1 / min(bounds), "steps": 1 / statistics.median(steps)}
+    return {
+        "shape": name, **bound, "steps / bound": bound["steps"] / bound["bound"], **rates,
+        "batch / t5": rates["batch scheduler"] / rates["batch t5"], **trace(model, batch),
+    }  # fmt: skip
 
 
 def trace(model: TextModel, found: Sequence[Task]) -> dict[str, float]:
@@ -224,7 +245,7 @@ def main() -> None:
         print(f"{name}: tokens per CPU-second")
         for key, value in found.items():
             if key != "shape":
-                print(f"  {key:24} {value:10.1f}", flush=True)
+                print(f"  {key:24} {value:10.{3 if '/' in key else 1}f}", flush=True)
 
 
 if __name__ == "__main__":

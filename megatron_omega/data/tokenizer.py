@@ -132,6 +132,16 @@ class Tokenizer:
         """Return the text of `ids`; control symbols (begin, sentinels, modes, ...) vanish."""
         return self.processor.decode([int(number) for number in ids])
 
+    def decode_one(self, number: int) -> str:
+        """Return `decode` of one id, which is kept: what is written comes id by id."""
+        if number not in self._decoded:
+            self._decoded[number] = self.decode((number,))
+        return self._decoded[number]
+
+    @cached_property
+    def _decoded(self) -> dict[int, str]:
+        return {}
+
     def render(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` with every control symbol written out, for people to read."""
         parts: list[str] = []

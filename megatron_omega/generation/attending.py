@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_omega.generation.cache import Cache, Held, Keeping, Part, Seen
-from megatron_omega.generation.decoder import Decoder, LayerPass
+from megatron_omega.generation.decoder import Decoder, LayerPass, Room, make_room
 from megatron_omega.generation.encoder import Memory
 from megatron_omega.model.attention import with_sink
 from megatron_omega.model.kernels import scaled_dot_product_attention
@@ -38,11 +38,10 @@ class Workspace:
     def __init__(self, rows: int, texts: int, layer: LayerPass) -> None:
         branches, _, heads, head_dim = layer.gains.shape
         like = layer.gains
-        self.projected = like.new_zeros(rows, branches * 3 * heads * head_dim)
-        self.query = like.new_zeros(rows, heads * head_dim)
+        self.room = make_room(rows, like)
         self.attended = like.new_zeros(rows, branches * heads * head_dim)
         self.remembered = like.new_zeros(rows, heads * head_dim)
-        split = self.projected.view(rows, branches, 3, heads, head_dim)[:texts]
+        split = self.room.split[:texts]
         gathered = self.attended.view(rows, branches, heads, head_dim)[:texts]
         self.parts = [
             PartViews(
@@ -52,7 +51,7 @@ class Workspace:
             )
             for part in layer.parts
         ]
-        self.queries = self.query.view(rows, heads, 1, head_dim)[:texts].split(1)
+        self.queries = self.room.query_heads.unsqueeze(2)[:texts].split(1)
         self.answers = self.remembered.view(rows, heads, 1, head_dim)[:texts]
 
 
@@ -62,8 +61,7 @@ class Growing:
     def __init__(self, decoder: Decoder, cache: Cache, texts: Sequence[Text], rows: int) -> None:
         self._layers, self._stores = decoder.layers, cache.stores
         self._held, self._memories = [held for held, _ in texts], [memory for _, memory in texts]
-        self._rows = rows
-        self._kept: dict[Hashable, Workspace] = decoder.workspaces
+        self._spaces = [_workspace(decoder.workspaces, rows, len(texts), layer) for layer in self._layers]
         places: dict[Keeping, list[int]] = {
             keeping: [cache.places(keeping, held, range(held.length, held.length + 1))[0] for held in self._held]
             for keeping in self._stores
@@ -73,36 +71,41 @@ class Growing:
             keeping: [cache.seen(keeping, held, held.length) for held in self._held] for keeping in self._stores
         }
 
-    def room(self, layer: LayerPass) -> tuple[Tensor | None, Tensor | None]:
-        """Return where q, k and v of all rows, and queries of the memory, are to be written."""
-        space = self._workspace(layer)
-        return space.projected, space.query
+    def room(self, layer: int) -> Room:
+        """Return where the products of all rows are to be written."""
+        return self._spaces[layer].room
 
     def attend(self, layer: int, projected: Tensor) -> Tensor:
         """Keep what is new of every text, and attend."""
-        of_layer = self._layers[layer]
-        space = self._workspace(of_layer)
+        of_layer, space = self._layers[layer], self._spaces[layer]
         for part, sink, views in zip(of_layer.parts, of_layer.sinks, space.parts, strict=True):
             self._stores[part.keeping].rows[part.entry].index_copy_(0, self._places[part.keeping], views.new)
-            sink = None if sink is None else sink[part.heads]
-            found = [self._attend(part, of_layer, text, query, sink) for text, query in enumerate(views.queries)]
+            pairs = [seen.of(part.entry) for seen in self._seen[part.keeping]]
+            if sink is not None:
+                pairs = [with_sink(keys, values, sink[part.heads]) for keys, values in pairs]
+            if part.keeping == "select":
+                found = self._select(part, of_layer, views.queries, pairs)
+            else:
+                found = [
+                    F.scaled_dot_product_attention(query, keys, values)
+                    for query, (keys, values) in zip(views.queries, pairs, strict=True)
+                ]
             views.attended.copy_(_together(found))
         return space.attended
 
-    def _attend(self, part: Part, layer: LayerPass, text: int, query: Tensor, sink: Tensor | None) -> Tensor:
-        """[1, heads, 1, head_dim] -> the same."""
-        keys, values = self._seen[part.keeping][text].of(part.entry)
-        if part.keeping == "select":
-            routes = self._held[text].routes
-            mask, routes[part.entry] = select_visible(layer.pattern, routes.get(part.entry), query, keys)
-            return scaled_dot_product_attention(query, keys, values, mask)
-        if sink is not None:
-            keys, values = with_sink(keys, values, sink)
-        return F.scaled_dot_product_attention(query, keys, values)
+    def _select(
+        self, part: Part, layer: LayerPass, queries: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """Attend [1, heads, 1, head_dim] of each text to the blocks that it chooses."""
+        found = []
+        for held, query, (keys, values) in zip(self._held, queries, pairs, strict=True):
+            mask, held.routes[part.entry] = select_visible(layer.pattern, held.routes.get(part.entry), query, keys)
+            found.append(scaled_dot_product_attention(query, keys, values, mask))
+        return found
 
     def attend_memory(self, layer: int, query: Tensor) -> Tensor:
         """Every text attends the memory of its own prompt."""
-        space, found = self._workspace(self._layers[layer]), []
+        space, found = self._spaces[layer], []
         for mine, memory in zip(space.queries, self._memories, strict=True):
             assert memory is not None, "a decoder with cross-attention has a memory"
             found.append(F.scaled_dot_product_attention(mine, *memory.layers[layer]))
@@ -114,14 +117,15 @@ class Growing:
         for held in self._held:
             held.length += 1
 
-    def _workspace(self, layer: LayerPass) -> Workspace:
-        """Return the workspace that layers with the same parts share; it stays for later steps of as many rows."""
-        kept, key = self._kept, (self._rows, len(self._held), layer.form)
-        if key not in kept:
-            if len(kept) >= _MOST_WORKSPACES:
-                kept.clear()
-            kept[key] = Workspace(self._rows, len(self._held), layer)
-        return kept[key]
+
+def _workspace(kept: dict[Hashable, Workspace], rows: int, texts: int, layer: LayerPass) -> Workspace:
+    """Return the workspace that layers with the same parts share; it stays for later steps of as many rows."""
+    key = rows, texts, layer.form
+    if key not in kept:
+        if len(kept) >= _MOST_WORKSPACES:
+            kept.clear()
+        kept[key] = Workspace(rows, texts, layer)
+    return kept[key]
 
 
 def _together(found: list[Tensor]) -> Tensor:
@@ -132,17 +136,21 @@ def _together(found: list[Tensor]) -> Tensor:
 class Reading:
     """The next `count` rows of one text. There may be more rows: nobody asks for them."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, text: Text, count: int) -> None:
-        self._layers, self._cache, self._count = decoder.layers, cache, count
+    def __init__(self, decoder: Decoder, cache: Cache, text: Text, count: int, rows: int) -> None:
+        self._layers, self._cache, self._count, self._rows = decoder.layers, cache, count, rows
         self._held, self._memory = text
+        self._rooms: dict[tuple[int, ...], Room] = {}
         self._device = decoder.device
         self._new = range(self._held.length, self._held.length + count)
         self._masks: dict[tuple[Keeping, int], Tensor] = {}
         self._indices: dict[tuple[Keeping, range], Tensor] = {}
 
-    def room(self, layer: LayerPass) -> tuple[Tensor | None, Tensor | None]:
-        """Return nothing: prompts have all numbers of rows."""
-        return None, None
+    def room(self, layer: int) -> Room:
+        """Return where the products of all rows are written: room of this reading alone, which layers share."""
+        gains = self._layers[layer].gains
+        if gains.shape not in self._rooms:
+            self._rooms[gains.shape] = make_room(self._rows, gains)
+        return self._rooms[gains.shape]
 
     def attend(self, layer: int, projected: Tensor) -> Tensor:
         """Attend to what the text has read and to the new rows, and keep those."""

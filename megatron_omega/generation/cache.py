@@ -89,15 +89,15 @@ class Seen:
 
     def __init__(self, store: Store, index: slice | Tensor) -> None:
         self._store, self._index = store, index
-        self._views: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self._views: list[tuple[Tensor, Tensor]] | None = None
         if isinstance(index, slice):
-            found = store.data[:, index].permute(2, 0, 3, 1, 4).unsqueeze(2)  # [2, entries, 1, heads, tokens, head_dim]
-            self._views = found[0].unbind(), found[1].unbind()
+            found = store.parted[:, :, :, :, index]
+            self._views = list(zip(*(one.unbind() for one in found.unbind()), strict=True))
 
     def of(self, entry: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [1, heads, tokens, head_dim]; read in place if they lie side by side."""
         if self._views is not None:
-            return self._views[0][entry], self._views[1][entry]
+            return self._views[entry]
         found = self._store.rows[entry].index_select(0, self._index)  # pyright: ignore[reportArgumentType]
         keys, values = found.permute(1, 2, 0, 3).unsqueeze(1)
         return keys, values
@@ -109,6 +109,8 @@ class Store:
     def __init__(self, entries: int, tokens: int, heads: int, head_dim: int, like: Tensor) -> None:
         self.data = like.new_zeros(entries, tokens, 2, heads, head_dim)  # zeros: what is masked has to be finite
         self.rows = self.data.unbind()
+        self.parted = self.data.permute(2, 0, 3, 1, 4).unsqueeze(2)
+        """Keys and values apart: [2, entries, 1, heads, tokens, head_dim]."""
 
     @property
     def token_bytes(self) -> int:

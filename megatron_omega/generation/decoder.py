@@ -8,7 +8,7 @@ multiple of ROW_MULTIPLE: on CPUs another kernel computes fewer rows, and rounds
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from megatron_omega.generation.matrices import Matrix, Weigh, plain
 from megatron_omega.model.embeddings import rotary_table
 from megatron_omega.model.layers import DecoderLayer, Head
 from megatron_omega.model.omega import Omega
-from megatron_omega.parallel.layers import RMSNorm
 
 ROW_MULTIPLE = 4
 
@@ -27,11 +26,35 @@ Rotation = tuple[Tensor, Tensor]
 """Of every row, each [rows, 1, 1, 1, head_dim]: cosines, and signed sines."""
 
 
+class Room(NamedTuple):
+    """Where the products of a layer that attend are written, and how they are looked at."""
+
+    projected: Tensor
+    """[rows, branches * 3 * heads * head_dim]."""
+    split: Tensor
+    """The same as [rows, branches, 3, heads, head_dim]."""
+    query_key: Tensor
+    """Of it, q and k."""
+    query: Tensor
+    """Queries of the memory [rows, heads * head_dim]."""
+    query_heads: Tensor
+    """The same as [rows, heads, head_dim]."""
+
+
+def make_room(rows: int, like: Tensor) -> Room:
+    """Make room for so many rows of a layer whose gains are `like` [branches, 2, heads, head_dim]."""
+    branches, _, heads, head_dim = like.shape
+    projected = like.new_empty(rows, branches * 3 * heads * head_dim)
+    split = projected.view(rows, branches, 3, heads, head_dim)
+    query = like.new_empty(rows, heads * head_dim)
+    return Room(projected, split, split[:, :, :2], query, query.view(rows, heads, head_dim))
+
+
 class Attending(Protocol):
     """How rows attend: what the cache keeps, and what the encoder has read."""
 
-    def room(self, layer: LayerPass) -> tuple[Tensor | None, Tensor | None]:
-        """Return where q, k and v of all rows, and queries of the memory, are to be written, if it has such a place."""
+    def room(self, layer: int) -> Room:
+        """Return where the products of all rows are to be written."""
         ...
 
     def attend(self, layer: int, projected: Tensor) -> Tensor:
@@ -54,48 +77,48 @@ class LayerPass:
         model = attention.model
         self.head_dim = model.resolved_head_dim
         self.epsilon = attention.gains.new_tensor(model.norm_epsilon, dtype=torch.float32)
-        self.shape = (len(attention.branches), 3, -1, self.head_dim)
         self.pattern = attention.pattern
         self.form = tuple((part.keeping, part.branch_index) for part in parts)
         self.qkv, self.out = weigh(attention.qkv.weight, -1), weigh(attention.out.weight, 1)
         self.gains = attention.gains
         self.sinks = [attention.sink(part.branch) for part in parts]
-        self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
+        self.attention_norm, self.feed_forward_norm = layer.attention_norm.weight, layer.feed_forward_norm.weight
         self.gate_up = weigh(layer.feed_forward.gate_up.weight, -1)
         self.down = weigh(layer.feed_forward.down.weight, 1)
         self.cross = layer.cross
         if layer.cross is not None:
-            self.cross_norm = layer.cross_norm
+            self.cross_norm = layer.cross_norm.weight
             self.cross_q, self.cross_out = weigh(layer.cross.q.weight, -1), weigh(layer.cross.out.weight, 1)
             self.cross_gains = layer.cross.gains[0]
 
     def run(self, hidden: Tensor, rotation: Rotation | None, attending: Attending) -> Tensor:
         """[rows, d] -> [rows, d], in place."""
-        projected_at, query_at = attending.room(self)
-        projected = self.qkv(self._norm(self.attention_norm, hidden), projected_at).unflatten(1, self.shape)
-        self._normalise(projected[:, :, :2], rotation)
-        self._add(hidden, self.out, attending.attend(self.index, projected))
+        room = attending.room(self.index)
+        self.qkv(self._norm(self.attention_norm, hidden), room.projected)
+        self._normalise(room.query_key, rotation)
+        self._add(hidden, self.out, attending.attend(self.index, room.split))
         if self.cross is not None:
-            query = self.cross_q(self._norm(self.cross_norm, hidden), query_at).unflatten(1, (-1, self.head_dim))
-            query = query.copy_(normalised(query, self.epsilon).mul_(self.cross_gains))
+            query = room.query_heads
+            self.cross_q(self._norm(self.cross_norm, hidden), room.query)
+            torch.mul(normalised(query, self.epsilon), self.cross_gains, out=query)
             self._add(hidden, self.cross_out, attending.attend_memory(self.index, query))
         gate, up = self.gate_up(self._norm(self.feed_forward_norm, hidden)).chunk(2, dim=-1)
         self._add(hidden, self.down, F.silu(gate).mul_(up))
         return hidden
 
-    def _norm(self, norm: RMSNorm, hidden: Tensor) -> Tensor:
-        normal = normalised(hidden, self.epsilon).mul_(norm.weight)
+    def _norm(self, gain: Tensor, hidden: Tensor) -> Tensor:
+        normal = normalised(hidden, self.epsilon).mul_(gain)
         return normal if normal.dtype == hidden.dtype else normal.to(hidden.dtype)
 
     def _normalise(self, query_key: Tensor, rotation: Rotation | None) -> None:
         """Normalise and rotate q and k [rows, branches, 2, heads, head_dim] in place."""
-        normal = normalised(query_key, self.epsilon).mul_(self.gains)
+        normal = normalised(query_key, self.epsilon)
         if rotation is None:
-            query_key.copy_(normal)
+            torch.mul(normal, self.gains, out=query_key)
             return
         cosine, sine = rotation
-        swapped = normal.roll(self.head_dim // 2, dims=-1)
-        query_key.copy_(normal.mul_(cosine).addcmul_(swapped, sine))
+        swapped = normal.mul_(self.gains).roll(self.head_dim // 2, dims=-1)
+        torch.addcmul(normal.mul_(cosine), swapped, sine, out=query_key)
 
     def _add(self, hidden: Tensor, matrix: Matrix, inputs: Tensor) -> None:
         """Add to the residual stream what the ranks' shares of a product sum up to."""

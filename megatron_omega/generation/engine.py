@@ -25,6 +25,19 @@ class Row(NamedTuple):
     memory: Memory | None
 
 
+class Following(NamedTuple):
+    """What may follow texts, a row for each; on the CPU. Rows behind those of texts mean nothing."""
+
+    logits: Tensor
+    """The model's own [rows, vocab_size], in fp32."""
+    totals: list[float]
+    """A logit less its row's total is a log-probability."""
+    permitted: Tensor
+    """Logits [rows, vocab_size], -inf for ids that are neither text nor the end."""
+    likeliest: list[int]
+    """The ids of the largest permitted logits."""
+
+
 class Engine:
     """Decoder, cache and tokenizer."""
 
@@ -45,19 +58,24 @@ class Engine:
 
     @torch.inference_mode()
     def grow(self, rows: Sequence[Row]) -> Tensor:
-        """Read one token of each text; return the logits [rows, vocab_size] of those that follow, on the CPU."""
+        """Read one token of each text; return the logits of those that follow, with rows behind that mean nothing."""
         ids, positions = self._padded([row.id for row in rows]), self._padded([row.held.length for row in rows])
         attending = Growing(self.decoder, self.cache, [(row.held, row.memory) for row in rows], len(ids))
         hidden = self.decoder.run(ids, positions, attending)
         attending.end()
-        return self.decoder.logits(hidden)[: len(rows)].cpu()
+        return self.decoder.logits(hidden).cpu()
+
+    def following(self, logits: Tensor) -> Following:
+        """Return what is chosen from, for all texts at once: in as many rows as `grow` gave none feels the others."""
+        permitted = logits + self._allowed
+        return Following(logits, logits.logsumexp(dim=-1).tolist(), permitted, permitted.argmax(dim=-1).tolist())
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], held: Held, memory: Memory | None) -> Tensor:
         """Read the next tokens of one text; return their hidden states [tokens, d]."""
-        attending = Reading(self.decoder, self.cache, (held, memory), len(ids))
-        positions = range(held.length, held.length + len(ids))
-        hidden = self.decoder.run(self._padded(ids), self._padded(positions), attending)
+        positions = self._padded(range(held.length, held.length + len(ids)))
+        attending = Reading(self.decoder, self.cache, (held, memory), len(ids), len(positions))
+        hidden = self.decoder.run(self._padded(ids), positions, attending)
         attending.end()
         return hidden[: len(ids)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_omega.generation.beams import BeamSearch, Hypothesis
 from megatron_omega.generation.cache import Held
 from megatron_omega.generation.encoder import Memory
-from megatron_omega.generation.engine import Engine, Row
+from megatron_omega.generation.engine import Engine, Following, Row
 from megatron_omega.generation.requests import Alternatives, Event, Finished, Reason, Request, Token
 from megatron_omega.generation.sampling import choose, penalised
 from megatron_omega.generation.texts import GrowingText
@@ -35,13 +35,22 @@ class Group(ABC):
     def rows(self) -> list[Row]:
         """What is read next; none: the group is done."""
 
+    @property
     @abstractmethod
-    def take(self, logits: Tensor) -> Iterator[Event]:
-        """Give every text a token, chosen from [rows, vocab_size]."""
+    def is_done(self) -> bool:
+        """Whether all texts have ended."""
+
+    @abstractmethod
+    def take(self, following: Following, first: int) -> Iterator[Event]:
+        """Give every text a token, chosen from what may follow it: the rows from `first` on."""
 
     @abstractmethod
     def cancel(self) -> Iterator[Event]:
         """End every text, and give everything back."""
+
+    def _permitted(self, following: Following, rows: slice) -> Tensor:
+        """Return the logits of what may follow; some ids may end these texts that end no others."""
+        return following.logits[rows] + self._allowed if self.request.end_ids else following.permitted[rows]
 
     def _penalised(self, logits: Tensor, written: tuple[int, ...] | list[int]) -> Tensor:
         request = self.request
@@ -64,27 +73,35 @@ class Samples(Group):
     def __init__(self, number: int, request: Request, engine: Engine, held: list[Held], memory: Memory | None) -> None:
         super().__init__(number, request, engine, held, memory)
         self._growing = [_Sample(index, request, one, engine) for index, one in enumerate(held)]
+        # Then the choice is made already, for all texts at once.
+        self._is_likeliest = not (request.sampling.temperature or request.sampling.penalises or request.end_ids)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._growing
 
     @property
     def rows(self) -> list[Row]:
         last = self.request.decoder_ids[-1]
         return [Row(text.ids[-1] if text.ids else last, text.held, self.memory) for text in self._growing]
 
-    def take(self, logits: Tensor) -> Iterator[Event]:
-        totals = logits.logsumexp(dim=-1).tolist()
-        for text, row, total in zip(list(self._growing), logits, totals, strict=True):
-            yield from self._grow(text, row, total)
+    def take(self, following: Following, first: int) -> Iterator[Event]:
+        rows = slice(first, first + len(self._growing))
+        known = following.likeliest[rows] if self._is_likeliest else [None] * len(self._growing)
+        permitted = self._permitted(following, rows).unbind()
+        for row in zip(list(self._growing), permitted, known, following.totals[rows], strict=True):
+            yield from self._grow(*row)
 
-    def _grow(self, text: _Sample, row: Tensor, total: float) -> Iterator[Event]:
-        """Choose a token for one text from its logits, of which `total` is the logarithm of the sum of powers."""
-        permitted = row + self._allowed
-        chosen = choose(self._penalised(permitted, text.ids), self.request.sampling, text.generator)
+    def _grow(self, text: _Sample, permitted: Tensor, chosen: int | None, total: float) -> Iterator[Event]:
+        """Choose a token for one text, if it is not chosen yet, from its logits; less `total`, log-probabilities."""
+        if chosen is None:
+            chosen = choose(self._penalised(permitted, text.ids), self.request.sampling, text.generator)
         text.ids.append(chosen)
         part, reason = text.text.add(chosen), self._reason(text)
         if reason:
             part += text.text.end()
         alternatives = best(permitted, self.request.log_probabilities, total)
-        yield Token(self.number, text.index, chosen, part, float(row[chosen]) - total, alternatives)
+        yield Token(self.number, text.index, chosen, part, float(permitted[chosen]) - total, alternatives)
         if reason:
             yield self._end(text, reason)
 
@@ -115,15 +132,22 @@ class Beams(Group):
         )
 
     @property
+    def is_done(self) -> bool:
+        return not self._held
+
+    @property
     def rows(self) -> list[Row]:
         last = self.request.decoder_ids[-1]
         running = zip(self._search.running, self._held, strict=False)
         return [Row(text.ids[-1] if text.ids else last, held, self.memory) for text, held in running]
 
-    def take(self, logits: Tensor) -> Iterator[Event]:
-        found = logits.log_softmax(dim=-1)
-        rows = [self._penalised(row, text.ids) for row, text in zip(found, self._search.running, strict=True)]
-        parents = self._search.advance(torch.stack(rows) + self._allowed)
+    def take(self, following: Following, first: int) -> Iterator[Event]:
+        rows = slice(first, first + len(self._search.running))
+        found = self._permitted(following, rows) - torch.tensor(following.totals[rows]).unsqueeze(1)
+        if self.request.sampling.penalises:
+            rows = [self._penalised(row, text.ids) for row, text in zip(found, self._search.running, strict=True)]
+            found = torch.stack(rows)
+        parents = self._search.advance(found)
         if parents:
             self._follow(parents)
             return

@@ -51,6 +51,11 @@ class Sampling:
         if findings:
             raise ConfigError(*findings)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether it takes anything from tokens that were read or written."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Return the token chosen from `logits` [v]. Computed on the CPU, so that a seed means the same everywhere."""
@@ -95,7 +100,7 @@ def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
 
 def penalised(logits: Tensor, sampling: Sampling, read: Iterable[int], written: Sequence[int]) -> Tensor:
     """Return `logits` [v] after what `sampling` takes from tokens that were read or written."""
-    if sampling.repetition_penalty == 1 and not sampling.frequency_penalty and not sampling.presence_penalty:
+    if not sampling.penalises:
         return logits
     logits = logits.clone()
     if sampling.repetition_penalty != 1:

@@ -124,9 +124,12 @@ class Scheduler:
         rows = {number: group.rows for number, group in self._groups.items()}
         if rows:
             logits = self._engine.grow([row for found in rows.values() for row in found])
-            for number, part in zip(rows, logits.split([len(found) for found in rows.values()]), strict=True):
-                events += self._groups[number].take(part)
-                if not self._groups[number].rows:
+            following, first = self._engine.following(logits), 0
+            for number, found in rows.items():
+                group = self._groups[number]
+                events += group.take(following, first)
+                first += len(found)
+                if group.is_done:
                     self._leave(number)
         return events
 

@@ -24,7 +24,10 @@ class GrowingText:
     def add(self, number: int) -> str:
         """Return what becomes final with the next id."""
         self._unfinished.append(number)
-        found = self._tokenizer.decode(self._unfinished)
+        if len(self._unfinished) == 1:
+            found = self._tokenizer.decode_one(number)
+        else:
+            found = self._tokenizer.decode(self._unfinished)
         if found.endswith(_UNFINISHED):
             return ""
         self._unfinished.clear()
@@ -46,6 +49,9 @@ class GrowingText:
         if self.is_stopped:
             return ""
         text = self._withheld + found
+        if not self._stop:
+            self.text += text
+            return text
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         self.is_stopped = bool(places)
         end = min(places) if places else len(text) - self._possible_stop(text)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from written_models import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer, write_model
 
@@ -50,6 +52,18 @@ def write_case(name: str, folder: Path, dtype: str = "fp32") -> tuple[Path, Omeg
     with open_checkpoint(checkpoint) as source:
         write_export(folder / "export", source, tiny_tokenizer(), dtype=dtype, shard_bytes=20_000)  # pyright: ignore[reportArgumentType]
     return folder / "export", model
+
+
+def trained_elsewhere(export: Path, folder: Path, leave_out: str = "mlm.", names: int = 4) -> Path:
+    """Write what save_pretrained writes after training: other weights, no omega.json, no tokenizer.model."""
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(export.glob("*.safetensors")):
+        tensors |= {name: tensor * 1.5 for name, tensor in load_file(file).items() if not name.startswith(leave_out)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((export / "config.json").read_text()) | {"transformers_version": "5.23.0"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def texts(lengths: Sequence[int], seed: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_cases import our_logits, texts, write_case
+from export_cases import our_logits, texts, trained_elsewhere, write_case
 from safetensors.torch import load_file, save_file
 from written_models import tiny_tokenizer
 
@@ -42,18 +42,6 @@ def test_exported_imported_and_exported_again_is_the_same_to_the_byte(name: str,
         assert not source.verify() and not source.manifest.has_optimizer
         write_export(tmp_path / "again", source, tiny_tokenizer(), dtype=dtype, shard_bytes=20_000)
     assert files_of(tmp_path / "again") == files_of(folder)
-
-
-def trained_elsewhere(export: Path, folder: Path, leave_out: str = "mlm.", names: int = 4) -> Path:
-    """Write what save_pretrained writes after training: other weights, no omega.json, no tokenizer.model."""
-    folder.mkdir()
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(export.glob("*.safetensors")):
-        tensors |= {name: tensor * 1.5 for name, tensor in load_file(file).items() if not name.startswith(leave_out)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((export / "config.json").read_text()) | {"transformers_version": "5.23.0"}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def test_what_a_folder_lacks_comes_from_the_base_or_is_said_to_be_gone(export: Path, tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def new_cache(model: Omega, pages: int = 64, slots: int = 8) -> Cache:
 def read(decoder: Decoder, cache: Cache, held: Held, memory: Memory | None, ids: Sequence[int], chunk: int) -> None:
     for start in range(held.length, len(ids), chunk):
         part = ids[start : start + chunk]
-        reading = Reading(decoder, cache, (held, memory), len(part))
-        decoder.run(padded(part), padded(range(start, start + len(part))), reading)
+        rows = padded(part)
+        reading = Reading(decoder, cache, (held, memory), len(part), len(rows))
+        decoder.run(rows, padded(range(start, start + len(part))), reading)
         reading.end()
 
 

@@ -15,6 +15,7 @@ from megatron_omega.commands.together import join
 from megatron_omega.errors import ConfigError
 from megatron_omega.export.loading import load_text_model
 from megatron_omega.generation.leading import Leader, follow
+from megatron_omega.generation.matrices import Weigh, int8, plain, quantised_linear
 from megatron_omega.generation.requests import Limits, Request
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.launching.local_ranks import run_ranks
@@ -41,15 +42,15 @@ def everything(scheduler: Scheduler, requests: list[Request]) -> tuple[Any, ...]
     return texts, scored.log_probabilities, scheduler.embed(MASKED).numpy(), [m.numpy() for m in scheduler.fill(MASKED)]
 
 
-def ranks(folder: Path, requests: list[Request]) -> tuple[Any, ...] | None:
+def ranks(folder: Path, requests: list[Request], weigh: Weigh = plain) -> tuple[Any, ...] | None:
     with join("cpu") as together:
         model = load_text_model(folder, parallel=together.parallel)
         held = sum(parameter.numel() for _, parameter in declared_parameters(model.model))
         assert together.peers is not None
         if not together.is_first:
-            follow(Scheduler(model, LIMITS), together.peers)
+            follow(Scheduler(model, LIMITS, weigh), together.peers)
             return None
-        leader = Leader(model, LIMITS, peers=together.peers)
+        leader = Leader(model, LIMITS, weigh, peers=together.peers)
         try:
             return (*everything(leader, requests), held)
         finally:
@@ -72,6 +73,31 @@ def test_ranks_write_what_one_process_writes(size: int, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=1e-5)
     whole = sum(parameter.numel() for _, parameter in declared_parameters(model.model))
     assert found[4] < whole / size + 0.15 * whole  # norms and gains are everybody's
+
+
+def test_a_matrix_in_int8_is_rounded_to_steps_of_each_output() -> None:
+    pytest.importorskip("torchao")
+    weight, inputs = torch.randn(50, 48), torch.randn(4, 48)
+    kept = quantised_linear(weight).weight.dequantize()  # pyright: ignore[reportCallIssue]
+    steps = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((kept - weight).abs() < 0.51 * steps).all() and not torch.equal(kept, weight)
+    total = torch.ones(4, 50)
+    int8(weight, 1).add_to(total, inputs, 0.5)
+    torch.testing.assert_close(total, 1 + 0.5 * inputs @ kept.t(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.distributed
+def test_ranks_keep_their_slices_in_int8(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    write_sliced(tmp_path, tensor=1)
+    model = load_text_model(tmp_path)
+    requests = random_requests(model, 3, seed=8)
+    exact, whole = (everything(Scheduler(model, LIMITS, weigh), requests) for weigh in (plain, int8))
+    (texts, scores, *_), other = run_ranks(partial(ranks, tmp_path, requests, int8), 2, timeout_seconds=120)
+    assert other is None and [bool(told) for told in texts] == [True] * 3
+    differences = [max(abs(a - b) for a, b in zip(scores, found[1], strict=True)) for found in (exact, whole)]
+    assert 1e-4 < differences[0] < 0.2  # rounded, but no other model
+    assert differences[1] < 0.1  # halves of a row have steps of their own
 
 
 def test_ranks_that_cannot_share_the_heads_are_refused(tmp_path: Path) -> None:
