@@ -29,7 +29,6 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega import accounting
 from megatron_omega.config.load import load_config
@@ -39,12 +38,9 @@ from megatron_omega.model.context import ModelContext
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
 from megatron_omega.model.stream import Stream
 from megatron_omega.planner.activations import Shape, decoder_layer, encoder_layer, facts
+from megatron_omega.studies.device.recording import KernelCounts
 from megatron_omega.studies.rehearsal import count_stage, fake_world
 
-VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",
-    "detach", "alias", "as_strided", "unfold", "chunk", "unbind", "_reshape_alias", "split_with_sizes", "lift_fresh",
-}  # fmt: skip
 ROUNDS = 30
 FORWARD_GOALS = {("encoder", "eager"): 65, ("decoder", "eager"): 95}
 COMPILED_GOALS = {"encoder": 30, "decoder": 45}
@@ -53,20 +49,6 @@ SAVED_BEFORE = {"encoder": 273 * 1024, "decoder": 273 * 1024}
 SAVED_SHARE = 0.82
 _FOREIGN = re.compile(r"(\w+ = )?(extern_kernels|torch\.ops)\.")
 Call = Callable[[], Tensor]
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operations that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if name not in VIEWS:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def narrow_layers(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module, Call]]:
@@ -86,10 +68,10 @@ def narrow_layers(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.
 def count(call: Call) -> tuple[Counter[str], Counter[str]]:
     """Return the kernels of a forward and of a backward pass."""
     call()  # makes the facts
-    with Kernels() as forward:
+    with KernelCounts() as forward:
         output = call()
     gradient = torch.ones_like(output)
-    with Kernels() as backward:
+    with KernelCounts() as backward:
         output.backward(gradient)
     return forward.counts, backward.counts
 

@@ -187,8 +187,8 @@ def _owned(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         },
         "bf16": {
             "enabled": precision.dtype == "bf16",
-            # A stage's optimizer takes a gradient when it is there, instead of all after every backward pass.
-            "immediate_grad_update": precision.dtype == "bf16" and config.parallel.pipeline_parallel_size > 1,
+            # The optimizer takes a gradient when it is there, instead of all after every backward pass.
+            "immediate_grad_update": precision.dtype == "bf16",
         },
         "fp16": {
             "enabled": precision.dtype == "fp16",

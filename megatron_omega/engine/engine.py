@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.config.schema import OptimizerConfig
+from megatron_omega.engine.early_sums import sum_early
 from megatron_omega.engine.internals import engine_parts, loss_scaler_state, set_loss_scaler_state
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
@@ -77,6 +78,7 @@ class Engine:
         if is_pipeline:
             agree_on_norm_groups(self.deepspeed.optimizer, topology)
             clear_gradients_once_taken(self.deepspeed.optimizer)
+        self._sums = self.deepspeed.early_sums = sum_early(self.deepspeed)
 
     @property
     def is_pipeline(self) -> bool:
@@ -190,6 +192,8 @@ class Engine:
             totals += torch.cat((loss.detach().float().reshape(1), self._parts()))
             if accept is not None and number == len(batches):
                 loss = self._judged(loss, totals[1], accept)
+            if self._sums is not None:
+                self._sums.is_last_pass = number == len(batches)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
         means = self._total(totals / (len(batches) * self.topology.data.size), self.topology.data.handle).tolist()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_omega.config.interleaving import Interleaving, Pass
 from megatron_omega.engine.channels import Channels, Tensors, form_of
+from megatron_omega.engine.early_sums import EarlySums
 from megatron_omega.engine.schedules import RankSchedule, kind_of, rank_schedule
 
 
@@ -52,6 +53,8 @@ class StagesInTurns(PipelineEngine):
 
     _chunk: int | None = None
     """The stage whose pass runs; between passes None."""
+    early_sums: EarlySums | None = None
+    """Told when gradients are the last ones."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -137,6 +140,8 @@ class StagesInTurns(PipelineEngine):
         if received is None:
             self.loss = self._losses.pop(buffer)
         self.grad_layer = received
+        if self.early_sums is not None:
+            self.early_sums.is_last_pass = task.micro_batch == schedule.shape.micro_batches - 1
         with self._showing(schedule.chunk(task)):
             self._exec_backward_pass(buffer)
         inputs = buffers["inputs"][buffer]

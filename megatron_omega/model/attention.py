@@ -14,6 +14,8 @@ mask wherever another way is known; `dense_mask` remains for devices without one
     dynamic  full, with a temperature on q and a gate on the output        document by document
     select   the best earlier blocks of w tokens, and j <= i of one's own  `model.select`: blocks gathered, then dense
 
+Branches of one layer that see whole documents see the same keys: they are attended together (`attend_whole`).
+
 With sinks, local and axial heads see one more key: learned, one for each head, without position and with a value of
 zero (2309.17453 keeps the first tokens instead; but chunks and columns of packed documents share no first token).
 
@@ -88,7 +90,15 @@ def attend(
     if branch == "select":
         return select(pattern, query, key, value, (facts[0], facts[1]))
     reach = pattern.window - 1 if branch == "local" else _EVERY
-    return _inside_documents(query, key, value, facts, kernels, (reach, 0 if pattern.causal else reach))
+    window = reach, 0 if pattern.causal else reach
+    return _inside_documents(*_as_one(query, key, value), facts, kernels, window)[0]
+
+
+def attend_whole(
+    pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels
+) -> tuple[Tensor, ...]:
+    """Attend branches that see whole documents, [b, branches, h, s, head_dim]; return [b, h, s, head_dim] of each."""
+    return _inside_documents(query, key, value, facts, kernels, (_EVERY, 0 if pattern.causal else _EVERY))
 
 
 def with_sink(keys: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -100,7 +110,11 @@ def with_sink(keys: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor
 
 def attend_memory(query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels) -> Tensor:
     """Attend from [b, h, s_d, head_dim] to [b, h, s_e, head_dim]; `facts` are what `cross_facts` returns."""
-    return _inside_documents(query, key, value, facts, kernels, (_EVERY, _EVERY))
+    return _inside_documents(*_as_one(query, key, value), facts, kernels, (_EVERY, _EVERY))[0]
+
+
+def _as_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
 
 
 def _takes_bounds(stream: Stream, dtype: torch.dtype) -> bool:
@@ -114,14 +128,16 @@ def _takes_spans(stream: Stream) -> bool:
 
 def _inside_documents(
     query: Tensor, key: Tensor, value: Tensor, facts: BranchFacts, kernels: Kernels, window: tuple[int, int]
-) -> Tensor:
+) -> tuple[Tensor, ...]:
+    """[b, branches, h, s, head_dim] -> [b, h, s, head_dim] of each branch."""
     if len(facts) == 2:
         kernel = kernels.variable_length_attention
         assert kernel is not None, "bounds are made for a variable-length kernel"
         return attend_bounds(kernel, query, key, value, (facts[0], facts[1]), window)
     if facts[0].dim() == 2:
         return attend_spans(query, key, value, facts[0], causal=window == (_EVERY, 0))
-    return scaled_dot_product_attention(query, key, value, facts[0])
+    parts = zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True)
+    return tuple(scaled_dot_product_attention(*each, facts[0]) for each in parts)
 
 
 def _local(

@@ -7,6 +7,7 @@ all-reduce for all of them. Parallel heterogeneous branches: arXiv 1911.09483, 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,18 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_omega.config.schema import Branch
+from megatron_omega.config.schema import Branch, Branches
+from megatron_omega.config.schema.model import WHOLE
 from megatron_omega.model.attention import (
     BranchFacts,
     attend,
     attend_memory,
+    attend_whole,
     branch_facts,
     cross_facts,
     with_sink,
 )
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.embeddings import RotaryTable
-from megatron_omega.model.heads import split_heads
+from megatron_omega.model.heads import Temperature, alone, split_heads
 from megatron_omega.model.kernels import scaled_dot_product_attention
 from megatron_omega.model.select import select_visible
 from megatron_omega.model.stream import Continued, Pattern, Stream, continued_mask, rotations
@@ -84,6 +87,7 @@ class SelfAttention(nn.Module):
         model, first_head = context.model, context.local_heads[0]
         heads, head_dim, count = model.num_attention_heads, model.resolved_head_dim, len(branches)
         self.branches = branches
+        self.groups = attended_together(branches)
         self.parallel = context.parallel
         self.model = model
         self.kernels = context.kernels
@@ -112,19 +116,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, facts: MixFacts) -> Tensor:
         """[b, s or s/tp, d] outside the tensor-parallel region -> this rank's partial sum [b, s, d]."""
-        attended = []
+        attended: dict[int, Tensor] = {}
         qkv, activation = self._enter(hidden)
-        for index, (query, key, value) in enumerate(self._split(qkv, facts.rotary)):
-            if self.branches[index] == "dynamic":
-                temperature, gate = activation
-                attended.append(self._attend(index, query * temperature, key, value, facts) * gate)
-            else:
-                attended.append(self._attend(index, query, key, value, facts))
-        return self._merge(attended)
+        temperature = Temperature(self.branches.index("dynamic"), activation[0]) if activation else None
+        for group, parts in zip(self.groups, self._split(qkv, facts.rotary, self.groups, temperature), strict=True):
+            attended |= zip(group, self._attend(group, parts, facts), strict=True)
+        if temperature is not None:
+            attended[temperature.branch] = attended[temperature.branch] * activation[1].transpose(1, 2)
+        return self._merge([attended[index] for index in range(len(self.branches))])
 
     def extend(self, hidden: Tensor, cache: SelfCache, new: Continued) -> Tensor:
         """Attend from new tokens [b, t, d] to all cached and new ones. One document, no packing, no dynamic branch."""
-        projected = self._split(self.qkv(hidden)[0], self._rotary(new))
+        each = alone(range(len(self.branches)))
+        heads = self._split(self.qkv(hidden)[0], self._rotary(new), each)
+        projected = [[part.squeeze(1) for part in parts] for parts in heads]
         keys, values = cache.append(*(torch.stack([parts[which] for parts in projected], dim=1) for which in (1, 2)))
         attended = []
         for index, branch in enumerate(self.branches):
@@ -139,9 +144,13 @@ class SelfAttention(nn.Module):
             attended.append(scaled_dot_product_attention(query, *seen, mask))
         return self._merge(attended)
 
-    def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, facts: MixFacts) -> Tensor:
-        branch = self.branches[index]
-        return attend(branch, self.pattern, query, key, value, facts.branches[index], self.kernels, self.sink(branch))
+    def _attend(self, group: range, parts: tuple[Tensor, ...], facts: MixFacts) -> tuple[Tensor, ...]:
+        """Return what each branch of `group` attends, [b, heads, s, head_dim]."""
+        branch, mine = self.branches[group.start], facts.branches[group.start]
+        if branch in WHOLE:
+            return attend_whole(self.pattern, parts[0], parts[1], parts[2], mine, self.kernels)
+        query, key, value = (part.squeeze(1) for part in parts)
+        return (attend(branch, self.pattern, query, key, value, mine, self.kernels, self.sink(branch)),)
 
     def sink(self, branch: Branch) -> Tensor | None:
         """Return the learned keys [heads, head_dim] of a branch that has them."""
@@ -166,15 +175,35 @@ class SelfAttention(nn.Module):
         qkv, scores = self.qkv(hidden, self.dynamic.weight)
         return qkv, self.dynamic.activation(scores + self.dynamic.bias.flatten())
 
-    def _split(self, qkv: Tensor, rotary: RotaryTable | None) -> list[tuple[Tensor, ...]]:
-        """Return normed, rotated q and k, and v, of every branch: each [b, heads, s, head_dim]."""
+    def _split(
+        self, qkv: Tensor, rotary: RotaryTable | None, groups: Sequence[range], temperature: Temperature | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """Return normed, rotated q and k, and v, of every group: each [b, branches, heads, s, head_dim]."""
         qkv = qkv.unflatten(-1, (len(self.branches), 3, -1, self.model.resolved_head_dim))
-        parts = split_heads(qkv, self.gains, rotary, self.model.norm_epsilon)
+        epsilon = self.model.norm_epsilon
+        parts = split_heads(qkv, self.gains, rotary, epsilon, groups=groups, temperature=temperature)
         return [parts[first : first + 3] for first in range(0, len(parts), 3)]
 
     def _merge(self, attended: list[Tensor]) -> Tensor:
         """[b, heads, s, head_dim] of every branch -> [b, s, d]."""
-        return self.out(torch.stack([part.transpose(1, 2) for part in attended], dim=2).flatten(2))
+        by_token = [part.transpose(1, 2) for part in attended]
+        is_alone = len(by_token) == 1 and self.branches[0] in WHOLE  # its tokens lie one after the other already
+        joined = by_token[0] if is_alone else torch.stack(by_token, dim=2)
+        return self.out(joined.flatten(2))
+
+
+def attended_together(branches: Branches) -> tuple[range, ...]:
+    """Return groups of branches that are attended in one call: two that see whole documents, and each other by itself.
+
+    >>> attended_together(("full", "local", "axial", "dynamic"))
+    (range(0, 4, 3), range(1, 2), range(2, 3))
+    """
+    whole = [index for index, branch in enumerate(branches) if branch in WHOLE]
+    if len(whole) != 2:  # more would be no range, which is what makes a view of them
+        return alone(range(len(branches)))
+    first, second = whole
+    others = (index for index in range(len(branches)) if index not in whole)
+    return range(first, second + 1, second - first), *alone(others)
 
 
 class DynamicActivation(nn.Module):
@@ -194,12 +223,12 @@ class DynamicActivation(nn.Module):
         self.bias = declare_parameter(f"{name}.bias", shape, scales=context.vector_scales, **build)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, s, d] -> temperature and gate, each [b, heads, s, 1]."""
+        """[b, s, d] -> temperature and gate, each [b, s, heads, 1]."""
         return self.activation(F.linear(hidden, self.weight.flatten(0, 1), self.bias.flatten()))
 
     def activation(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The same of w x + b, [b, s, 2 * heads]."""
-        temperature, gate = (2 * scores.sigmoid()).unflatten(-1, (2, -1)).permute(2, 0, 3, 1).unsqueeze(-1)
+        temperature, gate = (2 * scores.sigmoid()).unflatten(-1, (2, -1)).unsqueeze(-1).unbind(2)
         return temperature, gate
 
 
@@ -245,4 +274,5 @@ class CrossAttention(nn.Module):
 
     def _split(self, projected: Tensor, parts: int, gains: Tensor) -> tuple[Tensor, ...]:
         heads = projected.unflatten(-1, (1, parts, -1, self.model.resolved_head_dim))
-        return split_heads(heads, gains.unsqueeze(0), None, self.model.norm_epsilon)
+        found = split_heads(heads, gains.unsqueeze(0), None, self.model.norm_epsilon)
+        return tuple(part.squeeze(1) for part in found)

@@ -4,17 +4,20 @@ On the CPU every document is a call of torch's fused kernel on its slice of the 
 call of a variable-length kernel. Both take integers that are made once per micro-batch: spans on the CPU, cumulative
 bounds on CUDA, where nothing may wait for the device, so that their number depends on the length of the stream only.
 Packing lets every document begin at a multiple of the axial width, and numbers them 1.. in order.
+
+Branches that see the same keys go together, [b, branches, h, s, head_dim]: on the CPU they are the batch of a call, on
+CUDA more heads of one, where no copy is needed for it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron_omega.model.kernels import VariableLengthAttention
+from megatron_omega.model.kernels import HEAD_MULTIPLE, VariableLengthAttention
 from megatron_omega.model.stream import PADDING, Stream
 from megatron_omega.parallel.lean import accumulation
 
@@ -23,6 +26,24 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _SPAN = 5  # row, first and end of the queries, first and end of the keys
 
 Span = tuple[int, ...]
+
+
+class _Call(NamedTuple):
+    """What one call of the fused kernel takes: of which row or branch, and which tokens."""
+
+    place: tuple[int | slice, int | slice]
+    queries: slice
+    keys: slice
+
+    def of_queries(self, part: Tensor) -> Tensor:
+        """[b, branches, h, s, ...] -> [b or branches, h, queries, ...]."""
+        return part[(*self.place, slice(None), self.queries)]
+
+    def of_keys(self, part: Tensor) -> Tensor:
+        """The same of the keys' tokens."""
+        return part[(*self.place, slice(None), self.keys)]
+
+
 Bounds = tuple[Tensor, Tensor]
 """Cumulative bounds of queries and of keys, int32 [sequences + 1]."""
 
@@ -55,19 +76,33 @@ def cross_bounds(stream: Stream, memory: Stream, width: int) -> Bounds:
     return _bounds(stream.segments, capacity), _bounds(memory.segments, capacity)
 
 
-def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, *, causal: bool) -> Tensor:
-    """Attend [b, h, s, head_dim] on the CPU, document by document; zeros if nobody is to be attended."""
-    return _SpanAttention.apply(query, key, value, spans, causal)  # pyright: ignore[reportReturnType]
+def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, *, causal: bool) -> tuple[Tensor, ...]:
+    """Attend [b, branches, h, s, head_dim] on the CPU, document by document; zeros if nobody is to be attended.
+
+    Return what each branch attends, [b, h, s, head_dim].
+    """
+    return _apart(_SpanAttention.apply(query, key, value, spans, causal))  # pyright: ignore[reportArgumentType]
 
 
 def attend_bounds(
     kernel: VariableLengthAttention, query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: tuple[int, int]
-) -> Tensor:
-    """Attend [b, h, s, head_dim] on CUDA in one call; `window` counts the keys before and after, -1 = all."""
-    batch, length = query.shape[0], query.shape[2]
-    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))  # [b * s, h, head_dim]
-    attended = kernel(q, k, v, *bounds, length, key.shape[2], window)
-    return attended.unflatten(0, (batch, length)).transpose(1, 2)
+) -> tuple[Tensor, ...]:
+    """Attend [b, branches, h, s, head_dim] on CUDA; return what each branch attends, [b, h, s, head_dim].
+
+    `window` counts the keys before and after, -1 = all. What the kernel needs padded is copied, and becomes heads of
+    one call by that; of anything else every branch is a call on what stands where it is.
+    """
+    batch, count, _, length, head_dim = query.shape
+    q, k, v = (part.permute(0, 3, 1, 2, 4).flatten(0, 1) for part in (query, key, value))  # [b * s, branches, h, ..]
+    together = count if head_dim % HEAD_MULTIPLE else 1
+    calls = [slice(first, first + together) for first in range(0, count, together)]
+    attended = [kernel(q[:, c], k[:, c], v[:, c], *bounds, length, key.shape[3], window) for c in calls]
+    return tuple(branch.unflatten(0, (batch, length)).transpose(1, 2) for call in attended for branch in _apart(call))
+
+
+def _apart(attended: Tensor) -> tuple[Tensor, ...]:
+    """[.., branches, ...] -> one for each branch; the gradient of a single one is not copied."""
+    return (attended.squeeze(1),) if attended.shape[1] == 1 else attended.unbind(1)
 
 
 def _rows(stream: Stream) -> list[list[Span]]:
@@ -107,20 +142,32 @@ def _bounds(segments: Tensor, capacity: int) -> Tensor:
     return torch.cat((inner.new_zeros(1), inner)).int()
 
 
-def _read(spans: Tensor, query: Tensor, key: Tensor) -> list[tuple[slice, slice, slice]]:
-    """Return (rows, queries, keys) of every call; one call for all rows if each of them is one document."""
+def _calls(spans: Tensor, query: Tensor, key: Tensor) -> list[_Call]:
+    """Return what every call takes: all branches of a document, or all rows of a branch if each is one document."""
     rows = spans[1 : 1 + int(spans[0, 0])].tolist()
-    if len(rows) == query.shape[0] and all(span[1:] == [0, query.shape[2], 0, key.shape[2]] for span in rows):
-        return [(slice(None), slice(None), slice(None))]
-    return [(slice(row, row + 1), slice(*at[:2]), slice(*at[2:])) for row, *at in rows]
+    ends = [0, query.shape[3], 0, key.shape[3]]
+    if len(rows) == query.shape[0] > 1 and all(span[1:] == ends for span in rows):
+        return [_Call((slice(None), branch), slice(*ends[:2]), slice(*ends[2:])) for branch in range(query.shape[1])]
+    return [_Call((row, slice(None)), slice(*at[:2]), slice(*at[2:])) for row, *at in rows]
+
+
+def _is_everything(calls: list[_Call], query: Tensor, key: Tensor) -> bool:
+    """Whether one call takes all there is: what it returns is the result then."""
+    whole = slice(0, query.shape[3]), slice(0, key.shape[3])
+    return len(calls) == 1 and (calls[0].queries, calls[0].keys) == whole and 1 in query.shape[:2]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return what is attended [b, h, s, head_dim], laid out as [b, s, h, head_dim], and log-sum-exps [b, h, s]."""
+    """Return what is attended [b, branches, h, s, head_dim], laid out as [b, branches, s, h, head_dim], and
+    log-sum-exps [b, branches, h, s]."""
+    calls = _calls(spans, query, key)
+    if _is_everything(calls, query, key):
+        found = _flash(calls[0].of_queries(query), calls[0].of_keys(key), calls[0].of_keys(value), is_causal=causal)
+        return found[0].unflatten(0, query.shape[:2]), found[1].unflatten(0, query.shape[:2])
     attended, sums = _room_for_attended(query)
-    for rows, queries, keys in _read(spans, query, key):
-        parts = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
-        attended[rows, :, queries], sums[rows, :, queries] = _flash(*parts, is_causal=causal)
+    for call in calls:
+        parts = call.of_queries(query), call.of_keys(key), call.of_keys(value)
+        call.of_queries(attended)[:], call.of_queries(sums)[:] = _flash(*parts, is_causal=causal)
     return attended, sums
 
 
@@ -128,20 +175,28 @@ def _attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, sums: Tensor, spans: Tensor,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v, laid out as [b, s, h, head_dim]."""
-    found = _room_for_gradients(query, key, value)
-    for rows, queries, keys in _read(spans, query, key):
-        ours, theirs = (rows, slice(None), queries), (rows, slice(None), keys)
-        parts = gradient[ours], query[ours], key[theirs], value[theirs], attended[ours], sums[ours]
-        for total, part, place in zip(found, _flash_backward(*parts, 0.0, causal), (ours, theirs, theirs), strict=True):
-            total[place] = part
-    return found
+    """Return the gradients of q, k and v, laid out as [b, branches, s, h, head_dim]."""
+    calls = _calls(spans, query, key)
+
+    def gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+        mine = [call.of_queries(part) for part in (gradient, query, attended, sums)]
+        return _flash_backward(*mine[:2], call.of_keys(key), call.of_keys(value), *mine[2:], 0.0, causal)
+
+    if _is_everything(calls, query, key):
+        d_query, d_key, d_value = (part.unflatten(0, query.shape[:2]) for part in gradients(calls[0]))
+        return d_query, d_key, d_value
+    d_query, d_key, d_value = _room_for_gradients(query, key, value)
+    for call in calls:
+        places = call.of_queries(d_query), call.of_keys(d_key), call.of_keys(d_value)
+        for place, part in zip(places, gradients(call), strict=True):
+            place[:] = part
+    return d_query, d_key, d_value
 
 
 def _room_for_attended(query: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = query.shape
-    sums = query.new_zeros(batch, length, heads, dtype=accumulation(query.dtype))
-    return _zeros_by_token(query), sums.transpose(1, 2)
+    batch, branches, heads, length, _ = query.shape
+    sums = query.new_zeros(batch, branches, length, heads, dtype=accumulation(query.dtype))
+    return _zeros_by_token(query), sums.transpose(2, 3)
 
 
 def _room_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +204,8 @@ def _room_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
 
 
 def _zeros_by_token(part: Tensor) -> Tensor:
-    batch, heads, length, head_dim = part.shape
-    return part.new_zeros(batch, length, heads, head_dim).transpose(1, 2)
+    batch, branches, heads, length, head_dim = part.shape
+    return part.new_zeros(batch, branches, length, heads, head_dim).transpose(2, 3)
 
 
 _traced_attend = torch.library.custom_op("megatron_omega::attend_spans", mutates_args=())(_attend)

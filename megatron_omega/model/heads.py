@@ -1,12 +1,14 @@
 """From a projection to what attention takes: heads apart, QK-norm (arXiv 2302.05442), rotary positions (2104.09864).
 
 One function with a backward pass of its own. It keeps the projection and the reciprocal roots of the norm, and forms
-the gradient of the whole projection at once, instead of one padded with zeros for every branch.
+the gradient of the whole projection at once, instead of one padded with zeros for every branch. A dynamic branch's
+temperature (2411.12892) is part of it, so that its queries lie beside those of the branch that it is attended with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +18,38 @@ from megatron_omega.model.embeddings import RotaryTable
 from megatron_omega.parallel.lean import accumulation
 
 
-def split_heads(projected: Tensor, gains: Tensor, rotary: RotaryTable | None, epsilon: float) -> tuple[Tensor, ...]:
-    """Return every part of every branch as [b, heads, s, head_dim], branch by branch.
+class Temperature(NamedTuple):
+    """A factor of every token and head on the queries of one branch."""
+
+    branch: int
+    factor: Tensor
+    """[b, s, heads, 1]."""
+
+
+def split_heads(
+    projected: Tensor,
+    gains: Tensor,
+    rotary: RotaryTable | None,
+    epsilon: float,
+    *,
+    groups: Sequence[range] | None = None,
+    temperature: Temperature | None = None,
+) -> tuple[Tensor, ...]:
+    """Return every part of every group of branches as [b, branches, heads, s, head_dim], group by group.
 
     projected [b, s, branches, parts, heads, head_dim]; gains [branches, normed, heads, head_dim]: the first `normed`
-    parts of each branch are normalised and rotated, the others (values) stay as they are.
+    parts of each branch are normalised and rotated, the others (values) stay as they are. A group is a range of
+    branches, so that it is a view; if none are given, every branch is one.
     """
+    groups = alone(range(projected.shape[2])) if groups is None else tuple(groups)
     cosine, sine = rotary or (None, None)
-    return _SplitHeads.apply(projected, gains, cosine, sine, epsilon)  # pyright: ignore[reportReturnType]
+    scaled, factor = temperature or (0, None)
+    return _SplitHeads.apply(projected, gains, cosine, sine, factor, (groups, scaled, epsilon))  # pyright: ignore[reportReturnType]
+
+
+def alone(branches: Iterable[int]) -> tuple[range, ...]:
+    """Return a group for each of `branches`."""
+    return tuple(range(branch, branch + 1) for branch in branches)
 
 
 def rotate(normal: Tensor, rotary: RotaryTable, *, backward: bool = False) -> Tensor:
@@ -38,40 +64,65 @@ def rotate(normal: Tensor, rotary: RotaryTable, *, backward: bool = False) -> Te
 class _SplitHeads(Function):
     @staticmethod
     def forward(
-        context: Any, projected: Tensor, gains: Tensor, cosine: Tensor | None, sine: Tensor | None, epsilon: float
+        context: Any,
+        projected: Tensor,
+        gains: Tensor,
+        cosine: Tensor | None,
+        sine: Tensor | None,
+        factor: Tensor | None,
+        settings: tuple[tuple[range, ...], int, float],
     ) -> tuple[Tensor, ...]:
-        normed = gains.shape[1]
+        (groups, scaled, epsilon), normed = settings, gains.shape[1]
         wide = projected[:, :, :, :normed].to(accumulation(projected.dtype))
         root = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
         normal = (wide * root).mul_(gains)
         if cosine is not None and sine is not None:
             normal = rotate(normal, (cosine, sine))
-        context.save_for_backward(projected, gains, root, cosine, sine)
-        return _parts(normal.to(projected.dtype), projected[:, :, :, normed:])
+        if factor is not None:
+            normal[:, :, scaled, 0].mul_(factor)
+        context.groups, context.scaled = groups, scaled
+        context.save_for_backward(projected, gains, root, cosine, sine, factor)
+        return _parts((normal.to(projected.dtype), projected[:, :, :, normed:]), groups)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        projected, gains, root, cosine, sine = context.saved_tensors
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        projected, gains, root, cosine, sine, factor = context.saved_tensors
         normed, wide = gains.shape[1], accumulation(projected.dtype)
-        stacked = torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2)
-        d_projected = stacked.view(projected.shape)
+        d_projected = _joined(gradients, context.groups, projected.shape)
         gradient = d_projected[:, :, :, :normed].to(wide)
         if cosine is not None:
             gradient = rotate(gradient, (cosine, sine), backward=True)
         normal = projected[:, :, :, :normed].to(wide) * root
+        d_factor = None
+        if factor is not None:
+            mine, scaled = gradient[:, :, context.scaled, 0], context.scaled
+            d_factor = (mine * normal[:, :, scaled, 0]).mul_(gains[scaled, 0]).sum(dim=-1, keepdim=True)
+            d_factor = d_factor.to(factor.dtype)
+            mine.mul_(factor)
         product = gradient * normal
         d_gains = product.sum(dim=(0, 1)).to(gains.dtype)
         mean = product.mul_(gains).mean(dim=-1, keepdim=True)
         direct = (gradient * gains).addcmul_(normal, mean, value=-1)
         d_projected[:, :, :, :normed] = direct.mul_(root)
-        return d_projected, d_gains, None, None, None
+        return d_projected, d_gains, None, None, d_factor, None
 
 
-def _parts(normal: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
-    """[b, s, branches, parts, heads, head_dim] of both -> all parts of all branches, [b, heads, s, head_dim]."""
+def _parts(wholes: tuple[Tensor, Tensor], groups: Sequence[range]) -> tuple[Tensor, ...]:
+    """[b, s, branches, parts, heads, head_dim] of both -> every part of every group, [b, branches, heads, s, ...]."""
     return tuple(
-        part.transpose(1, 2)
-        for branch in range(normal.shape[2])
-        for parts in (normal, rest)
-        for part in parts[:, :, branch].unbind(dim=2)
+        part.permute(0, 2, 3, 1, 4)
+        for group in groups
+        for whole in wholes
+        for part in whole[:, :, group.start : group.stop : group.step].unbind(dim=3)
     )
+
+
+def _joined(gradients: Sequence[Tensor], groups: Sequence[range], shape: torch.Size) -> Tensor:
+    """Return a new tensor [b, s, branches, parts, heads, head_dim] of what `_parts` took apart."""
+    branches, parts = shape[2:4]
+    ordered: list[Tensor] = [gradients[0]] * (branches * parts)
+    for number, gradient in enumerate(gradients):
+        group, part = groups[number // parts], number % parts
+        for branch, mine in zip(group, gradient.unbind(dim=1), strict=True):  # each [b, heads, s, head_dim]
+            ordered[branch * parts + part] = mine.transpose(1, 2)
+    return torch.stack(ordered, dim=2).view(shape)

@@ -19,8 +19,10 @@ from megatron_omega.parallel.layers import Norm
 from megatron_omega.parallel.lean import rms_norm, swiglu
 
 VariableLengthAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, tuple[int, int]], Tensor]
-"""From q, k, v [tokens, h, head_dim], int32 cumulative bounds of queries and of keys, the longest that queries and keys
-can be, and how many keys before and after it a query sees (-1 = all), to what is attended [tokens, h, head_dim]."""
+"""From q, k, v [tokens, branches, h, head_dim], int32 cumulative bounds of queries and of keys, the longest that
+queries and keys can be, and how many keys before and after it a query sees (-1 = all), to what q attends, shaped so."""
+HEAD_MULTIPLE = 8
+"""Head sizes that flash kernels take are multiples of it; others are padded."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _variable_length_attention() -> tuple[VariableLengthAttention | None, str]:
 
 
 def _variable_length(function: Callable[..., Tensor], scale: str) -> VariableLengthAttention:
-    """Wrap a flash kernel, which takes head sizes that are multiples of 8: others are padded, with the scale kept.
+    """Wrap a flash kernel: head sizes that it does not take are padded, with the scale kept; branches become heads.
 
     Its backward pass adds up in any order unless it is asked not to (training.deterministic).
     """
@@ -123,14 +125,15 @@ def _variable_length(function: Callable[..., Tensor], scale: str) -> VariableLen
         query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor,
         longest_query: int, longest_key: int, window: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        head_dim = query.shape[-1]
-        if head_dim % 8:
-            query, key, value = (F.pad(part, (0, -head_dim % 8)) for part in (query, key, value))
+        branches, head_dim = query.shape[1], query.shape[-1]
+        if head_dim % HEAD_MULTIPLE:
+            query, key, value = (F.pad(part, (0, -head_dim % HEAD_MULTIPLE)) for part in (query, key, value))
         options = {"window_size": window, scale: head_dim**-0.5}
         if can_repeat and torch.are_deterministic_algorithms_enabled():
             options["deterministic"] = True
-        attended = function(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
-        return attended[..., :head_dim]
+        parts = (part.flatten(1, 2) for part in (query, key, value))
+        attended = function(*parts, query_bounds, key_bounds, longest_query, longest_key, **options)
+        return attended[..., :head_dim].unflatten(1, (branches, -1))
 
     return attention
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_omega.config.schema import Branch, Branches, RunConfig
+from megatron_omega.config.schema.model import WHOLE
 
 FP32 = 4
 INT32 = 4
@@ -104,7 +105,8 @@ def self_attention(config: RunConfig, shape: Shape, branches: Branches, length: 
         yield 2 * count * tokens * shape.inner * e  # normalised, rotated q and k, all branches
     for branch in branches:
         yield from _branch(config, shape, branch, length, causal=causal)
-    yield count * tokens * shape.inner * e  # input of the output projection
+    if count > 1 or branches[0] not in ("full", "causal"):  # what these attend is that already
+        yield count * tokens * shape.inner * e  # input of the output projection
 
 
 def _branch(config: RunConfig, shape: Shape, branch: Branch, length: int, *, causal: bool) -> Iterator[int]:
@@ -121,7 +123,6 @@ def _branch(config: RunConfig, shape: Shape, branch: Branch, length: int, *, cau
         yield part
         if branch == "dynamic":
             yield 2 * b * length * 2 * heads * e  # sigmoid and its double
-            yield part  # q times temperature
 
 
 def _axial(config: RunConfig, shape: Shape, length: int) -> Iterator[int]:
@@ -172,7 +173,7 @@ def stream_facts(config: RunConfig, shape: Shape, branches: Branches, length: in
     sink = int(config.model.attention_sinks)
     if config.model.positions == "rotary":
         yield 2 * b * length * shape.head_dim * FP32
-    if {"full", "causal", "dynamic"} & {*branches}:
+    if WHOLE & {*branches}:
         yield _spans(b * length)
     if "local" in branches:
         yield b * ceil(length / window) * window * ((2 if causal else 3) * window + sink) * e

@@ -25,8 +25,8 @@ from megatron_omega.planner.work import Work, layer_works, pipeline_messages, ta
 
 EXACT_INSTRUCTIONS = 40_000
 """Largest schedule (ranks x micro-batches) that is executed on the virtual clock; larger ones use the closed form."""
-ACCUMULATED, CLEARED = 18, 2
-"""Bytes per parameter and micro-batch that adding up bf16 gradients in fp32 moves, and that clearing them does."""
+ACCUMULATED = 18
+"""Bytes per parameter and micro-batch that adding up bf16 gradients in fp32 moves."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ class Estimate:
 class Planner:
     """Estimates layouts of one configuration on one machine; remembers what layouts have in common."""
 
+    hides_sums = True
+    """Whether the sum over replicas of bf16 gradients runs behind the last micro-batch (engine/early_sums.py)."""
+
     def __init__(self, config: RunConfig, hardware: Hardware, *, hooks: float = PARTITION_HOST) -> None:
         """`hooks`: what ZeRO-3 costs a GPU's host per layer and micro-batch, in launches."""
         self.config, self.hardware, self.hooks = config, hardware, hooks
@@ -143,11 +146,15 @@ class Planner:
         """Return what each kind of layer asks of a rank of `candidate`."""
         return self._common(candidate.apply(self.config), candidate)[0]
 
+    def layer_works(self, config: RunConfig) -> dict[str, Work]:
+        """Return the work of each kind of layer of `config`, a layout applied."""
+        return layer_works(config)
+
     def _common(self, config: RunConfig, c: Candidate) -> tuple[dict[str, Work], dict[str, Seconds], Shape]:
         is_hooked = c.zero_stage == 3 and not self.hardware.facts.is_cpu
         key = (c.tensor, c.sequence_parallel, c.micro_batch, c.recompute, is_hooked)
         if key not in self._works:
-            works, shape = layer_works(config), Shape.of(config)
+            works, shape = self.layer_works(config), Shape.of(config)
             host = Host(config.training.compile == "layers", self.hooks if is_hooked else 0.0)
             dtype = config.precision.dtype
             times = {
@@ -212,7 +219,8 @@ class Planner:
             mine = [estimate.stages[s] for s in c.stages_of(rank)]
             parameters = sum(stage.parameters(estimate.config, works) for stage in mine)
             parameters += table if any(stage.has_table for stage in mine) else 0
-            sending = _data_seconds(estimate, parameters, busy) + _partition_seconds(estimate, mine)
+            behind = sum(part.backward for part in per_rank[rank]) if self.hides_sums else 0.0
+            sending = _data_seconds(estimate, parameters, busy, behind) + _partition_seconds(estimate, mine)
             dp_seconds = max(dp_seconds, sending)
             own = _optimizer_seconds(estimate, parameters) + _accumulation_seconds(estimate, parameters)
             optimizer = max(optimizer, own + _muon_seconds(estimate, mine))
@@ -289,11 +297,12 @@ def _makespan(estimate: Estimate) -> float:
     return m * (slowest + exchange) + (c.pipeline - 1) * (forward + 2 * backward + exchange) - forward
 
 
-def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
+def _data_seconds(estimate: Estimate, parameters: int, busy: float, behind: float) -> float:
     """Seconds of data-parallel communication that computation does not hide.
 
-    Stages 2 and 3 send while the backward pass runs (stage 3: and the forward pass), the last piece after its end. On a
-    CPU nothing is hidden: the core that sends is the one that computes.
+    Stages 2 and 3 send while the backward pass runs (stage 3: and the forward pass), stage 1 in bf16 while the last
+    micro-batch's does, which takes `behind`; the last piece after its end. On a CPU nothing is hidden: the core that
+    sends is the one that computes.
     """
     c, m = estimate.candidate, estimate.micro_batches
     sent = data_bytes(estimate.config, c, parameters, m)
@@ -307,7 +316,9 @@ def _data_seconds(estimate: Estimate, parameters: int, busy: float) -> float:
 
     gather = seconds("all_gather") if sent["all_gather"] else 0.0
     if c.zero_stage <= 1:
-        return seconds("all_reduce") + gather
+        reduced, is_early = seconds("all_reduce"), c.zero_stage == 1 and estimate.config.precision.dtype == "bf16"
+        hidden = min(behind, 0.9 * reduced) if is_early and not estimate.hardware.facts.is_cpu else 0.0
+        return reduced - hidden + gather
     if c.zero_stage == 2:
         reduced = seconds("all_reduce")
         return max(reduced - busy / 2, reduced / m * 0.1) + gather + copying
@@ -337,16 +348,15 @@ def _muon_seconds(estimate: Estimate, stages: Sequence[Stage]) -> float:
 
 
 def _accumulation_seconds(estimate: Estimate, parameters: int) -> float:
-    """Seconds in which bf16 gradients are added to fp32 ones after every backward pass (BF16_Optimizer, ZeRO-1).
+    """Seconds in which bf16 gradients are added to fp32 ones in every backward pass (BF16_Optimizer, ZeRO-1).
 
-    Read, widened, added: 18 bytes a parameter; without pipeline stages they are cleared too. Every stage of a rank has
-    its own parameters, so interleaved stages cost no more.
+    Read, widened, added: 18 bytes a parameter. Every stage of a rank has its own parameters, so interleaved stages cost
+    no more.
     """
     c = estimate.candidate
     if c.zero_stage != 1 or estimate.config.precision.dtype != "bf16" or estimate.hardware.facts.is_cpu:
         return 0.0
-    num_bytes = ACCUMULATED if c.pipeline > 1 else ACCUMULATED + CLEARED
-    return estimate.micro_batches * estimate.hardware.traffic_seconds(num_bytes * parameters)
+    return estimate.micro_batches * estimate.hardware.traffic_seconds(ACCUMULATED * parameters)
 
 
 def _optimizer_seconds(estimate: Estimate, parameters: int) -> float:

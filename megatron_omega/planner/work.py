@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from megatron_omega import accounting
 from megatron_omega.config.schema import Branch, Branches, ModelConfig, RunConfig
+from megatron_omega.config.schema.model import WHOLE
 from megatron_omega.planner import activations
 from megatron_omega.planner.activations import FP32, INT64, Shape
 
@@ -20,10 +21,11 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FORWARD_TRAFFIC = 2.5
 """Bytes that element-wise kernels move in a forward pass, per byte that a layer without recomputation keeps."""
 BACKWARD_TRAFFIC = 5.0
-BRANCH_LAUNCHES: dict[Branch, int] = {"full": 6, "causal": 6, "local": 3, "axial": 3, "dynamic": 11,
-    "select": 40}  # fmt: skip
-"""Kernels of a branch's forward pass, counted on the real code."""
-BACKWARD_LAUNCHES = 1.6
+BRANCH_LAUNCHES: dict[Branch, int] = {"full": 2, "causal": 2, "local": 3, "axial": 3, "dynamic": 7, "select": 19}
+"""Kernels of a branch's forward pass, counted on the real code: rows of one document each, bf16."""
+WHOLE_CALL = 2
+"""Those of the call itself, which two branches that see whole documents share."""
+BACKWARD_LAUNCHES = 1.67
 """Kernels of a backward pass per kernel of the forward."""
 
 
@@ -177,7 +179,7 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
     everything = config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": "none"})})
     keep = activations.encoder_layer if encoder else activations.decoder_layer
     kept, whole = keep(config, shape, branches), keep(everything, shape, branches)
-    launches = 36 + 34 * has_cross + sum(BRANCH_LAUNCHES[branch] for branch in branches)
+    launches = 35 + 30 * has_cross + _mix_launches(branches)
     is_full = recompute == "full"
     redone = {"none": [], "swiglu": [], "ffn": [gate_up], "full": products[:-1]}[recompute]
     return Work(
@@ -199,6 +201,13 @@ def _layer(config: RunConfig, shape: Shape, branches: Branches, tensor_rank: int
         kept=kept,
         working=whole - kept + _gradients(shape, length),
     )
+
+
+def _mix_launches(branches: Branches) -> int:
+    """Kernels of a mix's branches, and of joining what they attend, which one that sees whole documents needs not."""
+    whole = sum(branch in WHOLE for branch in branches)
+    shared = WHOLE_CALL if whole == 2 else 0
+    return sum(BRANCH_LAUNCHES[branch] for branch in branches) - shared + (len(branches) > 1 or not whole)
 
 
 def _gradients(shape: Shape, length: int) -> int:

@@ -138,9 +138,9 @@ def _first_with_gradient(values: tuple[Any, ...]) -> Tensor | None:
 def _named_branches() -> Iterator[None]:
     attend, cross = SelfAttention._attend, CrossAttention.forward
 
-    def branch(self: SelfAttention, index: int, *arguments: Any) -> Tensor:
-        with named(f"branch {self.branches[index]}"):
-            return attend(self, index, *arguments)
+    def branch(self: SelfAttention, group: range, *arguments: Any) -> tuple[Tensor, ...]:
+        with named(f"branch {' + '.join(self.branches[index] for index in group)}"):
+            return attend(self, group, *arguments)
 
     def crossing(self: CrossAttention, *arguments: Any) -> Tensor:
         with named("branch cross"):

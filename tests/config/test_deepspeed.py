@@ -46,7 +46,7 @@ def test_emitted_whole() -> None:
             "use_reentrant": False,
             "activation_checkpoint_interval": 0,
         },
-        "bf16": {"enabled": True, "immediate_grad_update": False},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
         "timers": {"throughput": {"enabled": False}},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
@@ -90,7 +90,7 @@ def test_sixteen_bits_at_stage_0_run_as_stage_1_and_say_so(dtype: str, user_json
         ({"gradient_accumulation_steps": 3}, "but it is 8 here"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=true in the DeepSpeed configuration, but it is false here"),
         ({"fp16": True}, "fp16=true"),
-        ({"bf16": {"immediate_grad_update": True}}, "bf16.immediate_grad_update=true in the DeepSpeed configuration, but it is false here"),
+        ({"bf16": {"immediate_grad_update": False}}, "bf16.immediate_grad_update=false in the DeepSpeed configuration, but it is true here"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16"'),
         ({"optimizer": {"type": "Adam"}}, 'optimizer.type="Adam"'),
         ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr=1 in the DeepSpeed configuration, but it is 0.003 here"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,11 @@ def stream_of(rows: Rows) -> Stream:
     return Stream(segments, PORTABLE)
 
 
-def parts_of(stream: Stream, memory: Stream) -> list[Tensor]:
+def parts_of(stream: Stream, memory: Stream, *, size: int = 8) -> list[Tensor]:
+    """q, k, v of two branches with two heads."""
     lengths = (stream.segments.shape[1], *[memory.segments.shape[1]] * 2)
     rows = stream.segments.shape[0]
-    return [torch.randn(rows, 2, length, 8, dtype=torch.double, requires_grad=True) for length in lengths]
+    return [torch.randn(rows, 2, 2, length, size, dtype=torch.double, requires_grad=True) for length in lengths]
 
 
 def played_kernel(
@@ -60,8 +62,8 @@ def played_kernel(
             distance = torch.arange(k1 - k0) - torch.arange(q1 - q0).unsqueeze(1)
             sees = (window[0] < 0) | (distance >= -window[0])
             sees = sees & ((window[1] < 0) | (distance <= window[1]))
-            mine = [part.transpose(0, 1) for part in (query[q0:q1], key[k0:k1], value[k0:k1])]
-            part = F.scaled_dot_product_attention(*mine, attn_mask=sees).transpose(0, 1)
+            mine = [part.movedim(0, -2) for part in (query[q0:q1], key[k0:k1], value[k0:k1])]
+            part = F.scaled_dot_product_attention(*mine, attn_mask=sees).movedim(-2, 0)
             attended = torch.cat((attended[:q0], part, attended[q1:]))
     return attended
 
@@ -72,10 +74,13 @@ def _pairs(bounds: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def compare(found: Callable[[list[Tensor]], Tensor], mask: Tensor, stream: Stream, parts: list[Tensor]) -> None:
+def compare(
+    found: Callable[[list[Tensor]], tuple[Tensor, ...]], mask: Tensor, stream: Stream, parts: list[Tensor]
+) -> None:
     """Compare values and gradients of text; what padding attends is of no account."""
-    is_text = (stream.segments > 0).unsqueeze(1).unsqueeze(-1)
-    values = [found(parts) * is_text, F.scaled_dot_product_attention(*parts, attn_mask=mask) * is_text]
+    is_text = (stream.segments > 0)[:, None, None, :, None]
+    expected = F.scaled_dot_product_attention(*parts, attn_mask=mask.unsqueeze(1))
+    values = [torch.stack(found(parts), dim=1) * is_text, expected * is_text]
     gradient = torch.randn_like(values[0])
     gradients = [torch.autograd.grad(value, parts, gradient) for value in values]
     for left, right in zip([values[0], *gradients[0]], [values[1], *gradients[1]], strict=True):
@@ -138,10 +143,30 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))  # pyright: ignore[reportCallIssue]
 
 
-def test_rows_of_one_document_are_one_call_and_others_one_for_each_document() -> None:
+def test_rows_of_one_document_are_a_call_for_each_branch_and_others_one_for_each_document() -> None:
     whole, packed = Stream(torch.ones(3, 16, dtype=torch.long), PORTABLE), stream_of([[16, 8], [24]])
-    for stream, expected in ((whole, [16]), (packed, [16, 8, 3, 24, 3])):
+    for stream, expected in (
+        (whole, [16, 16]),
+        (packed, [16, 8, 3, 24, 3]),
+    ):  # one for each of two branches, or for both
         query, key, value = parts_of(stream, stream)
         with Calls() as calls:
             attend_spans(query, key, value, self_spans(stream), causal=True)
         assert calls.queries == expected
+
+
+@pytest.mark.parametrize(("size", "heads"), [(20, [4]), (16, [2, 2])])
+def test_what_is_padded_for_the_kernel_is_one_call_and_anything_else_is_not_copied(size: int, heads: list[int]) -> None:
+    stream, seen, storages = stream_of([[16, 8], [24]]), [], []
+
+    def kernel(query: Tensor, *rest: Any) -> Tensor:
+        seen.append(query.shape[1] * query.shape[2])
+        storages.append(query.untyped_storage().data_ptr())
+        return played_kernel(query, *rest)
+
+    query, key, value = (  # laid out token by token, as a projection is
+        part.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4) for part in parts_of(stream, stream, size=size)
+    )
+    attended = attend_bounds(kernel, query, key, value, self_bounds(stream, WIDTH), (-1, -1))
+    assert seen == heads and [part.shape[1] for part in attended] == [2, 2]
+    assert {*storages} == {query.untyped_storage().data_ptr()}, "the kernel is given views; it pads them itself"

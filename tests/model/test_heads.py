@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_omega.model.embeddings import RotaryTable, rotary_table
-from megatron_omega.model.heads import split_heads
+from megatron_omega.model.heads import Temperature, alone, split_heads
 
 EPSILON = 1e-3
 
@@ -41,7 +41,8 @@ def test_heads_and_gradients_are_those_of_autograd(branches: int, parts: int, no
     gains = torch.randn(branches, normed, 3, 8, dtype=torch.double, requires_grad=True)
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]) if is_rotary else None
     rotary = None if positions is None else table(positions, 8)
-    found, expected = split_heads(projected, gains, rotary, EPSILON), spelled_out(projected, gains, positions)
+    found = [part.squeeze(1) for part in split_heads(projected, gains, rotary, EPSILON)]
+    expected = spelled_out(projected, gains, positions)
     weights = [torch.randn_like(part) for part in expected]
     gradients = [torch.autograd.grad(heads, (projected, gains), weights) for heads in (found, expected)]
     for left, right in zip([*found, *gradients[0]], [*expected, *gradients[1]], strict=True):
@@ -61,5 +62,32 @@ def test_the_projection_and_the_roots_are_all_that_is_kept() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         parts = split_heads(projected, gains, rotary, EPSILON)
-    assert len(parts) == 6 and all(part.shape == (1, 3, 6, 8) for part in parts)
+    assert len(parts) == 6 and all(part.shape == (1, 1, 3, 6, 8) for part in parts)
     assert sizes == [projected.numel(), gains.numel(), 6 * 2 * 2 * 3, 6 * 8, 6 * 8]
+
+
+@pytest.mark.parametrize("is_rotary", [True, False])
+@pytest.mark.parametrize("order", [[0, 3, 1, 2], [1, 2, 0, 3]])
+def test_branches_together_with_a_temperature_are_views_with_the_gradients_of_autograd(
+    order: list[int], *, is_rotary: bool
+) -> None:
+    pair = order[:2]
+    groups = (range(pair[0], pair[1] + 1, pair[1] - pair[0]), *alone(order[2:]))
+    projected = torch.randn(2, 5, 4, 3, 3, 8, dtype=torch.double, requires_grad=True)
+    gains = torch.randn(4, 2, 3, 8, dtype=torch.double, requires_grad=True)
+    factor = torch.rand(2, 5, 3, 1, dtype=torch.double, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]) if is_rotary else None
+    rotary = None if positions is None else table(positions, 8)
+    temperature = Temperature(pair[1], factor)
+
+    parts = split_heads(projected, gains, rotary, EPSILON, groups=groups, temperature=temperature)
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 2, "one for q and k, and the projection for v"
+    found = [heads for part in parts for heads in part.unbind(1)]
+    expected = spelled_out(projected, gains, positions)
+    expected[3 * pair[1]] = expected[3 * pair[1]] * factor.transpose(1, 2)
+    expected = [expected[3 * branch + part] for group in groups for part in range(3) for branch in group]
+    weights = [torch.randn_like(part) for part in expected]
+    leaves = (projected, gains, factor)
+    gradients = [torch.autograd.grad(heads, leaves, weights) for heads in (found, expected)]
+    for left, right in zip([*found, *gradients[0]], [*expected, *gradients[1]], strict=True):
+        assert torch.allclose(left, right, atol=1e-6)

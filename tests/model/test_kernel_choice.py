@@ -54,7 +54,7 @@ def test_libraries_are_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
             return gate + up
 
     def attention(query: torch.Tensor, *_: object, window_size: tuple[int, int], softmax_scale: float) -> torch.Tensor:
-        assert query.shape[-1] == 24 and window_size == (7, 0) and softmax_scale == 20**-0.5
+        assert query.shape == (5, 6, 24) and window_size == (7, 0) and softmax_scale == 20**-0.5
         return query
 
     install(monkeypatch, "apex.normalization", fused_rms_norm_affine=fused)
@@ -65,7 +65,7 @@ def test_libraries_are_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
     ones = torch.ones(2, 4)
     assert torch.equal(chosen.norm(ones, torch.ones(4), 1e-6), 7 * ones)
     assert torch.equal(chosen.gated_activation(ones), torch.full((2, 2), 2.0))
-    query, bounds = torch.randn(5, 2, 20), torch.tensor([0, 5])
+    query, bounds = torch.randn(5, 3, 2, 20), torch.tensor([0, 5])
     assert chosen.variable_length_attention is not None
     attended = chosen.variable_length_attention(query, query, query, bounds, bounds, 5, 5, (7, 0))
     assert torch.equal(attended, query), "padded to a multiple of 8 for the kernel, and cut again"
@@ -109,7 +109,7 @@ def test_attention_keeps_off_cudnn_and_repeats_itself_when_asked(monkeypatch: py
         assert not torch.backends.cuda.cudnn_sdp_enabled() and chosen is not None
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-    query, bounds = torch.randn(5, 2, 16), torch.tensor([0, 5])
+    query, bounds = torch.randn(5, 1, 2, 16), torch.tensor([0, 5])
     for is_repeatable in (False, True):
         with torch.random.fork_rng():
             torch.use_deterministic_algorithms(is_repeatable)

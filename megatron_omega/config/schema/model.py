@@ -21,6 +21,8 @@ LEGAL_BRANCHES: Mapping[Stack, Branches] = {
 }
 HAS_SINK: frozenset[Branch] = frozenset({"local", "axial"})
 """Branches that see part of a text only."""
+WHOLE: frozenset[Branch] = frozenset({"full", "causal", "dynamic"})
+"""Branches whose tokens see a whole document, or all of it before them: two of them in a layer see the same keys."""
 VOCABULARY_MULTIPLE = 128
 
 

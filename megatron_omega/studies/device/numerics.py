@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_omega.config.schema import Branch
-from megatron_omega.model.attention import attend, attend_memory, branch_facts, cross_facts
-from megatron_omega.model.heads import split_heads
+from megatron_omega.model.attention import attend, attend_memory, attend_whole, branch_facts, cross_facts
+from megatron_omega.model.embeddings import RotaryTable
+from megatron_omega.model.heads import Temperature, split_heads
 from megatron_omega.model.kernels import Kernels, select_kernels
 from megatron_omega.model.select import select_visible
 from megatron_omega.model.stream import PADDING, Pattern, Stream, rotations, share_document, visible
@@ -73,6 +74,8 @@ def check_branches(setting: Setting) -> Iterator[Finding]:
             for name, (branch, causal) in CASES.items():
                 case = branch_case(f"{name}, {length}", branch, segments, dtype, kernels, setting, causal=causal)
                 yield from judged("branches", case, branch, dtype, setting, kernels)
+            case = pair_case(f"full and dynamic together, {length}", segments, dtype, kernels, setting)
+            yield from judged("branches", case, "full", dtype, setting, kernels)
             case = cross_case(f"cross, {length}", segments, dtype, kernels, setting)
             yield from judged("branches", case, "full", dtype, setting, kernels)
 
@@ -135,6 +138,24 @@ def branch_case(
     return Case(what, ours, definition, parts, (segments > PADDING).view(1, 1, -1, 1))
 
 
+def pair_case(what: str, segments: Tensor, dtype: torch.dtype, kernels: Kernels, setting: Setting) -> Case:
+    """Return two branches that see whole documents as one call, laid out as a projection is: token by token."""
+    pattern = Pattern(causal=False, window=WINDOW, width=WIDTH)
+    facts = branch_facts("full", pattern, Stream(segments.to(setting.device), kernels), dtype)
+    parts = tuple(_numbers((1, segments.shape[1], 2, HEADS, HEAD_DIM), dtype, seed=seed) for seed in range(3))
+    mask = _seen("full", pattern, parts[0].permute(0, 2, 3, 1, 4)[0], parts[0], segments).unsqueeze(1)
+
+    def ours(*given: Tensor) -> Tensor:
+        query, key, value = (part.permute(0, 2, 3, 1, 4) for part in given)
+        return torch.stack(attend_whole(pattern, query, key, value, facts, kernels), dim=1)
+
+    def definition(*given: Tensor) -> Tensor:
+        query, key, value = (part.permute(0, 2, 3, 1, 4) for part in given)
+        return _dense(query, key, value, mask)
+
+    return Case(what, ours, definition, parts, (segments > PADDING).view(1, 1, 1, -1, 1))
+
+
 def cross_case(what: str, segments: Tensor, dtype: torch.dtype, kernels: Kernels, setting: Setting) -> Case:
     """Return cross-attention from every document to itself in an encoder's stream that is cut differently."""
     ends = F.pad(segments, (0, 2 * WIDTH), value=PADDING)
@@ -191,15 +212,16 @@ def function_cases(dtype: torch.dtype, kernels: Kernels, setting: Setting) -> It
         (state, update, weight),
     )
     yield Case("SwiGLU", kernels.gated_activation, _gate, (gate_up,))
-    projected, gains = _numbers((1, tokens, 1, 3, HEADS, HEAD_DIM), dtype), _numbers((1, 2, HEADS, HEAD_DIM), dtype)
+    projected, gains = _numbers((1, tokens, 2, 3, HEADS, HEAD_DIM), dtype), _numbers((2, 2, HEADS, HEAD_DIM), dtype)
+    temperature = _numbers((1, tokens, HEADS, 1), dtype)
     segments = packed([96, 96])
     table = rotations(Stream(segments.to(setting.device), kernels), HEAD_DIM, 10_000.0)
     wide = rotations(Stream(segments, kernels), HEAD_DIM, 10_000.0)
     yield Case(
-        "QK-norm and rotation",
-        lambda p, g: split_heads(p, g, table, epsilon),
-        lambda p, g: _heads(p, g, wide[0], wide[1], epsilon),
-        (projected, gains),
+        "QK-norm, rotation, temperature",
+        lambda p, g, t: split_heads(p, g, table, epsilon, groups=(range(2),), temperature=Temperature(1, t)),
+        lambda p, g, t: _pair_of_heads(p, g, t, wide, epsilon),
+        (projected, gains, temperature),
     )
     vocabulary = 250
     labels = torch.arange(tokens) * 7 % vocabulary
@@ -222,16 +244,25 @@ def _gate(gate_up: Tensor) -> Tensor:
     return gate * gate.sigmoid() * up
 
 
-def _heads(projected: Tensor, gains: Tensor, cosine: Tensor, sine: Tensor, epsilon: float) -> tuple[Tensor, ...]:
+def _pair_of_heads(
+    projected: Tensor, gains: Tensor, temperature: Tensor, table: RotaryTable, epsilon: float
+) -> tuple[Tensor, ...]:
+    """q, k and v of two branches side by side; the second one's queries have a temperature."""
+    first, second = (_heads(projected[:, :, branch], gains[branch], table, epsilon) for branch in range(2))
+    second = (second[0] * temperature.transpose(1, 2), *second[1:])
+    return tuple(torch.stack(parts, dim=1) for parts in zip(first, second, strict=True))
+
+
+def _heads(projected: Tensor, gains: Tensor, table: RotaryTable, epsilon: float) -> tuple[Tensor, ...]:
     """Query and key normalised, then rotated as complex numbers would be; the value as it is."""
     half = projected.shape[-1] // 2
     found = []
     for part in range(2):
-        normal = _norm(projected[:, :, 0, part], gains[0, part], epsilon)
+        normal = _norm(projected[:, :, part], gains[part], epsilon)
         real, imaginary = normal[..., :half], normal[..., half:]
-        c, s = (table.to(normal.dtype).unsqueeze(2)[..., half:] for table in (cosine, sine))
+        c, s = (values.to(normal.dtype).unsqueeze(2)[..., half:] for values in table)
         found.append(torch.cat((real * c - imaginary * s, imaginary * c + real * s), dim=-1).transpose(1, 2))
-    return (*found, projected[:, :, 0, 2].transpose(1, 2))
+    return (*found, projected[:, :, 2].transpose(1, 2))
 
 
 def _loss(hidden: Tensor, table: Tensor, labels: Tensor, loss: VocabularyLoss) -> Tensor:

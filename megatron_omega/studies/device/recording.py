@@ -1,4 +1,4 @@
-"""What torch does while something runs: which attention kernels, on which device, and where it waits."""
+"""What torch does while something runs: how many kernels, which of attention, on which device, and where it waits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
 """Operations that, on a GPU, return only when everything before them is computed."""
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",
+    "detach", "alias", "as_strided", "unfold", "chunk", "unbind", "_reshape_alias", "split_with_sizes", "lift_fresh",
+}  # fmt: skip
 METHODS = ("tolist", "cpu", "numpy")
 CPU_ONLY = ("model/documents.py", "torch/optim/adam.py")
 """Attention per document (a GPU takes all in one call, whose bounds stay on it); the fused optimizer's step count."""
 _ATTENTION = ("attention", "attn", "flash_fwd", "varlen_fwd", "_softmax")
 _MASK = 3  # place of the mask among the arguments of torch's kernels, where it is not named
+
+
+class KernelCounts(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class AttentionKernels(TorchDispatchMode):
