@@ -29,6 +29,7 @@ from megatron_omega.planner.hardware import Hardware, find_hardware
 from megatron_omega.planner.work import BACKWARD_LAUNCHES, FORWARD_TRAFFIC, Work
 
 GPUS = (64, 256, 1024)
+STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 Kind = Callable[[Candidate], bool]
 
 
@@ -103,12 +104,12 @@ class Past(Planner):
             works = {kind: replace(work, entering=0) for kind, work in works.items()}
         if self.layers is None:
             return works
-        return works | {stack: as_it_was(works[stack], config, stack, self.layers) for stack in ("encoder", "decoder")}
+        return works | {stack: as_it_was(works[stack], config, stack, self.layers) for stack in STACKS}
 
 
 def as_it_was(work: Work, config: RunConfig, stack: Stack, layers: Layers) -> Work:
     """Return what a layer of `stack` asked of a rank when layers were such."""
-    which, shape = ("encoder", "decoder").index(stack), Shape.of(config)
+    which, shape = STACKS.index(stack), Shape.of(config)
     length = shape.encoder if stack == "encoder" else shape.decoder
     tokens = shape.micro_batch * length
     traffic = FORWARD_TRAFFIC * layers.kept_kib[which] * 1024 * tokens / config.parallel.tensor_parallel_size
