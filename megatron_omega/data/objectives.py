@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
-Kind = Literal["prefix", "span", "extreme", "mask", "causal", "pair"]
+Kind = Literal["prefix", "span", "extreme", "mask", "causal", "pair", "shots"]
 DecoderStart = Literal["prefix", "begin"]
 Ids = NDArray[np.int64]
+SEPARATOR: Final = "\n\n"
+"""Text between examples."""
+MOST_SEPARATOR_TOKENS: Final = 2
+"""Room between examples."""
 _COUNT: Final = np.arange(NUM_SENTINELS)
 _ALTERNATING: Final = np.arange(2 * NUM_SENTINELS + 1) % 2 == 1
 
@@ -62,6 +66,33 @@ def prefix_example(
     labels = _with_end(tokens[prefix:], special, is_end=is_end)
     encoder = _after(special.modes.prefix, tokens[:prefix])
     return Example("prefix", encoder, _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1]), labels)
+
+
+def shots_example(
+    tokens: Ids,
+    prefix: int,
+    shots: int,
+    separator: Ids,
+    special: SpecialIds,
+    random: np.random.Generator,
+    *,
+    start: DecoderStart = "prefix",
+) -> Example:
+    """Read `shots` parts of a text in any order, then the beginning of another part, and continue that one.
+
+    All parts have the same length, but that the first takes what is left over; `prefix` tokens are read in all.
+    """
+    length = len(tokens) // (shots + 1)
+    first = len(tokens) - shots * length
+    parts = [tokens[:first], *np.split(tokens[first:], shots)]
+    asked = 1 + int(random.integers(shots))
+    others = [part for number, part in enumerate(parts) if number != asked]
+    kept = prefix - (len(tokens) - length)
+    read = [piece for number in random.permutation(shots) for piece in (others[number], separator)]
+    shown = np.concatenate([*read, parts[asked][:kept]])
+    labels = parts[asked][kept:]
+    decoder = _after(first_decoder_id(shown, special, start), labels[:-1])
+    return Example("shots", _after(special.modes.prefix, shown), decoder, labels)
 
 
 def pair_example(

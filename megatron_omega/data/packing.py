@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from megatron_omega.config.schema import ObjectiveConfig
-from megatron_omega.data.objectives import Kind
+from megatron_omega.data.objectives import MOST_SEPARATOR_TOKENS, Kind
 from megatron_omega.data.tokenizer import NUM_SENTINELS
 
 _MAX_SPANS: Final = NUM_SENTINELS - 1
@@ -27,6 +27,11 @@ _STREAM_SHARE: Final = 0.75
 _LEAST_SPANS_KEPT: Final = 0.7
 _ODDS_REACH: Final = 12.0
 _ODDS_STEPS: Final = 14
+MOST_SHOTS: Final = 4
+LEAST_SHOWN: Final = 12
+"""Tokens of a part that is shown, at least."""
+_LEAST_ANSWER: Final = 0.25
+"""Share of a part that is to be said, at least; as much is always shown of it."""
 
 
 class Budget(NamedTuple):
@@ -66,6 +71,8 @@ class Slot:
     prefix: int = 0
     noise: int = 0
     spans: int = 0
+    shots: int = 0
+    """Pieces that the encoder reads before the one that is continued."""
     encoder_at: int = 0
     decoder_at: int = 0
 
@@ -75,7 +82,8 @@ class Slot:
 
     @property
     def encoder_length(self) -> int:
-        return 1 + (self.tokens - self.noise + self.spans if self.spans else self.prefix)
+        gaps = self.shots * MOST_SEPARATOR_TOKENS
+        return 1 + (self.tokens - self.noise + self.spans if self.spans else self.prefix + gaps)
 
     @property
     def decoder_length(self) -> int:
@@ -91,7 +99,7 @@ class Slot:
 
     def free(self) -> None:
         """Become a prefix example."""
-        self.kind, self.is_free, self.noise, self.spans = "prefix", True, 0, 0
+        self.kind, self.is_free, self.noise, self.spans, self.shots = "prefix", True, 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def _relax(slots: Sequence[Slot], budget: Budget) -> bool:
 
 def span_overhead(objective: ObjectiveConfig) -> float:
     """Return the sentinels, in both streams together, that a token of the whole text costs on average."""
-    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix)
+    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix, objective.in_context)
     if not objective.span_corruption:
         return 0.0
     rate, mean, extreme = objective.span_rate, objective.span_mean_length, objective.extreme_span_fraction
@@ -187,8 +195,11 @@ def _prefixed(whole: Slot, draws: list[float], budget: Budget, objective: Object
     """Make a masked, an open or an empty prefix of a piece; a long piece with an empty prefix is cut in two."""
     kind, form, odds = draws
     whole.odds = _log_odds(odds)
-    total = objective.prefix_lm + objective.masked_prefix
-    if kind * total >= objective.prefix_lm and objective.masked_prefix:
+    total = objective.prefix_lm + objective.masked_prefix + objective.in_context
+    if objective.in_context and kind * total >= total - objective.in_context:
+        if _show(whole, form, odds, budget):
+            return [whole]
+    elif kind * total >= objective.prefix_lm and objective.masked_prefix:
         whole.kind = "mask"
         return [whole]
     if form >= objective.empty_prefix_fraction:
@@ -201,6 +212,21 @@ def _prefixed(whole: Slot, draws: list[float], budget: Budget, objective: Object
     empty = Slot(whole.piece, whole.start, cut, is_end=False, kind="prefix", is_free=False)
     whole.start = cut
     return [empty, whole]
+
+
+def _show(whole: Slot, form: float, odds: float, budget: Budget) -> bool:
+    """Make an in-context example of a piece: equal parts of it, the last part of one is to be said; tell if it can be.
+
+    The encoder takes most of it, so a piece that is longer than an encoder's share is none.
+    """
+    shots = min(1 + int(form * MOST_SHOTS), whole.tokens // LEAST_SHOWN - 1)
+    if shots < 1 or whole.tokens > _STREAM_SHARE * budget.encoder:
+        return False
+    part = whole.tokens // (shots + 1)
+    answer = max(1, round(part * (_LEAST_ANSWER + (1 - 2 * _LEAST_ANSWER) * odds)))
+    whole.kind, whole.is_free, whole.is_end, whole.shots = "shots", False, False, shots
+    whole.prefix = whole.tokens - answer
+    return True
 
 
 def _corrupt_some(whole: Slot, form: float, budget: Budget, objective: ObjectiveConfig, slack: int) -> int:
@@ -299,7 +325,7 @@ def _fit(slot: Slot, budget: Budget) -> bool:
         return True
     if encoder < 1 or decoder < 1:
         return False
-    if slot.spans:
+    if slot.spans or slot.shots:
         slot.free()
     slot.prefix = min(slot.prefix, encoder - 1)
     if slot.decoder_length > decoder:

@@ -16,12 +16,15 @@ from megatron_omega.data.blending import Blend
 from megatron_omega.data.indexed import IndexedShard
 from megatron_omega.data.megatron_order import MegatronWindows
 from megatron_omega.data.objectives import (
+    MOST_SEPARATOR_TOKENS,
+    SEPARATOR,
     DecoderStart,
     Example,
     Masking,
     causal_example,
     masked_example,
     prefix_example,
+    shots_example,
     span_example,
 )
 from megatron_omega.data.packing import Budget, PieceLength, Plan, Slot, plan_causal, plan_two_streams, span_overhead
@@ -44,6 +47,8 @@ class Recipe:
     decoder_start: DecoderStart = "prefix"
     has_shared_mode: bool = False
     """Whether masked prefixes open with the mode token of plain ones."""
+    separator: tuple[int, ...] = ()
+    """Ids between in-context examples."""
     is_plain_stream: bool = False
     """Megatron's rows: tokens as they stand in the shard, documents neither parted nor opened by a begin token."""
 
@@ -126,6 +131,9 @@ class SampleSource:
         if slot.kind == "causal":
             return causal_example(tokens, special, is_end=slot.is_end)
         start = self._recipe.decoder_start
+        if slot.kind == "shots":
+            separator = np.asarray(self._recipe.separator, dtype=np.int64)
+            return shots_example(tokens, slot.prefix, slot.shots, separator, special, random, start=start)
         if slot.kind == "prefix":
             return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end, start=start)
         masking = self._recipe.masking
@@ -180,10 +188,11 @@ def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
     encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
     budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
     is_plain = config.data.order == "megatron" and encoder == 0
-    model = config.model
+    model, separator = config.model, tokenizer.encode(SEPARATOR)[:MOST_SEPARATOR_TOKENS]
     return Recipe(
         budget, config.objective, tokenizer.special, tokenizer.text_ids, model.vocab_size,
         decoder_start=model.decoder_start, has_shared_mode=model.shared_mode_token, is_plain_stream=is_plain,
+        separator=tuple(separator),
     )  # fmt: skip
 
 
@@ -256,6 +265,8 @@ def window_shape(recipe: Recipe, lengths: Sequence[int]) -> WindowShape:
     reserve = 2 + width * 256 // room
     if objective.span_corruption:
         reserve += round(room * span_overhead(objective)) + width
+    if objective.in_context:
+        reserve += width
     return WindowShape(max(1, room - reserve), round(float(np.mean(costs or [0]))))
 
 

@@ -351,7 +351,7 @@ def _expected_labels(config: RunConfig) -> float:
     if not config.model.has_mlm_head:
         return 1.0
     objective, data = config.objective, config.data
-    weights = objective.prefix_lm + objective.span_corruption + objective.masked_prefix
+    weights = objective.prefix_lm + objective.span_corruption + objective.masked_prefix + objective.in_context
     masked = objective.mask_rate * objective.masked_prefix / weights if weights else 0.0
     tokens = data.decoder_seq_length + masked * data.encoder_seq_length
     return tokens / (data.decoder_seq_length + data.encoder_seq_length)

@@ -14,6 +14,7 @@ from megatron_omega.data.objectives import (
     noise_runs,
     prefix_example,
     restore,
+    shots_example,
     span_example,
 )
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
@@ -141,3 +142,22 @@ def test_a_masked_example_without_prefix_has_no_masks(special: SpecialIds) -> No
     masking = Masking(0.15, 3, special.modes.mask)
     example = masked_example(tokens_of(2), 0, masking, special, np.arange(300, 310), random_of(0), is_end=False)
     assert example.mlm_labels is not None and (example.mlm_labels == IGNORED_LABEL).all()
+
+
+@given(st.integers(1, 4), st.integers(4, 60), st.integers(0, 10), st.integers(0, 2**32), st.data())
+@settings(max_examples=80)
+def test_in_context_examples_show_whole_parts_and_ask_for_the_end_of_another(
+    special: SpecialIds, shots: int, length: int, more: int, seed: int, data: st.DataObject
+) -> None:
+    tokens = tokens_of((shots + 1) * length + min(more, shots))
+    answer = data.draw(st.integers(1, length - 1))
+    separator = np.array([11, 12])
+    example = shots_example(tokens, len(tokens) - answer, shots, separator, special, random_of(seed))
+    *shown, begun = np.split(example.encoder_ids[1:], 2 + np.flatnonzero(example.encoder_ids[1:] == 11))
+    shown = [part[:-2] for part in shown]
+    assert example.encoder_ids[0] == special.modes.prefix and example.mlm_labels is None
+    assert len(shown) == shots and len(example.labels) == answer and example.decoder_ids[0] == begun[-1]
+    asked = [*begun, *example.labels]
+    assert len(asked) == length and sorted([*np.concatenate(shown), *asked]) == tokens.tolist()
+    assert all((np.diff(part) == 1).all() for part in (*shown, np.array(asked)))
+    assert (example.decoder_ids[1:] == example.labels[:-1]).all()

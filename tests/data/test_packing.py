@@ -36,14 +36,16 @@ def check(plan: Plan, pieces: list[PieceLength], budget: Budget) -> None:
 @given(
     pieces_of,
     st.sampled_from([(64, 64, 16), (256, 256, 32), (512, 128, 32), (96, 640, 16), (2048, 2048, 32)]),
-    st.tuples(*[st.sampled_from([0.0, 0.2, 1.0])] * 3).filter(any),
+    st.tuples(*[st.sampled_from([0.0, 0.2, 1.0])] * 4).filter(any),
     st.integers(0, 2**32),
 )
 @settings(max_examples=150)
 def test_any_plan_keeps_the_rules(
-    pieces: list[PieceLength], room: tuple[int, int, int], weights: tuple[float, float, float], seed: int
+    pieces: list[PieceLength], room: tuple[int, int, int], weights: tuple[float, float, float, float], seed: int
 ) -> None:
-    objective = ObjectiveConfig(prefix_lm=weights[0], span_corruption=weights[1], masked_prefix=weights[2])
+    objective = ObjectiveConfig(
+        prefix_lm=weights[0], span_corruption=weights[1], masked_prefix=weights[2], in_context=weights[3]
+    )
     budget = Budget(*room)
     plan = plan_two_streams(pieces, budget, objective, np.random.Generator(np.random.PCG64(seed)))
     check(plan, pieces, budget)

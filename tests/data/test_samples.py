@@ -77,6 +77,29 @@ def test_every_example_holds_the_text_it_says(make_config: MakeConfig, tokenizer
     assert set(kinds) == {"prefix", "span", "extreme", "mask"}
 
 
+def test_in_context_examples_come_by_their_weight_and_hold_a_documents_text(
+    make_config: MakeConfig, tokenizer: Tokenizer
+) -> None:
+    config = make_config()
+    shown = {"prefix_lm": 1.0, "in_context": 1.0, "masked_prefix": 0.0, "span_corruption": 0.0}
+    config = config.model_copy(update={"objective": config.objective.model_copy(update=shown)})
+    source = open_sources(config).train
+    separator = tokenizer.encode("\n\n")
+    found = 0
+    for index in range(60):
+        sample = source[index]
+        for origin in (origin for origin in sample.origins if origin.kind == "shots"):
+            document = source.corpora[origin.corpus].shard.document(origin.document)
+            text = document[origin.offset : origin.offset + origin.num_tokens].tolist()
+            inside = sample.row.encoder_segments[0] == origin.segment
+            labels = sample.row.lm_labels[0][sample.row.decoder_segments[0] == origin.segment].tolist()
+            read = sample.row.encoder_ids[0][inside].tolist()[1:]
+            more = Counter([*read, *labels]) - Counter(text)
+            assert more and set(more) <= set(separator) and not Counter(text) - Counter([*read, *labels])
+            found += 1
+    assert found > 30
+
+
 def test_a_sample_depends_on_nothing_but_its_index(make_config: MakeConfig) -> None:
     source, again = open_sources(make_config()).train, open_sources(make_config()).train
     for index in (17, 3, 250, 17):

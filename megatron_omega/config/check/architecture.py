@@ -46,7 +46,7 @@ def _branches(model: ModelConfig, stack: Stack) -> Iterator[str]:
 
 def objective(config: RunConfig) -> Iterator[str]:
     objective = config.objective
-    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix)
+    weights = (objective.prefix_lm, objective.span_corruption, objective.masked_prefix, objective.in_context)
     if not config.model.is_decoder_only and sum(weights) == 0:
         yield (
             "objective.prefix_lm=0, objective.span_corruption=0 and objective.masked_prefix=0 leave nothing to train; "

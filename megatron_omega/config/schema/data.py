@@ -94,6 +94,9 @@ class ObjectiveConfig(Section):
     """Weight of span corruption, which teaches to fill in gaps; docs/quality.md says what a tenth of it costs."""
     masked_prefix: NonNegativeFloat = 0.5
     """Weight of masked prefix: tokens of the prefix are masked for the MLM head, the decoder continues it."""
+    in_context: NonNegativeFloat = 0.0
+    """Weight of in-context examples (encoder-decoders): the encoder reads pieces of a document from other places of it,
+    apart by an empty line, then the beginning of one more, which the decoder continues: few-shot as training."""
     empty_prefix_fraction: Fraction = 1 / 6
     """Share of prefix-LM examples with an empty prefix: plain text generation."""
     span_rate: Fraction = 0.15
