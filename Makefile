@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs settings lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
+.PHONY: help setup demo tasks test check docs settings lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -63,6 +63,9 @@ audit: ## Look for known weaknesses of every pinned package (needs pip-audit and
 
 demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
+
+tasks: setup ## Fine-tune the demo's model on tasks gathered here, whole and with adapters, and score both
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tasks/run.sh
 
 test: lint unit distributed ## Check everything: lint, types, unit tests, then tests of several ranks
 

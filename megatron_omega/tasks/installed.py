@@ -33,6 +33,8 @@ _LONGEST, _SHORTEST = 420, 40
 """Characters of a text: a tiny model's encoder holds it."""
 _LONGEST_ANSWER = 72
 _MOST_OF_PACKAGE = 0.2
+_MOST_OF_ANSWER = 0.2
+"""Share of a task's records with the same answer, at most: to say always the same is no way to pass."""
 _PACKAGES = 8
 _HELD_OUT = 0.1
 _MOST_FILES = 2500
@@ -116,6 +118,7 @@ def gather(
     """Return at most `most` records of each kind, no text twice, in the order of the files."""
     found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
     taken: Counter[tuple[str, str]] = Counter()
+    given: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
     for number, origin in enumerate(origins[:_MOST_FILES], start=1):
         if all(len(records) >= 2 * most for records in found.values()):
@@ -125,7 +128,9 @@ def gather(
                 if len(found[kind]) >= 2 * most or taken[kind, origin.package] > _MOST_OF_PACKAGE * most:
                     continue
                 for record in make(node, origin):
-                    if _is_fit(record) and f"{kind} {record['text']}" not in seen:
+                    is_frequent = given[kind, record["answer"]] > _MOST_OF_ANSWER * most
+                    if _is_fit(record) and not is_frequent and f"{kind} {record['text']}" not in seen:
+                        given[kind, record["answer"]] += 1
                         seen.add(f"{kind} {record['text']}")
                         taken[kind, origin.package] += 1
                         part = "held out" if origin.is_held_out else "train"

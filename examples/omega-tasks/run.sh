@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# From the demo's checkpoint to answers: gather tasks from the installed packages, fine-tune the whole model and, beside it, adapters;
+# then compare both with the untuned model (zero- and four-shot) and with two guesses. Arguments are settings of both fine-tunings.
+# BASE=runs/omega-tiny is what is fine-tuned (made by the demo if it is not there), RUN=runs/tasks the folder of everything made here.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ -d .venv ] && source .venv/bin/activate
+export OMP_NUM_THREADS=1 DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+base="${BASE:-runs/omega-tiny}" run="${RUN:-runs/tasks}" ranks="${NUM_RANKS:-2}" records="${RECORDS:-2400}" limit="${LIMIT:-150}"
+omega="python -m megatron_omega"
+
+finetune() { # NAME SETTING...
+    [ -e "$run/$1/SUCCESS" ] || torchrun --standalone --nproc-per-node "$ranks" pretrain_omega.py --load "$base" \
+        --tasks "$run/data/tasks.yaml" --logging.run_directory "$run/$1" --evaluation.answers 60 "${@:2}"
+}
+
+[ -e "$base/SUCCESS" ] || $omega demo --run "$base"
+[ -e "$run/data/tasks.yaml" ] || $omega gather-tasks --output "$run/data" --records "$records"
+echo; echo "== fine-tuning the whole model"
+finetune full --training.epochs 4 --optimizer.learning_rate 4e-3 "$@"
+echo; echo "== fine-tuning adapters beside it"
+finetune lora --training.epochs 4 --lora.rank 16 --lora.alpha 32 "$@"
+score() {
+    echo; echo "== $1"
+    torchrun --standalone --nproc-per-node "$ranks" -m megatron_omega score --checkpoint "$2" --tasks "$run/data/tasks.yaml" --limit "$limit" --examples 2 "${@:3}"
+}
+score "before: no example, and the two guesses" "$base"
+score "before: four examples in the prompt" "$base" --shots 4
+score "the whole model, fine-tuned" "$run/full"
+score "adapters, fine-tuned" "$run/lora"
