@@ -186,12 +186,13 @@ def train(
         OmegaError: what is wrong, every finding; Preempted if the run was asked to stop and has saved.
     """
     from megatron_omega.run.train import train as train_run
+    from megatron_omega.tasks.answering import Answers
 
     words = tuple(Override(name.replace("__", "."), _as_yaml(value)) for name, value in overrides.items())
     place = complete_environment()
     resolved = resolve_run(Arguments(config, deepspeed_config, words), place.world_size)
     hooks = [one if isinstance(one, Hook) else _Callback(one) for one in callbacks]
-    return train_run(resolved, place, hooks)
+    return train_run(resolved, place, hooks, answering=Answers)
 
 
 def _as_yaml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -25,6 +26,14 @@ class Row:
     step: int
     validation_loss: float | None
     has_optimizer: bool = True
+    score: float | None = None
+    """Of its answers; higher is better."""
+
+    @property
+    def merit(self) -> tuple[float, float, int]:
+        """Largest for the best validation: by its score, then by its loss; of equal ones the earlier."""
+        assert self.validation_loss is not None
+        return (-math.inf if self.score is None else self.score, -self.validation_loss, -self.step)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def choose(rows: Iterable[Row], config: CheckpointConfig) -> Choice:
         kept |= {row.step for row in rows if row.step % config.keep_every_steps == 0}
     scored = [row for row in rows if row.validation_loss is not None]
     if config.keep_best and scored:
-        kept.add(min(scored, key=lambda row: (row.validation_loss, -row.step)).step)
+        kept.add(max(scored, key=lambda row: row.merit).step)
     strip = {row.step for row in rows if row.has_optimizer and row.step in kept - recent}
     return Choice(
         delete=frozenset(row.step for row in rows if row.step not in kept),
@@ -94,7 +103,9 @@ class Keeper:
                 except CheckpointError as error:
                     logger.warning("%s is damaged and left alone: %s", path, error)
                     continue
-                self._rows[name] = Row(manifest.step, manifest.validation_loss, manifest.has_optimizer)
+                score = manifest.state.get("score") if manifest.validation_loss is not None else None
+                known = float(score) if isinstance(score, int | float) else None
+                self._rows[name] = Row(manifest.step, manifest.validation_loss, manifest.has_optimizer, known)
         return [row for name, row in self._rows.items() if name in present]
 
 

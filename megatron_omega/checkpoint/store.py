@@ -21,6 +21,7 @@ from megatron_omega.checkpoint.adapters import Base, fill_frozen
 from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
 from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
+from megatron_omega.checkpoint.live_weights import LiveWeights
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.retention import Keeper
@@ -178,6 +179,10 @@ class CheckpointStore:
             self._keeper.tidy(step)
         except OSError as error:
             logger.warning("old checkpoints in %s could not be removed: %s", self.directory, error)
+
+    def live_weights(self, engine: Engine) -> LiveWeights:
+        """Return the weights that the engine has now, as whole tensors. Collective."""
+        return LiveWeights(self._bind(engine), engine.device)
 
     # ---- choosing
 

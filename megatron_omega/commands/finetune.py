@@ -5,9 +5,9 @@
     deepspeed pretrain_omega.py --load runs/omega-tiny --tasks tasks.yaml        the same on several ranks
 
 --tasks names records (.jsonl, .parquet; fields `prompt` and `target`) or a YAML list of tasks: path, prompt and target
-templates, validation, weight; docs/tasks.md has examples. Model, tokenizer and layout are those of the checkpoint or
-export; epochs, rate and streams have defaults of their own. Every setting of a run can be given as
---section.field value, such as --training.epochs 10; --help lists them, --dry-run shows what would run.
+templates, validation, weight; docs/tasks.md has examples. Model, tokenizer and layout are those of the checkpoint;
+epochs, rate and streams have defaults of their own. Every setting of a run can be given as --section.field value, such
+as --training.epochs 10; --help lists them, --dry-run shows what would run.
 """
 
 from __future__ import annotations

@@ -63,10 +63,11 @@ def start(arguments: Arguments, as_run: AsRun) -> None:
             print(notice)
         return
     from megatron_omega.run.train import train  # torch starts only now: what is wrong above is told at once
+    from megatron_omega.tasks.answering import Answers
 
     if place.rank == 0 and not has_gpu():
         measure_machine()
-    train(resolved, place)
+    train(resolved, place, answering=Answers)
 
 
 def main(argv: Sequence[str]) -> None:

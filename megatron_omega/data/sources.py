@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.batch import Part, Sample
 from megatron_omega.data.pairs.opening import open_tasks
+from megatron_omega.data.pairs.source import PairRows
 from megatron_omega.data.samples import open_text
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
@@ -54,6 +55,11 @@ class Sources:
     tokenizer: Tokenizer
     notices: tuple[str, ...] = ()
     """Sentences about what was read: how full rows are, what was cut."""
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the training pairs of each task, so that a resumed run notices other ones; nothing without tasks."""
+        return tuple(each.shard.fingerprint for each in self.train.corpora if isinstance(each, PairRows))
 
 
 def open_sources(config: RunConfig) -> Sources:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_omega.checkpoint.catalogue import checkpoints_at, no_checkpoint
 from megatron_omega.config.check.architecture import architecture
-from megatron_omega.config.schema import ModelConfig, RunConfig
+from megatron_omega.config.schema import LoraConfig, ModelConfig, RunConfig
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import CheckpointError, ConfigError, DataError
 from megatron_omega.export.adapted import open_whole
@@ -148,18 +148,44 @@ def build_omega(
     config = settings_of(weights)
     _require_sense(config, weights)
     _require_even(config.model, parallel)
+    model = _empty_omega(config, device, parallel)
+    _require_same_parameters(model, weights)
+    return fill_omega(model, lambda info: _values(weights, info), device, dtype), config
+
+
+def omega_of(
+    config: RunConfig,
+    values: Callable[[ParameterInfo], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: TensorParallel = SERIAL,
+) -> Omega:
+    """Build the model of a configuration, or this rank's slice, from the values of each parameter, asked for in order.
+
+    Adapters are none of it: `values` has them merged in.
+    """
+    plain = config.model_copy(update={"lora": LoraConfig()})
+    return fill_omega(_empty_omega(plain, device, parallel), values, device, dtype)
+
+
+def _empty_omega(config: RunConfig, device: torch.device, parallel: TensorParallel) -> Omega:
     context = ModelContext.of(config, parallel, select_kernels(device.type))
     with torch.device("meta"):
-        model = Omega(replace(context, recompute="none"))
-    _require_same_parameters(model, weights)
+        return Omega(replace(context, recompute="none"))
+
+
+def fill_omega(
+    model: Omega, values: Callable[[ParameterInfo], Tensor], device: torch.device, dtype: torch.dtype
+) -> Omega:
+    """Put `values` in the place of every parameter of a model that was built without memory."""
     filled: dict[str, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             info = describe(parameter)
             if info.name not in filled:  # the token table has several places
-                filled[info.name] = replacement(parameter, _values(weights, info).to(device, dtype))
+                filled[info.name] = replacement(parameter, values(info).to(device, dtype))
             setattr(module, key, filled[info.name])
-    return model.eval(), config
+    return model.eval()
 
 
 def _values(weights: Weights, info: ParameterInfo) -> Tensor:

@@ -27,7 +27,7 @@ EpochsAt = Callable[[int], Epochs]
 
 
 class EpochLog(Hook):
-    """Says once when a corpus begins again."""
+    """Says once when a corpus, or a task, begins again."""
 
     def __init__(self, epochs_at: EpochsAt) -> None:
         self._epochs_at = epochs_at
@@ -41,7 +41,8 @@ class EpochLog(Hook):
         for corpus, passes in now.items():
             if passes > self._seen.get(corpus, 0):
                 times = "once" if passes == 1 else f"{passes} times"
-                log.info("step %d: corpus %s has been read %s and begins again", report.step, corpus, times)
+                what = corpus if corpus.startswith("task ") else f"corpus {corpus}"
+                log.info("step %d: %s has been read %s and begins again", report.step, what, times)
         self._seen = now
 
     def _whole(self, samples: int) -> dict[str, int]:

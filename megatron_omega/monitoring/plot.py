@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ MOST_POINTS = 2000
 SMOOTHED_SHARE = 0.05
 """Of all steps: what the running mean of the training losses covers."""
 CURVES = (("lm_loss", "language modelling", "tab:blue"), ("mlm_loss", "masked tokens", "tab:orange"))
+
+
+ANSWER_COLOURS = ("tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 class LossPlot(Hook):
@@ -72,6 +75,7 @@ def plot_losses(run_directory: Path) -> Path | None:
         axes.plot(x, smoothed(y), color=colour, linewidth=1.4, label=f"{label}, training (running mean)")
         x, y = series(validations, field)
         axes.plot(x, y, color=colour, marker="o", markersize=4, linestyle="--", label=f"{label}, validation")
+    _add_answers(axes, validations)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=run_directory.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -79,6 +83,19 @@ def plot_losses(run_directory: Path) -> Path | None:
     unfinished = path.with_suffix(".tmp.png")
     figure.savefig(unfinished, dpi=110)
     return unfinished.replace(path)
+
+
+def _add_answers(axes: Any, validations: Sequence[dict[str, Any]]) -> None:
+    """Draw what answers are worth, task by task, on an axis of their own; nothing where none were given."""
+    names = dict.fromkeys(name for row in validations for name in row.get("answers") or {})
+    if not names:
+        return
+    beside = axes.twinx()
+    beside.set(ylabel="answers", ylim=(0, 1))
+    for name, colour in zip(names, cycle(ANSWER_COLOURS), strict=False):
+        x, y = series([row | (row.get("answers") or {}) for row in validations], name)
+        beside.plot(x, y, color=colour, marker="s", markersize=4, linestyle=":", label=name)
+    beside.legend(loc="lower right")
 
 
 def series(rows: Sequence[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:

@@ -25,6 +25,12 @@ def describe_losses(report: StepReport | EvaluationReport) -> str:
     return f"loss {report.loss:.4f} (lm {report.lm_loss:.4f}, mlm {report.mlm_loss:.4f})"
 
 
+def describe_answers(report: EvaluationReport) -> str:
+    """Return `; answers: qa exact_match 0.812`, or nothing without any."""
+    told = ", ".join(f"{name} {value:.3f}" for name, value in report.answers.items())
+    return f"; answers: {told}" if told else ""
+
+
 class RunningLosses:
     """Losses of steps as a line shows them: the MLM loss as a running mean, since few steps have many masked tokens."""
 
@@ -113,7 +119,7 @@ class ProgressBar(Hook):
             self._bar.n = rollback.to_step
 
     def on_evaluate(self, report: EvaluationReport) -> None:
-        self._say(f"validation after step {report.step:,}: {describe_losses(report)}")
+        self._say(f"validation after step {report.step:,}: {describe_losses(report)}{describe_answers(report)}")
 
     def on_stop_requested(self, reason: str) -> None:
         self._say(f"stopping: {reason}")

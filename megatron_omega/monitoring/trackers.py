@@ -24,7 +24,9 @@ _RETRY_STEPS = 10
 
 def scalars(report: StepReport | EvaluationReport) -> dict[str, float]:
     """Return the named numbers of a report, without its step."""
-    return {name: float(value) for name, value in asdict(report).items() if name != "step"}
+    values = asdict(report)
+    values |= values.pop("answers", {})
+    return {name: float(value) for name, value in values.items() if name != "step" and value is not None}
 
 
 class Tracker(Hook):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -33,10 +34,11 @@ from megatron_omega.run.batches import open_batches
 from megatron_omega.run.construction import build_engine
 from megatron_omega.run.faulty_hosts import part_with_host, refuse_slow_hosts
 from megatron_omega.run.hooks import run_hooks
+from megatron_omega.run.live import LiveRun, MakeAnswer
 from megatron_omega.run.profiling import profiling_hooks
 from megatron_omega.run.stopping import StopRequests
 from megatron_omega.training.hooks import Hook, Hooks
-from megatron_omega.training.loop import Batches, Trainer
+from megatron_omega.training.loop import Answer, Batches, Trainer
 from megatron_omega.watchdog.guard import Guard
 
 log = get_logger(__name__)
@@ -51,21 +53,17 @@ def assemble(
     *,
     lease: Lease | None,
     hooks: Sequence[Hook] = (),
+    answering: MakeAnswer | None = None,
 ) -> Trainer:
     """Put the objects of one run together. `hooks` are called after the run's own. Collective.
+
+    `answering` makes what answers held-out prompts in validations, if the run wants answers.
 
     Raises:
         CheckpointError: the run would go on from another model's checkpoint; nothing is allocated yet.
     """
     config = resolved.config
-    store = CheckpointStore(
-        Path(config.logging.run_directory) / run_folder.CHECKPOINTS,
-        config=config.checkpoint,
-        topology=topology,
-        identity=model_identity(config, sources.tokenizer.fingerprint),
-        run_config=redacted(config.model_dump(mode="json")),
-        attachments={run_folder.TOKENIZER: sources.tokenizer.model},
-    )
+    store = _open_store(config, topology, sources)
     _refuse_foreign_checkpoint(config, store)
     places = gather_places(topology.layout, store.peers)
     refuse_slow_hosts(config, places, store.peers, device_type=visible_devices()[0])
@@ -90,6 +88,10 @@ def assemble(
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
         weight_check=_integrity(config, engine, places),
+        answer=_answer(
+            LiveRun(config, sources, topology, store.peers, engine.device, lambda: store.live_weights(engine)),
+            answering,
+        ),
         part_with=partial(part_with_host, Path(config.logging.run_directory), is_main=topology.rank == 0),
         stop_requested=StopRequests(
             Path(config.logging.run_directory),
@@ -102,6 +104,26 @@ def assemble(
     )
 
 
+def _open_store(config: RunConfig, topology: Topology, sources: Sources) -> CheckpointStore:
+    return CheckpointStore(
+        Path(config.logging.run_directory) / run_folder.CHECKPOINTS,
+        config=config.checkpoint,
+        topology=topology,
+        identity=model_identity(config, sources.tokenizer.fingerprint),
+        run_config=redacted(config.model_dump(mode="json")),
+        attachments=attachments_of(sources),
+    )
+
+
+def _answer(run: LiveRun, answering: MakeAnswer | None) -> Answer | None:
+    if not run.config.evaluation.answers:
+        return None
+    if answering is None:
+        log.warning("evaluation.answers=%d: nothing answers in this run", run.config.evaluation.answers)
+        return None
+    return answering(run)
+
+
 def _start_engine(resolved: ResolvedRun, topology: Topology, kernels: Kernels, store: CheckpointStore) -> Engine:
     """Build the engine; what is frozen beside adapters is filled at once, since no checkpoint of the run has it."""
     config = resolved.config
@@ -110,6 +132,13 @@ def _start_engine(resolved: ResolvedRun, topology: Topology, kernels: Kernels, s
     if config.lora.is_on:
         store.start_from(engine, base_of(config))
     return engine
+
+
+def attachments_of(sources: Sources) -> dict[str, bytes]:
+    """Return the files that go with each checkpoint: the tokenizer, and what tells the supervised pairs from others."""
+    found = {run_folder.TOKENIZER: sources.tokenizer.model}
+    pairs = sources.fingerprints
+    return found | {run_folder.PAIRS: json.dumps(pairs).encode()} if pairs else found
 
 
 def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, Any]:

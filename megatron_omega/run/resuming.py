@@ -5,7 +5,8 @@ What would silently read text again, or never, is refused, with the way to do it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.config.schema import DataConfig, RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
+from megatron_omega.host.regular_files import read_regular
 from megatron_omega.training.learning_rate import learning_rate_fraction
 from megatron_omega.training.state import TrainState
 
@@ -59,10 +61,12 @@ class Change:
         return f"{self.name}: {self.old} -> {self.new}" + (f" ({consequence})" if consequence else "")
 
 
-def changes_on_resuming(config: RunConfig, identity: Mapping[str, Any]) -> list[str]:
+def changes_on_resuming(config: RunConfig, identity: Mapping[str, Any], pairs: Sequence[str] = ()) -> list[str]:
     """Return a sentence for each thing that the checkpoint which this run goes on from had otherwise.
 
-    identity: what a checkpoint must share with the run.
+    Args:
+        identity: what a checkpoint must share with the run.
+        pairs: what tells the supervised pairs of each task from others.
 
     Raises:
         CheckpointError: it belongs to another model, or no checkpoint is whole.
@@ -76,6 +80,8 @@ def changes_on_resuming(config: RunConfig, identity: Mapping[str, Any]) -> list[
     with open_checkpoint(path) as reader:
         manifest = reader.manifest
     require_identity(path, manifest, identity)
+    if finding := _of_pairs(config, path, pairs):
+        raise ConfigError(finding)
     try:
         before = RunConfig.model_validate(dict(manifest.config))
     except ValidationError:
@@ -84,6 +90,25 @@ def changes_on_resuming(config: RunConfig, identity: Mapping[str, Any]) -> list[
     if findings := refusals(before, config, state, str(path)):
         raise ConfigError(*findings)
     return notices(before, config, state)
+
+
+def _of_pairs(config: RunConfig, path: Path, pairs: Sequence[str]) -> str | None:
+    """Return the sentence for records that are no longer those which the checkpoint was trained on."""
+    try:
+        before = json.loads(read_regular(path / run_folder.PAIRS))
+    except (OSError, ValueError):  # of an earlier version, or of a run on text
+        return None
+    if not isinstance(before, list) or len(before) != len(pairs):
+        return None  # other tasks: the settings say so
+    changed = [
+        task.name or task.path for task, old, new in zip(config.data.tasks, before, pairs, strict=True) if old != new
+    ]
+    if not changed:
+        return None
+    return (
+        f"the records of {', '.join(changed)} are not those that {path} was trained on: pairs would come again, and "
+        "others never; bring the old records back, or begin anew in another run folder (--logging.run_directory)"
+    )
 
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:

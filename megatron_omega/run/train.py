@@ -47,6 +47,7 @@ from megatron_omega.run.assembly import assemble, model_identity
 from megatron_omega.run.claims import claim
 from megatron_omega.run.compilation import share_cache
 from megatron_omega.run.construction import stage_boundaries
+from megatron_omega.run.live import MakeAnswer
 from megatron_omega.run.resuming import changes_on_resuming
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext, TrainState
@@ -56,12 +57,17 @@ log = get_logger(__name__)
 
 
 def train(
-    resolved: ResolvedRun, place: ProcessPlace, hooks: Sequence[Hook] = (), *, log_level: int = logging.INFO
+    resolved: ResolvedRun,
+    place: ProcessPlace,
+    hooks: Sequence[Hook] = (),
+    *,
+    log_level: int = logging.INFO,
+    answering: MakeAnswer | None = None,
 ) -> TrainState:
     """Train the run that was asked for, as process `place`; return where it stands at the end.
 
     What can be checked is checked before any process group exists, on all ranks together. `hooks` are called after
-    the run's own.
+    the run's own; `answering` makes what answers held-out prompts in validations.
 
     Raises:
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
@@ -87,7 +93,7 @@ def train(
         guard.ask_device = device_progress(device_type)
         guard.at_end(count_messages(guard.ledger))
         kernels = select_kernels(device_type)
-        trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks)
+        trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks, answering=answering)
         try:
             state = trainer.run(_context(config, topology))
         except Preempted:
@@ -96,6 +102,8 @@ def train(
         stop_distributed()
         if topology.rank == 0:
             mark_success(Path(config.logging.run_directory), state.step)
+        if state.best_step not in (-1, state.step):
+            log.info("the best validation was that of step %d", state.best_step)
     return state
 
 
@@ -116,7 +124,8 @@ def _preflight(
         guard.at_end(leases[0].release)
 
     def compare() -> None:
-        told.extend(changes_on_resuming(config, model_identity(config, opened[0].tokenizer.fingerprint)))
+        identity = model_identity(config, opened[0].tokenizer.fingerprint)
+        told.extend(changes_on_resuming(config, identity, opened[0].fingerprints))
 
     device_type, device_count = visible_devices()
     findings, code = gather_findings(

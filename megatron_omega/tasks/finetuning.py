@@ -22,7 +22,7 @@ from megatron_omega.config.load import load_config, read_values
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.pairs.source import PairRows
 from megatron_omega.data.sources import Sources, open_sources
-from megatron_omega.errors import ConfigError
+from megatron_omega.errors import CheckpointError, ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.regular_files import read_text
 
@@ -41,6 +41,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "schedule": {"decay": "linear", "min_learning_rate_fraction": 0.0},
     "checkpoint": {"keep_last": 1},
     "resilience": {"spike_z_score": 0.0},  # losses of few pairs jump
+    "evaluation": {"answers": 100, "patience": 3},
     "data": {"text_fraction": 0.0, "num_workers": 0, "order": "flat", "split": (95, 5, 0)},
 }
 """Settings of every fine-tuning."""
@@ -72,14 +73,18 @@ def as_finetuning(arguments: Arguments, world_size: int) -> FineTuning:
     """
     given = _given(arguments)
     load, tasks = _named(given, "checkpoint.load"), _named(given, "data.tasks")
-    missing = [] if load else ["no checkpoint to start from; give --load (a run, a step-... folder, or an export)"]
+    missing = [] if load else ["no checkpoint to start from; give --load (a run, or a step-... folder)"]
     missing += [] if tasks else ["no tasks to fine-tune on; give --tasks (records, or a YAML list of tasks)"]
     if missing:
         raise ConfigError(*missing)
-    base = _base(Path(str(load)), world_size)
-    own = _joined(DEFAULTS, _rates(base, given), {"checkpoint": {"load_weights_only": True}}, _folder(str(load)))
+    run = _named(given, "logging.run_directory") or _folder(str(load))
+    start = _start(Path(str(load)), Path(str(run)))
+    base = _base(start, world_size)
+    own = _joined(DEFAULTS, _rates(base, given), {"checkpoint": {"load_weights_only": True}})
+    own = _joined(own, {"logging": {"run_directory": str(run)}})
     settings = _joined({name: base[name] for name in INHERITED if name in base}, own, read_values(arguments.config))
-    return with_lengths(replace(arguments, config=settings), given, world_size)
+    pinned = (*arguments.overrides, Override("checkpoint.load", str(start)))
+    return with_lengths(replace(arguments, config=settings, overrides=pinned), given, world_size)
 
 
 def with_lengths(arguments: Arguments, given: Mapping[str, Any], world_size: int) -> FineTuning:
@@ -160,15 +165,33 @@ def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _base(path: Path, world_size: int) -> dict[str, Any]:
+def _start(load: Path, run: Path) -> Path:
+    """Return the checkpoint to start from: the newest at `load`, or the one that this run has started from before.
+
+    So a fine-tuning that is started again stays with its base, also if that run has trained on meanwhile.
+
+    Raises CheckpointError if there is none.
+    """
+    from megatron_omega.checkpoint.catalogue import checkpoints_at, newest_whole
+    from megatron_omega.export.native import is_export  # brings in torch, which a plain run does later
+
+    if is_export(load):
+        raise CheckpointError(
+            f"{load} is an export; make a checkpoint of it (import-hf --folder {load} --output FOLDER) and load that"
+        )
+    try:
+        before = read_values(run / run_folder.CONFIG)["checkpoint"]["load"]
+    except (ConfigError, KeyError, TypeError):
+        before = None
+    known = [path.absolute() for path in checkpoints_at(load)]
+    return next((path for path in known if str(path) == before), None) or newest_whole(load).absolute()
+
+
+def _base(folder: Path, world_size: int) -> dict[str, Any]:
     """Return the settings of the model to start from, with its own copy of the tokenizer."""
     from megatron_omega.export.adapted import AdaptedReader  # brings in torch, which a plain run does later
-    from megatron_omega.export.loading import (
-        find_weights,
-        open_weights,
-    )
+    from megatron_omega.export.loading import open_weights
 
-    folder = find_weights(path)[0]
     weights = open_weights(folder)
     try:
         settings = json.loads(json.dumps(weights.config))
@@ -194,14 +217,14 @@ def _rates(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {"optimizer": {"learning_rate": RATE_OF_PRETRAINING * rate}, "training": {"epochs": EPOCHS}}
 
 
-def _folder(load: str) -> dict[str, Any]:
+def _folder(load: str) -> str:
     """Return a run folder beside the one of the checkpoint."""
     path = Path(load).absolute()
     if path.parent.name == run_folder.CHECKPOINTS:
         path = path.parent
     if path.name == run_folder.CHECKPOINTS:
         path = path.parent
-    return {"logging": {"run_directory": str(path.with_name(f"{path.name}-finetuned"))}}
+    return str(path.with_name(f"{path.name}-finetuned"))
 
 
 def _replicas(config: RunConfig, world_size: int) -> int:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_omega.config.schema import ObjectiveConfig, RunConfig
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.results import EvaluationResult, MicroBatch, StepResult, pooled
 from megatron_omega.errors import CheckpointError, OmegaError, Preempted
@@ -31,6 +31,7 @@ from megatron_omega.training.state import (
     StepReport,
     TrainState,
 )
+from megatron_omega.training.validation import is_stalled, objective_of, score_of, validated
 
 log = get_logger(__name__)
 
@@ -38,6 +39,11 @@ StopRequested = Callable[[], str | None]
 """Why the run is to stop now, the same on all ranks, or None. Collective."""
 OpenBatches = Callable[[int, Sequence[Interval]], AbstractContextManager[Iterator[MicroBatch]]]
 """From a number of consumed samples, and those left out, to this replica's micro-batches from there on."""
+
+
+Answer = Callable[[Callable[[], None]], Mapping[str, float]]
+"""What answers to held-out prompts are worth, by task and metric, the same on all ranks; tells its argument that it is
+alive. Collective."""
 
 
 class Store(Protocol):
@@ -98,12 +104,14 @@ class Trainer:
         peak_flops: float,
         stop_requested: StopRequested = lambda: None,
         weight_check: WeightCheck | None = None,
+        answer: Answer | None = None,
         part_with: Callable[[Fault], None] = lambda _: None,
     ) -> None:
         """`flops_per_sample`: of forward and backward; `peak_flops`: of all devices together, FLOP/s.
 
         `weight_check` compares weights between ranks; None where there is nothing to compare, or it is not wanted.
         `part_with` is told of a fault that it found; where a host can be exchanged it raises instead of going back.
+        `answer` belongs to a validation if it is there.
         """
         self.config = config
         self.engine = engine
@@ -111,6 +119,7 @@ class Trainer:
         self.batches = batches
         self.hook = hook
         self.weight_check = weight_check
+        self._answer = answer
         self._part_with = part_with
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
@@ -131,7 +140,7 @@ class Trainer:
             self.hook.on_start(replace(context, state=state))
             state = self._train(state)
             self._save_for_good(state)
-            if state.step < self.config.training.train_steps or self._validation_is_due(state):
+            if not self._is_complete(state):
                 raise Preempted(f"stopped after step {state.step}: {self._stop_reason}; start again to continue")
         except Preempted:
             raise
@@ -175,7 +184,7 @@ class Trainer:
                 state = self._evaluate(state)
                 if self._stop_reason is not None:
                     break
-            if state.step >= total:
+            if state.step >= total or self._ends_early(state):
                 break
             is_due = checkpoint.interval_steps and state.step and state.step % checkpoint.interval_steps == 0
             if is_due and not state.bad_steps:  # what bad steps may have led to is not kept
@@ -201,6 +210,13 @@ class Trainer:
         interval, is_last = self.config.evaluation.interval_steps, state.step == self.config.training.train_steps
         is_due = interval > 0 and (state.step % interval == 0 or is_last)
         return is_due and state.validated_step != state.step and self.batches.validation is not None
+
+    def _ends_early(self, state: TrainState) -> bool:
+        return is_stalled(state, self.config.evaluation.patience)
+
+    def _is_complete(self, state: TrainState) -> bool:
+        is_through = state.step >= self.config.training.train_steps and not self._validation_is_due(state)
+        return is_through or self._ends_early(state)
 
     def _step(self, state: TrainState, batches: Iterator[MicroBatch]) -> TrainState:
         config, begin = self.config, time.monotonic()
@@ -318,15 +334,16 @@ class Trainer:
         result = self._validate(state.step)
         if result is None:
             return state
-        loss = _objective(result, self.config.objective)
-        seconds = time.monotonic() - begin
-        self.hook.on_evaluate(
-            EvaluationReport(state.step, loss, result.lm_loss, result.mlm_loss, result.num_tokens, seconds)
-        )
+        loss = objective_of(result, self.config.objective)
+        answers = {} if self._answer is None else self._answer(lambda: self.hook.on_phase("answering", state.step))
+        score, seconds = score_of(answers), time.monotonic() - begin
+        losses = (loss, result.lm_loss, result.mlm_loss)
+        self.hook.on_evaluate(EvaluationReport(state.step, *losses, result.num_tokens, seconds, score, answers))
         self._validation_loss = loss if math.isfinite(loss) else None  # a manifest is JSON, which has no NaN
-        best = loss if state.best_validation_loss is None else min(loss, state.best_validation_loss)
-        best = best if math.isfinite(best) else state.best_validation_loss
-        return replace(state, best_validation_loss=best, validated_step=state.step)
+        state = validated(state, loss, score)
+        if self._ends_early(state):
+            log.info("%d validations were no better than that of step %d", state.fruitless_validations, state.best_step)
+        return state
 
     def _validate(self, step: int) -> EvaluationResult | None:
         """Return the losses over all validation batches; None where the run is asked to stop before the last."""
@@ -378,12 +395,3 @@ class Trainer:
             self._saved_step = -1
         self._saving = None
         return error
-
-
-def _objective(result: EvaluationResult, objective: ObjectiveConfig) -> float:
-    """Return what training minimises, of a validation: the LM loss and the weighted MLM loss."""
-    if math.isnan(result.mlm_loss):
-        return result.lm_loss
-    is_by_labels = objective.mlm_weighing == "labels"
-    share = result.num_masked_tokens / result.num_tokens if is_by_labels else 1.0
-    return result.lm_loss + objective.mlm_weight * share * result.mlm_loss

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,14 @@ class TrainState:
     """Lowest validation loss so far."""
     validated_step: Annotated[int, Field(ge=-1)] = -1
     """Step of the last validation; -1 before the first."""
+    score: float | None = None
+    """What the answers of the last validation are worth; None if there were none."""
+    best_score: float | None = None
+    """Highest such score so far."""
+    best_step: Annotated[int, Field(ge=-1)] = -1
+    """Step of the best validation, by its score, else by its loss; -1 before the first."""
+    fruitless_validations: Count = 0
+    """Validations since then, none of them better."""
     recent_losses: tuple[float, ...] = ()
     """LM losses of the last accepted steps: what the next one is judged by."""
     bad_steps: Count = 0
@@ -60,7 +68,7 @@ class TrainState:
 
         Raises CheckpointError if a value is of another type or below what it counts from.
         """
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         found = {name: value for name, value in values.items() if name in known}
         try:
             return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
@@ -162,6 +170,10 @@ class EvaluationReport:
     """Tokens the loss was averaged over."""
     seconds: float = 0.0
     """Wall time, seconds."""
+    score: float | None = None
+    """Mean of `answers`; None without any."""
+    answers: Mapping[str, float] = field(default_factory=dict)
+    """By task and metric, what generated answers to held-out prompts are worth."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,14 @@ def references(base: tuple[str, ...], tiny_corpus: TinyCorpus, tmp_path_factory:
 
 @pytest.mark.parametrize(
     ("mode", "label"),
-    [("whole", "tp2-pp2"), ("whole", "dp2-zero3"), ("lora", "tp3"), ("lora", "tp2sp-pp2"), ("lora", "dp2-zero3")],
+    [
+        ("whole", "tp2-pp2"),
+        ("whole", "dp2"),
+        ("whole", "dp2-zero3"),
+        ("lora", "tp3"),
+        ("lora", "tp2sp-pp2"),
+        ("lora", "dp2-zero3"),
+    ],
 )
 def test_layout_equals_one_process(
     mode: str, label: str, base: tuple[str, ...], references: dict, tiny_corpus: TinyCorpus, tmp_path: Path

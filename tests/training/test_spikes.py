@@ -134,11 +134,16 @@ def numbers(consumed: int, left_out: Sequence[Interval]) -> Iterator[Iterator[in
 
 
 def train(
-    loss_of: Any, guard: Any = None, validation_losses: Sequence[float] = (), **resilience: Any
+    loss_of: Any,
+    guard: Any = None,
+    validation_losses: Sequence[float] = (),
+    scores: Sequence[float] = (),
+    patience: int = 0,
+    **resilience: Any,
 ) -> tuple[TrainState, FakeEngine, FakeStore, Story]:
     config = RunConfig.model_validate(
         {
-            "batch": {"global_batch_size": 4}, "training": {"train_steps": 40}, "evaluation": {"interval_steps": 10 if validation_losses else 0, "num_batches": 1},
+            "batch": {"global_batch_size": 4}, "training": {"train_steps": 40}, "evaluation": {"interval_steps": 10 if validation_losses else 0, "num_batches": 1, "patience": patience},
             "checkpoint": {"interval_steps": 10}, "resilience": {"spike_window": 16, **resilience},
             "precision": {"dtype": "fp32"},
         }
@@ -147,7 +152,10 @@ def train(
     store, fake, opened = FakeStore(engine), engine, numbers
     engine.validation_losses = list(validation_losses)
     batches = Batches(opened, opened if validation_losses else None)  # pyright: ignore[reportArgumentType]
-    trainer = Trainer(config, fake, store, batches, story, flops_per_sample=1.0, peak_flops=1.0, weight_check=guard)  # pyright: ignore
+    given = iter(scores)
+    answer = (lambda beat: {"qa exact_match": next(given)}) if scores else None
+    measures: dict[str, Any] = {"flops_per_sample": 1.0, "peak_flops": 1.0, "weight_check": guard, "answer": answer}
+    trainer = Trainer(config, fake, store, batches, story, **measures)  # pyright: ignore[reportArgumentType]
     state = trainer.run(RunContext(config, Path("nowhere"), TrainState()))
     return state, engine, store, story
 
@@ -235,3 +243,15 @@ def test_a_validation_that_is_not_a_number_is_stored_as_none_and_saved() -> None
     assert store.saved == [10, 20, 30, 40]
     assert store.validation_losses == {10: None, 20: 3.0, 30: None, 40: 4.0}
     assert state.best_validation_loss == 3.0 and state.validated_step == 40
+
+
+def test_a_run_ends_when_validations_stay_fruitless_and_knows_the_best() -> None:
+    scores = (0.1, 0.5, 0.4, 0.5, 0.9)  # at the start, and of steps 10 to 40
+    losses = (5.0, 4.0, 3.0, 4.5, 1.0)
+    state, _, store, _ = train(calm, validation_losses=losses, scores=scores, patience=2)
+    assert (state.step, state.best_step, state.best_score, state.fruitless_validations) == (30, 10, 0.5, 2)
+    assert store.saved == [10, 20, 30] and store.kept[30][0]["score"] == 0.5
+    state, *_ = train(calm, validation_losses=losses, scores=scores, patience=3)
+    assert (state.step, state.best_step, state.best_score) == (40, 40, 0.9)
+    state, *_ = train(calm, validation_losses=losses, patience=1)  # by its losses
+    assert (state.step, state.best_step, state.best_validation_loss) == (30, 20, 3.0)

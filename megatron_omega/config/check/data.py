@@ -64,6 +64,8 @@ def corpus(config: RunConfig, *, needs_training_text: bool) -> Iterator[str]:
 def tasks(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.tasks:
+        if config.evaluation.answers:
+            yield (f"evaluation.answers={config.evaluation.answers} without data.tasks; only pairs have answers: use 0")
         if config.training.epochs is not None:
             yield (
                 f"training.epochs={config.training.epochs:g} without data.tasks; epochs are passes through tasks: use "

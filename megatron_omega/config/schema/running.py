@@ -10,12 +10,16 @@ from megatron_omega.config.schema.base import NonNegative, NonNegativeFloat, Pos
 
 
 class EvaluationConfig(Section):
-    """Validation on held-out text."""
+    """Validation on held-out text, or on held-out pairs of data.tasks."""
 
     interval_steps: NonNegative = 200
     """Steps between validations; 0 turns them off. One more runs at the end, and one at the start."""
     num_batches: Positive = 8
     """Global batches of one validation, the same ones every time."""
+    answers: NonNegative = 0
+    """Held-out pairs of each task that are answered in a validation, as its first metric measures; 0: none."""
+    patience: NonNegative = 0
+    """Validations in a row that are no better than the best before, after which the run ends; 0: it never does."""
 
 
 class CheckpointConfig(Section):
@@ -28,7 +32,7 @@ class CheckpointConfig(Section):
     keep_every_steps: NonNegative = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Also keep the checkpoint with the best validation: by its answers if there are some, else by its loss."""
     drop_optimizer_from_older: bool = False
     """Remove the optimizer state from kept checkpoints other than the newest keep_last."""
     asynchronous: bool = True

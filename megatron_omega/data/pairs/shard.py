@@ -30,8 +30,9 @@ from megatron_omega.errors import DataError
 from megatron_omega.host.private import cache_folder, private_folder
 from megatron_omega.host.regular_files import read_regular
 
-VERSION = 1
+VERSION = 2
 _ABOUT, _SHARD = "about.json", "pairs"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class PairShard:
     shard: IndexedShard
     places: tuple[tuple[str, int], ...]
     """(file or data set, number of its first pair)."""
+    fingerprint: str = ""
+    """Of all pairs, in their order."""
 
     def __len__(self) -> int:
         return len(self.shard) // 2
@@ -99,7 +102,7 @@ def open_pairs(task: Task, tokenizer: Tokenizer, *, path: str, split: str, setti
             "another place with XDG_CACHE_HOME"
         ) from None
     places = tuple((str(name), int(first)) for name, first in about["places"])
-    return PairShard(task_name(task), IndexedShard(str(folder / _SHARD)), places)
+    return PairShard(task_name(task), IndexedShard(str(folder / _SHARD)), places, str(about["fingerprint"]))
 
 
 def _texts(task: Task) -> dict[str, str]:
@@ -192,8 +195,19 @@ def _make(folder: Path, encoding: _Encoding, parts: Sequence[Part]) -> None:
             raise DataError(*findings)
         firsts = [0, *accumulate(encoding.counts)]
         places = [[part.place, first] for part, first in zip(parts, firsts, strict=False)]
-        (staging / _ABOUT).write_text(json.dumps({"places": places}))
+        about = {"places": places, "fingerprint": _fingerprint(staging / _SHARD)}
+        (staging / _ABOUT).write_text(json.dumps(about))
         with suppress(FileExistsError):
             staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fingerprint(prefix: Path) -> str:
+    """Return the digest of a shard: ids and lengths of all pairs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for suffix in (".bin", ".idx"):
+        with prefix.with_suffix(suffix).open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

@@ -163,7 +163,7 @@ class PairSource:
     def epochs(self, samples: int) -> tuple[float, dict[str, float]]:
         """Return how often the first `samples` go through the pairs: all of them, and each task by its name."""
         text, *drawn = self._blend.counts(samples)
-        passes = {task.shard.name: rows / len(task) for task, rows in zip(self._tasks, drawn, strict=True)}
+        passes = {f"task {task.shard.name}": rows / len(task) for task, rows in zip(self._tasks, drawn, strict=True)}
         of_text = self._text.epochs(text)[1] if self._text is not None else {}
         return sum(drawn) / max(1, len(self)), passes | of_text
 

@@ -161,7 +161,7 @@ def test_tasks_and_text_are_blended_by_their_weights(model_path: Path, prefix: s
     shares = [sum(kind == {corpus} for kind in kinds) / 400 for corpus in range(3)]
     assert shares[0] == pytest.approx(0.25, abs=0.01)
     epochs = source.epochs(400)[1]
-    assert epochs["0"] == pytest.approx(epochs["1"], rel=0.1)
+    assert epochs["task 0"] == pytest.approx(epochs["task 1"], rel=0.1)
     for sample in samples[:40]:
         for origin in sample.origins:
             assert sample.index in source.samples_of(origin.corpus, origin.document, 400)
