@@ -26,7 +26,7 @@ from megatron_omega.planner.activations import Shape
 from megatron_omega.planner.candidates import Candidate, grids, obstacle, variants
 from megatron_omega.planner.estimate import PARTITION_HOST, Planner
 from megatron_omega.planner.hardware import Hardware, find_hardware
-from megatron_omega.planner.work import BACKWARD_LAUNCHES, FORWARD_TRAFFIC, Work
+from megatron_omega.planner.work import BACKWARD_LAUNCHES, Work
 
 GPUS = (64, 256, 1024)
 STACKS: tuple[Stack, ...] = ("encoder", "decoder")
@@ -72,6 +72,8 @@ ONCE = Layers((59, 88), (139, 185), (268.0, 273.0), has_masks=True)
 LEAN = Layers((49, 72), (82, 119), (164.7, 164.1), has_masks=True)
 DOCUMENTS = Layers((59, 82), (96, 133), (164.7, 164.1))
 TODAY: Layers | None = None
+KEPT_TODAY = (162.9, 164.1)
+"""KiB a token, as benchmarks/kernels.py counts them."""
 THREE_D, INTERLEAVED = stages("1f1b"), stages("interleaved")
 STEPS: tuple[tuple[str, Kind, bool, Layers | None, bool], ...] = tuple(
     (f"{kind}: {step}", wanted, is_compiled, layers, hides)
@@ -111,10 +113,9 @@ def as_it_was(work: Work, config: RunConfig, stack: Stack, layers: Layers) -> Wo
     """Return what a layer of `stack` asked of a rank when layers were such."""
     which, shape = STACKS.index(stack), Shape.of(config)
     length = shape.encoder if stack == "encoder" else shape.decoder
-    tokens = shape.micro_batch * length
-    traffic = FORWARD_TRAFFIC * layers.kept_kib[which] * 1024 * tokens / config.parallel.tensor_parallel_size
+    traffic = work.traffic * layers.kept_kib[which] / KEPT_TODAY[which]
     if layers.has_masks:  # read for every head: full and dynamic, or causal and cross
-        traffic += 2 * shape.heads * tokens * length * shape.element
+        traffic += 2 * shape.heads * shape.micro_batch * length * length * shape.element
     forward, backward = layers.forward[which], layers.backward[which]
     again = forward if work.is_checkpointed else work.recomputed_launches
     return replace(
