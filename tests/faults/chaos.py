@@ -105,6 +105,12 @@ def samples_of(run: Run, steps: int) -> list[int]:
     return [index for step in range(1, steps + 1) for rank in READERS for index in last[step, rank]]
 
 
+def first_difference(run: Run, calm: Run) -> int | None:
+    """Return the first step whose losses differ."""
+    ours, theirs = losses(run), losses(calm)
+    return next((step for step in sorted(theirs) if ours.get(step) != theirs[step]), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 where the run came through."""
     parser = argparse.ArgumentParser(prog="faults.chaos", description=__doc__)
@@ -151,6 +157,8 @@ def report(run: Run, calm: Run, plan: Plan, starts: int, options: Any, seconds: 
     print(f"skipped steps, in both runs: {sorted(set(skips)) or 'none'}")
     for name, holds in rows.items():
         print(f"{name:<40} {'PASS' if holds else 'FAIL'}")
+    if complete and (first := first_difference(run, calm)):
+        print(f"the losses differ from step {first} on")
     return 0 if all(rows.values()) else 1
 
 

@@ -68,17 +68,19 @@ class Injector(Hook):
 
     def __init__(self, fault: Mapping[str, Any]) -> None:
         self._fault = fault
-        self._act: Callable[[], None] = getattr(self, f"_{fault['kind']}")
+        self._act: Callable[..., None] = getattr(self, f"_{fault['kind']}")
         self._marker = Path()
         self._has_fired = False
-        self._engine: Engine | None = None
+        self._is_due = False
         train_step = Engine.train_step
 
-        def remembered(engine: Engine, *arguments: Any, **options: Any) -> Any:
-            self._engine = engine
+        def with_fault(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            if self._is_due:
+                self._is_due = False
+                {"nan": self._nan, "flip": self._flip}[self._fault["kind"]](engine)
             return train_step(engine, *arguments, **options)
 
-        Engine.train_step = remembered  # pyright: ignore[reportAttributeAccessIssue]
+        Engine.train_step = with_fault  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_start(self, context: RunContext) -> None:
         name = f"fired-{self._fault['kind']}-{self._fault['step']}-{self._fault.get('rank', 'all')}"
@@ -88,13 +90,19 @@ class Injector(Hook):
         if self._fault["kind"] == "full":
             self._fill(step)
             return
-        is_lasting = self._fault["kind"] in ("late", "clock")
+        # A step that is meant to be skipped is skipped each time it is done: a restart may come before the next checkpoint.
+        is_lasting = self._fault["kind"] in ("late", "clock") or (
+            self._fault["kind"] == "nan" and step == self._fault["step"]
+        )
         if self._has_fired or step < self._fault["step"] or (self._marker.exists() and not is_lasting):
             return
         self._marker.write_text(f"{time.monotonic()}\n")
         is_late = self._fault["kind"] == "late" and step < self._fault["step"] + self._fault.get("count", 10**9)
         self._has_fired = not is_late
-        self._act()
+        if self._fault["kind"] in ("nan", "flip"):
+            self._is_due = True  # the engine does it
+        else:
+            self._act()
 
     # ---- the faults
 
@@ -149,9 +157,7 @@ class Injector(Hook):
         now = time.time
         time.time = lambda: now() - 3600.0
 
-    def _nan(self) -> None:
-        engine = self._engine
-        assert engine is not None, "a gradient can be spoilt from the second step on"
+    def _nan(self, engine: Engine) -> None:
         parameter = next(iter(engine.module.parameters()))
         handle = parameter.register_hook(lambda gradient: self._spoilt(gradient, handle))
 
@@ -159,9 +165,7 @@ class Injector(Hook):
         handle.remove()
         return gradient * float("nan")
 
-    def _flip(self) -> None:
-        engine = self._engine
-        assert engine is not None, "a bit can be flipped from the second step on"
+    def _flip(self, engine: Engine) -> None:
         parameters = [parameter for parameter in engine.module.parameters() if parameter.numel() > 1000]
         flat = parameters[-1].data.view(-1).view(torch.int32)
         flat[17] ^= 1 << 20

@@ -77,6 +77,7 @@ class Laboratory:
         options = {
             "parallel.pipeline_parallel_size": pipeline, "parallel.tensor_parallel_size": tensor,
             "batch.global_batch_size": 8, "training.train_steps": STEPS, "schedule.warmup_steps": 2,
+            "optimizer.learning_rate": 2e-3,  # what a fault does is to be seen, not a rate at the edge of what trains
             "evaluation.interval_steps": 0, "checkpoint.interval_steps": SAVE_EVERY, "logging.interval_steps": 1,
             "logging.tensorboard": "false", "parallel.timeout_seconds": 120, "resilience.start_timeout_seconds": 90,
             "resilience.hang_floor_seconds": 6,
