@@ -149,7 +149,7 @@ def test_adapters_answer_too_and_train_on_under_another_layout_after_a_journey_t
 
 def test_what_cannot_be_started_is_said(folder: Path) -> None:
     (folder / "export").mkdir()
-    (folder / "export/omega.json").write_text("{}")
+    (folder / "export/omega.json").write_text('{"format": "megatron-omega-export"}')
     words = words_of(folder, folder / "run", "whole")
     words[1] = str(folder / "export")
     arguments = parse_arguments(words)
