@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
-.PHONY: help setup demo tasks test check docs settings lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile setup-hashed lock audit clean
+.PHONY: help setup demo tasks test check docs settings lint format unit distributed gpu-check cluster reshape-matrix coordinates faults hangs chaos hostile hf-fresh setup-hashed lock audit clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -115,6 +115,9 @@ chaos: setup ## Do 25 random faults to one run, which has to end as if nothing h
 
 hostile: setup ## Damage every byte of small files, 500 configurations and 200 files of each kind, and print how each ended
 	cd tests && PYTHONPATH=..:. ../$(BIN)/python -m hostile
+
+hf-fresh: setup ## Compare presets at full size with Transformers in an environment of its own, without this package (minutes)
+	cd tests/export && PYTHONPATH=../..:..:. ../../$(BIN)/python fresh.py --torch '$(TORCH)' $(if $(PRESET),--preset $(PRESET))
 
 format: setup ## Format the sources
 	$(BIN)/ruff check --fix .

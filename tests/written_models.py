@@ -73,11 +73,22 @@ class ThreadPeers(Peers):
         return values
 
 
-def write_model(model: Omega, config: RunConfig, directory: Path, *, step: int = 1, tensor: int = 1) -> Path:
+def write_model(
+    model: Omega,
+    config: RunConfig,
+    directory: Path,
+    *,
+    step: int = 1,
+    tensor: int = 1,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Write the checkpoint of `step` as `tensor` tensor-parallel ranks would; return its folder."""
+    fingerprint = (tokenizer or tiny_tokenizer()).fingerprint
     board: list[JsonValue] = [None] * tensor
     barrier = threading.Barrier(tensor, timeout=20)
-    snapshots = [Snapshot(_pieces(model, rank, tensor), _head(config, step, tensor)) for rank in range(tensor)]
+    snapshots = [
+        Snapshot(_pieces(model, rank, tensor), _head(config, step, tensor, fingerprint)) for rank in range(tensor)
+    ]
     with ThreadPoolExecutor(tensor) as pool:
         folders = pool.map(
             lambda rank: write_checkpoint(directory, snapshots[rank], ThreadPeers(rank, board, barrier), token="t"),
@@ -100,10 +111,10 @@ def _pieces(model: Omega, rank: int, tensor: int) -> Sequence[Piece]:
     return pieces
 
 
-def _head(config: RunConfig, step: int, tensor: int) -> dict[str, Any]:
+def _head(config: RunConfig, step: int, tensor: int, tokenizer: str) -> dict[str, Any]:
     return {
         "step": step, "versions": {}, "config": config.model_dump(mode="json"), "state": {}, "validation_loss": None,
-        "identity": {"model": config.model.model_dump(mode="json"), "tokenizer": tiny_tokenizer().fingerprint},
+        "identity": {"model": config.model.model_dump(mode="json"), "tokenizer": tokenizer},
         "layout": SavedLayout(pipeline=1, data=1, tensor=tensor, zero_stage=1, dtype="float32"),
         "engine": EngineState(global_steps=step, global_samples=step, skipped_steps=0, loss_scaler={}),
     }  # fmt: skip

@@ -12,10 +12,15 @@ import httpx2 as httpx
 import openai
 import pytest
 from serving import Process, get, serving
-from written_models import write_run
+from written_models import tiny_config, tiny_model, tiny_tokenizer, write_run
 
 from megatron_omega.commands import serve
 from megatron_omega.errors import ConfigError
+from megatron_omega.export.loading import TextModel
+from megatron_omega.generation.prompts import prompt_ids, scored_ids
+from megatron_omega.generation.requests import Finished, Request
+from megatron_omega.generation.sampling import Sampling
+from megatron_omega.generation.scheduler import Scheduler
 
 KEY = "0123456789abcdef-key"
 PROMPT = "The quick brown"
@@ -60,6 +65,29 @@ def test_openais_package_understands_refusals(remote: openai.OpenAI) -> None:
     assert caught.value.param == "top_p" and caught.value.type == "invalid_request_error"
     with pytest.raises(openai.RateLimitError):
         remote.completions.create(model="one", prompt=[PROMPT] * 41, max_tokens=1)
+
+
+def test_lm_evals_client_measures_and_writes(server: Process) -> None:
+    clients = pytest.importorskip("lm_eval.models.openai_completions", reason="needs the extra harness (lm-eval)")
+    pytest.importorskip("tenacity", reason="lm-eval speaks to servers with it")
+    from lm_eval.api.instance import Instance
+
+    client = clients.LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="one", max_length=90)
+    asked = [(PROMPT, " fox jumps"), ("Zwölf Boxkämpfer", " jagen Viktor"), ("The lazy", " dog.")]
+    found = client.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked], disable_tqdm=True)
+    config, tokenizer = tiny_config(), tiny_tokenizer()
+    model = TextModel(tiny_model(config), config, tokenizer, Path("one"))
+    for (context, continuation), (total, _) in zip(asked, found, strict=True):
+        ids = scored_ids(model, tokenizer.encode(context + continuation))
+        scored = Scheduler(model).prompt_log_probabilities(*ids).log_probabilities
+        assert total == pytest.approx(sum(scored[len(tokenizer.encode(context)) :]), rel=1e-4)
+    written = [Instance("generate_until", {}, (PROMPT, {"until": ["\n"], "max_gen_toks": 8}), 0)]
+    (text,) = client.generate_until(written, disable_tqdm=True)
+    scheduler, told = Scheduler(model), []
+    scheduler.submit(Request(*prompt_ids(model, PROMPT), 8, Sampling(0), ("\n",)))
+    while not scheduler.idle:
+        told += scheduler.step()
+    assert text == next(event.text for event in told if isinstance(event, Finished))
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
