@@ -30,7 +30,7 @@ ALLOWED: dict[str, str] = {
     "run": "accounting checkpoint config data engine health model monitoring parallel planner training watchdog",
     "generation": "export model data parallel config",
     "studies": "run planner model parallel launching accounting config data export engine training checkpoint health",
-    "tasks": "config data export generation checkpoint model parallel run",
+    "tasks": "accounting config data export generation checkpoint model parallel run",
     "commands": "*",
 }  # fmt: skip
 """Which rooms a room may import; `*` is all. Everybody may import those of `EVERYBODYS`."""

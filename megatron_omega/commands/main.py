@@ -37,6 +37,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("train", "train a configured run, as one of its processes or alone"),
         "finetune": ("finetune", "fine-tune a trained model on supervised tasks, whole or with LoRA"),
         "score": ("score", "measure how well a model answers held-out prompts"),
+        "compare": ("compare", "compare models on tasks: a table, and a page with curves and answers"),
+        "lm-eval": ("harness", "run lm-evaluation-harness on a trained model"),
         "launch": ("launch", "start all processes of a run: on this machine, on several, under Slurm"),
         "evaluate": ("validate", "measure the validation loss of a checkpoint"),
         "report": ("report", "say what a run learned, beside two guesses"),

@@ -20,17 +20,18 @@ from megatron_omega.generation.requests import Finished, Limits, Request
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.log import get_logger
-from megatron_omega.tasks.likelihood import Asked, Likelihood, is_cut, likelihoods, room_of
+from megatron_omega.tasks.likelihood import Asked, Ids, Likelihood, is_cut, likelihoods, room_of
 from megatron_omega.tasks.metrics import CORPUS, METRICS, Mean, mean_of, means_of, measure, ratio_of
 from megatron_omega.tasks.questions import Exam, Question
 from megatron_omega.tasks.sharing import ALONE, Share
 
 logger = get_logger(__name__)
+GREEDY = Sampling(temperature=0.0)
 MOST_FREQUENT, FIRST_WORDS = "most frequent answer", "first words"
 WRITTEN = {*METRICS, "rouge", *CORPUS}
 """Metrics of what a model writes."""
-ACCURACIES = ("accuracy", "accuracy_token", "accuracy_byte")
-"""Of the choice with the highest log p: as it is, by its tokens, by its UTF-8 bytes."""
+ACCURACIES = ("accuracy", "accuracy_token", "accuracy_byte", "accuracy_character")
+"""Of the choice with the highest log p: as it is, by its tokens, by its UTF-8 bytes, by its characters."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,21 @@ def guesses(exam: Exam, *, seed: int = 0) -> list[Score]:
     return scores
 
 
-def choose(model: TextModel, questions: Sequence[Question], share: Share = ALONE) -> list[tuple[int, int, int]]:
-    """Return the choice that is most probable of each question: by its sum, its mean a token, its mean a byte.
-
-    The first one, of equal ones.
-    """
+def choose(model: TextModel, questions: Sequence[Question], share: Share = ALONE) -> list[tuple[int, ...]]:
+    """Return the most probable choice of each question by each of `ACCURACIES`; the first one, of equal ones."""
     asked = [Asked(one.context, choice.ids, one.before) for one in questions for choice in one.choices]
     known = iter(likelihoods(model, asked, share))
     found = []
     for one in questions:
-        nats = np.array([next(known).nats for _ in one.choices])
-        sizes = [(1, len(choice.ids), len(choice.text.encode())) for choice in one.choices]
-        first, second, third = ((nats / np.array(size)).argmax() for size in zip(*sizes, strict=True))
-        found.append((int(first), int(second), int(third)))
+        nats, tokens = [next(known).nats for _ in one.choices], [len(choice.ids) for choice in one.choices]
+        found.append(most_probable(nats, tokens, [choice.text for choice in one.choices]))
     return found
+
+
+def most_probable(nats: Sequence[float], tokens: Sequence[int], texts: Sequence[str]) -> tuple[int, ...]:
+    """Return the number of the choice with the highest log p by each of `ACCURACIES`."""
+    sizes = ([1] * len(texts), tokens, [len(text.encode()) for text in texts], [len(text) for text in texts])
+    return tuple(int((np.array(nats) / np.array(size)).argmax()) for size in sizes)
 
 
 def accuracies(questions: Sequence[Question], picked: Sequence[Sequence[int]], seed: int) -> dict[str, Mean]:
@@ -159,11 +161,17 @@ def write(model: TextModel, exam: Exam, share: Share = ALONE) -> list[str]:
 
 
 def _write(model: TextModel, questions: Sequence[Question], exam: Exam) -> list[str]:
-    requests = [_request(model, one, exam) for one in questions]
-    read = max((max(len(one.encoder_ids), len(one.decoder_ids)) for one in requests), default=0)
-    longest = read + exam.max_new_tokens + 1
+    return answered(
+        model,
+        [request_of(model, one.context, exam.max_new_tokens, before=one.before, stop=exam.stop) for one in questions],
+    )
+
+
+def answered(model: TextModel, requests: Sequence[Request]) -> list[str]:
+    """Return the texts that answer requests, all of them together."""
+    longest = max((max(len(one.encoder_ids), len(one.decoder_ids)) + one.max_new_tokens for one in requests), default=0)
     limits = Limits(
-        memory_tokens=max(Limits().memory_tokens, longest), cache_tokens=max(Limits().cache_tokens, longest)
+        memory_tokens=max(Limits().memory_tokens, longest), cache_tokens=max(Limits().cache_tokens, longest + 1)
     )
     scheduler = Scheduler(model, limits)
     places = {scheduler.submit(request): place for place, request in enumerate(requests)}
@@ -175,11 +183,15 @@ def _write(model: TextModel, questions: Sequence[Question], exam: Exam) -> list[
     return answers
 
 
-def _request(model: TextModel, question: Question, exam: Exam) -> Request:
-    room, before = room_of(model), question.before
-    most = room.encoder or max(1, room.decoder - exam.max_new_tokens - len(before))
-    encoder, decoder = prompt_ids(model, question.context[max(0, len(question.context) - most) :])
-    return Request(encoder, (*decoder, *before), exam.max_new_tokens, Sampling(temperature=0.0), stop=exam.stop)
+def request_of(
+    model: TextModel, context: Ids, max_new_tokens: int, *, before: Ids = (), sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (), seed: int = 0,
+) -> Request:  # fmt: skip
+    """Return the request that continues `context`, of which the start is left out if it is too long."""
+    room = room_of(model)
+    most = room.encoder or max(1, room.decoder - max_new_tokens - len(before))
+    encoder, decoder = prompt_ids(model, context[max(0, len(context) - most) :])
+    return Request(encoder, (*decoder, *before), max_new_tokens, sampling, stop=stop, seed=seed)
 
 
 def _tell_cuts(model: TextModel, exam: Exam) -> None:

@@ -71,6 +71,7 @@ READ = (
     "score --checkpoint @",
     "score --checkpoint {checkpoint} --tasks @",
     "score --checkpoint {checkpoint} --text @",
+    "lm-eval --checkpoint @",
     "report --run @",
     "goodput --run @",
     "launch local --ranks 1 --config @",

@@ -21,6 +21,7 @@ from megatron_omega.data.batch import stack
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.export.loading import TextModel
 from megatron_omega.studies.held_out import masked_logits
+from megatron_omega.tasks.harness_files import harness_exam, read_harness_file
 from megatron_omega.tasks.likelihood import Asked, likelihoods
 from megatron_omega.tasks.questions import Asking, Exam, exams_of, held_out
 from megatron_omega.tasks.scoring import choose, guesses, score
@@ -82,10 +83,11 @@ def test_a_choice_is_made_by_sum_by_token_and_by_byte(tmp_path: Path) -> None:
             nats.append(likelihoods(model, [Asked(question.context, tuple(encode(f" {option}")))])[0].nats)
         sizes = [[1] * 4, [len(encode(f" {option}")) for option in record["options"]]]
         sizes.append([len(f" {option}".encode()) for option in record["options"]])
+        sizes.append([len(f" {option}") for option in record["options"]])
         assert made == tuple(int(np.argmax(np.array(nats) / size)) for size in sizes)
     found = score(model, exam, name="m").metrics
     rights = [question.right for question in exam.questions]
-    for column, name in enumerate(("accuracy", "accuracy_token", "accuracy_byte")):
+    for column, name in enumerate(("accuracy", "accuracy_token", "accuracy_byte", "accuracy_character")):
         assert found[name].value == np.mean([made[column] == right for made, right in zip(picked, rights, strict=True)])
     assert len(set(picked)) > 1 and len({one[0] == one[1] for one in picked}) == 2
 
@@ -187,3 +189,44 @@ def test_two_ranks_score_as_one(tmp_path: Path) -> None:
     assert ranks.returncode == 0, ranks.stderr
     assert len(alone.stdout.splitlines()) == 4
     assert alone.stdout == ranks.stdout
+
+
+HARNESS_FILE = """
+task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: held.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: gold
+doc_to_choice: options
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("process_docs: !function utils.f", "uses !function, which only lm-evaluation-harness itself can run"),
+        ("filter_list: [{name: x}]", "uses filter_list, which only lm-evaluation-harness"),
+        ("colour: blue", "has colour, which is no field of a task"),
+        ("output_type: dance", "has output_type dance; use multiple_choice"),
+        ("metric_list: [{metric: f1}]", "uses metric f1, which only"),
+        ("test_split: null", "has neither test_split nor validation_split"),
+        ("test_split: dev", "has no dataset_kwargs.data_files for its split dev"),
+        ('doc_to_text: "{{missing}}"', "the template '{{missing}}' fails"),
+        ('doc_to_text: "{{ question.__class__.__mro__[1].__subclasses__() }}"', "fails"),
+        ("doc_to_target: question", "which is none of its 4 choices"),
+        ("num_fewshot: 100", "has 10 records for examples, 100 are asked for"),
+    ],
+)
+def test_a_harness_file_that_is_no_data_is_refused_by_name(change: str, reason: str, tmp_path: Path) -> None:
+    write_records(tmp_path / "held.jsonl", records(10, 2))
+    name = change.partition(":")[0]
+    kept = [line for line in HARNESS_FILE.splitlines() if not line.startswith(f"{name}:")]
+    path = tmp_path / "quiz.yaml"
+    path.write_text("\n".join([*kept, change]))
+    with pytest.raises(DataError) as caught:
+        harness_exam(read_harness_file(path), tiny_tokenizer(), Asking())
+    assert reason in str(caught.value)
+    path.write_text(HARNESS_FILE)
+    assert len(harness_exam(read_harness_file(path), tiny_tokenizer(), Asking()).questions) == 10

@@ -1,0 +1,144 @@
+"""Scores of several models beside each other: rows, Markdown, JSON; and the curves by which they learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_omega.accounting.counts import training_flops_per_token
+from megatron_omega.config.schema import RunConfig
+from megatron_omega.host import run_folder
+from megatron_omega.host.regular_files import read_text
+from megatron_omega.tasks.metrics import Mean
+from megatron_omega.tasks.scoring import Score
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "masked_loss")
+_MOST_BYTES = 1 << 30
+_MOST_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a run learned: loss by tokens, and what a token cost."""
+
+    model: str
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+    flops_per_token: float
+
+    @property
+    def flops(self) -> tuple[float, ...]:
+        return tuple(self.flops_per_token * count for count in self.tokens)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All scores, in the order of models and tasks."""
+
+    scores: tuple[Score, ...]
+    curves: tuple[Curve, ...] = ()
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(one.task for one in self.scores))
+
+    @property
+    def models(self) -> list[str]:
+        """Models in their order, guesses last."""
+        ordered = sorted(self.scores, key=lambda one: one.is_guess)
+        return list(dict.fromkeys(one.model for one in ordered))
+
+    def of(self, task: str, model: str) -> Score | None:
+        """Return a model's score on a task."""
+        return next((one for one in self.scores if (one.task, one.model) == (task, model)), None)
+
+    def columns(self, task: str) -> list[str]:
+        """Return the figures that any model has on a task; `loss` last."""
+        names = dict.fromkeys(name for one in self.scores if one.task == task for name in one.metrics)
+        has_loss = any(one.loss == one.loss for one in self.scores if one.task == task)
+        return [*names, *(["loss"] if has_loss else [])]
+
+    def value(self, task: str, model: str, column: str) -> Mean | None:
+        """Return a figure; None where the model has none."""
+        found = self.of(task, model)
+        if found is None:
+            return None
+        if column == "loss":
+            return Mean(found.loss, float("nan"), float("nan")) if found.loss == found.loss else None
+        return found.metrics.get(column)
+
+    def best(self, task: str, column: str) -> float | None:
+        """Return the best value of a column among models that are no guesses."""
+        means = [self.value(task, one.model, column) for one in self.scores if one.task == task and not one.is_guess]
+        values = [mean.value for mean in means if mean is not None and mean.value == mean.value]
+        if not values:
+            return None
+        return min(values) if column in SMALLER_IS_BETTER else max(values)
+
+
+def markdown(found: Comparison) -> str:
+    """Return a table for each task; the best of each column is bold."""
+    lines = ["# Comparison", ""]
+    for task in found.tasks:
+        columns = found.columns(task)
+        count = max(len(one.answers) for one in found.scores if one.task == task)
+        lines += [f"## {task}", "", f"{count:,} questions; in brackets 95% of the values of resampled ones.", ""]
+        lines += [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for model in found.models:
+            if found.of(task, model) is not None:
+                cells = [_cell(found, task, model, column) for column in columns]
+                lines.append(f"| {_plain(model)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(found: Comparison, task: str, model: str, column: str) -> str:
+    mean = found.value(task, model, column)
+    if mean is None:
+        return "-"
+    is_best = mean.value == found.best(task, column)
+    return f"**{mean}**" if is_best else str(mean)
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def as_json(found: Comparison) -> str:
+    """Return everything as JSON; what is not a number is null."""
+    values = {"scores": [asdict(one) for one in found.scores], "curves": [asdict(one) for one in found.curves]}
+    return json.dumps(json.loads(orjson.dumps(values)), indent=1) + "\n"
+
+
+def curve_of(model: str, run: Path, config: RunConfig) -> Curve | None:
+    """Return the curve of a run folder; None where no step was recorded."""
+    try:
+        lines = read_text(run / run_folder.METRICS, _MOST_BYTES).splitlines()
+    except OSError:
+        return None
+    steps = [step for step in _objects(lines) if step.get("lm_loss") is not None and step.get("consumed_tokens")]
+    if not steps:
+        return None
+    kept = steps[:: -(-len(steps) // _MOST_POINTS)]
+    return Curve(
+        model,
+        tuple(int(step["consumed_tokens"]) for step in kept),
+        tuple(float(step["lm_loss"]) for step in kept),
+        training_flops_per_token(config),
+    )
+
+
+def _objects(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield what each line holds; half a line, which a crash leaves, is passed over."""
+    for line in lines:
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            yield value

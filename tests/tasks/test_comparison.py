@@ -1,0 +1,143 @@
+"""A comparison says what scores say, of our models and of Transformers', and its page stands alone."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export.export_cases import write_case
+from task_parts import write_model_folder, write_records, write_tasks
+from written_models import tiny_config
+
+from megatron_omega.accounting.counts import training_flops_per_token
+from megatron_omega.commands import compare, score
+from megatron_omega.errors import ConfigError
+from megatron_omega.tasks.comparison import Comparison, Curve, curve_of, markdown
+from megatron_omega.tasks.metrics import Mean
+from megatron_omega.tasks.page import html_page
+from megatron_omega.tasks.scoring import Answered, Score
+
+HOSTILE = '<script>alert("x")</script> & | <img src=x>'
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def require_accessible(page: Page) -> None:
+    """Headings in order, words for every picture, names for rows and columns, nothing from elsewhere."""
+    assert page.of("html")[0]["lang"] == "en" and page.of("title") and page.of("main")
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
+    assert all(len(image["alt"] or "") > 20 for image in page.of("img"))
+    assert len(page.of("caption")) == len(page.of("table")) and all("scope" in cell for cell in page.of("th"))
+    links = [value or "" for _, found in page.tags for name, value in found.items() if name in ("src", "href")]
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert not page.of("script") and not page.of("link")
+
+
+def some_score(model: str, value: float, answer: str, **more: Any) -> Score:
+    answers = (Answered("a.jsonl:1", HOSTILE, "right", answer), Answered("a.jsonl:2", "?", "no", HOSTILE))
+    return Score("quiz|1", model, 0, {"f1": Mean(value, value - 0.1, value + 0.1)}, 1 - value, answers, **more)
+
+
+def test_the_page_stands_alone_and_trusts_no_text() -> None:
+    scores = (some_score("a", 0.5, "x"), some_score("b", 0.7, HOSTILE), some_score("guess", 0.9, "y", is_guess=True))
+    found = Comparison(scores, (Curve("a", (10, 20), (5.0, 4.0), 3.0), Curve("b", (10, 30), (5.0, 3.0), 2.0)))
+    page = Page(html_page(found))
+    require_accessible(page)
+    assert len(page.of("img")) == 4  # two of curves, bars of f1 and of loss
+    assert (
+        "".join(page.text).count(HOSTILE) == 5
+    )  # asked once; answered by three to the second question, once to the first
+    table = markdown(found)
+    assert "**0.700 (0.600 to 0.800)**" in table and "**0.900" not in table and "| guess |" in table
+    assert found.curves[0].flops == (30.0, 60.0)
+
+
+def test_a_curve_is_that_of_the_run(tmp_path: Path) -> None:
+    config = tiny_config()
+    steps = [{"step": n, "lm_loss": 5 - n / 1000, "consumed_tokens": 100 * n} for n in range(1, 1001)]
+    lines = [json.dumps(step) for step in steps]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 1001, "lm_l']))
+    curve = curve_of("a", tmp_path, config)
+    assert curve is not None and 300 < len(curve.tokens) <= 400 and curve.tokens[0] == 100
+    assert curve.flops_per_token == training_flops_per_token(config)
+    assert curve_of("a", tmp_path / "nothing", config) is None
+
+
+def write_t5(folder: Path, tokenizer: Path) -> Path:
+    """A tiny T5 of Transformers, with a tokenizer of the same kind."""
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    ids = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=420, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **ids)
+    )
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer), pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_models_of_all_kinds_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra harness)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_model_folder(tmp_path / "ours")
+    (tmp_path / "ours/metrics.jsonl").write_text('{"step": 1, "lm_loss": 5.0, "consumed_tokens": 64}\n' * 2)
+    write_case("llama-like", tmp_path / "llama")
+    export, _ = write_case("omega", tmp_path / "run")
+    t5 = write_t5(tmp_path / "t5", export / "tokenizer.json")
+    tasks = str(write_tasks(tmp_path, metrics=["accuracy", "exact_match"]))
+    write_records(tmp_path / "text.jsonl", [{"text": "The quick brown fox."}, {"text": "über den Deich"}])
+    models = [f"ours={tmp_path / 'ours'}", f"llama={tmp_path / 'llama'}", f"t5={t5}"]
+    asked = ["--tasks", tasks, "--text", str(tmp_path / "text.jsonl"), "--limit", "6"]
+    compare.main(["--models", *models, "--output", str(tmp_path / "out"), *asked])
+    table = capsys.readouterr().out
+    for name in ("ours", "llama", "t5", "most frequent answer", "first words"):
+        assert f"| {name} |" in table
+    require_accessible(Page((tmp_path / "out/index.html").read_text()))
+    found = json.loads((tmp_path / "out/comparison.json").read_text())
+    score.main(["--checkpoint", str(tmp_path / "ours"), *asked, "--json"])
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ours = {one["task"]: one for one in found["scores"] if one["model"] == "ours"}
+    assert {one["task"] for one in alone} == set(ours) == {"quiz", "text.jsonl"}
+    for one in alone:
+        if not one["is_guess"]:
+            assert ours[one["task"]]["metrics"].keys() == one["metrics"].keys()
+            assert {n: m["value"] for n, m in one["metrics"].items()} == {
+                n: m["value"] for n, m in ours[one["task"]]["metrics"].items()
+            }
+    others = {one["task"]: one for one in found["scores"] if one["model"] == "t5"}
+    assert {"accuracy", "exact_match"} <= set(others["quiz"]["metrics"]) and not others["text.jsonl"]["metrics"]
+    assert len(found["curves"]) == 1
+
+
+def test_names_of_models_are_checked() -> None:
+    assert compare.named(["a=x", "y"]) == {"a": Path("x"), "y": Path("y")}
+    for words in (["a=x", "a=y"], ["=x"], ["a="]):
+        with pytest.raises(ConfigError, match="NAME=PATH"):
+            compare.named(words)
