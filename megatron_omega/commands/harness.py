@@ -31,6 +31,9 @@ def main(argv: Sequence[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed; install the extra harness, or lm-eval")
     configure_logging()
+    from megatron_omega.export.loading import find_weights
+
+    find_weights(options.checkpoint)  # a wrong path is said before the harness is loaded, which takes a while
     from lm_eval.__main__ import cli_evaluate
 
     import megatron_omega.tasks.harness  # registers the model  # noqa: F401

@@ -90,7 +90,7 @@ def write_t5(folder: Path, tokenizer: Path) -> Path:
     """A tiny T5 of Transformers, with a tokenizer of the same kind."""
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    ids = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=420, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **ids)
     )
