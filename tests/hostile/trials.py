@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -48,7 +49,8 @@ def run_command(words: Sequence[object], folder: Path, most_seconds: float = CPU
         number = os.WTERMSIG(status)
         return Outcome(HANG if number in (signal.SIGKILL, signal.SIGXCPU) else f"signal {number}", text, seconds)
     code = os.WEXITSTATUS(status)
-    return Outcome(TRACEBACK if "Traceback (most recent call last)" in text else code, text, seconds)
+    ended_badly = re.search(r"^Traceback \(most recent call last\)", text, re.MULTILINE)  # a shown text may quote one
+    return Outcome(TRACEBACK if ended_badly else code, text, seconds)
 
 
 def _become(output: Path, words: Sequence[str], most_seconds: float) -> None:

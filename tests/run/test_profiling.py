@@ -52,7 +52,7 @@ def _names(path: Path) -> set[str]:
 
 
 LAYERS = {"layer encoder.layers.0", "layer decoder.layers.1", "layer encoder.layers.1 backward", "layer head"}
-BRANCHES = {"branch full", "branch axial", "branch causal", "branch cross"}
+BRANCHES = {"branch full + dynamic", "branch axial", "branch causal", "branch cross"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ BRANCHES = {"branch full", "branch axial", "branch causal", "branch cross"}
         (
             2,
             {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "virtual_stages": 2},
-            {"stage 0 forward", "stage 2 backward", "layer encoder.layers.0", "branch full"},
+            {"stage 0 forward", "stage 2 backward", "layer encoder.layers.0", "branch full + dynamic"},
         ),
         (2, {"tensor_parallel_size": 2}, LAYERS | BRANCHES | {"message tensor all_reduce"}),
     ],
