@@ -185,6 +185,7 @@ def train(
     Raises:
         OmegaError: what is wrong, every finding; Preempted if the run was asked to stop and has saved.
     """
+    from megatron_omega.export.starting import starting_weights
     from megatron_omega.run.train import train as train_run
     from megatron_omega.tasks.answering import Answers
 
@@ -192,7 +193,8 @@ def train(
     place = complete_environment()
     resolved = resolve_run(Arguments(config, deepspeed_config, words), place.world_size)
     hooks = [one if isinstance(one, Hook) else _Callback(one) for one in callbacks]
-    return train_run(resolved, place, hooks, answering=Answers)
+    initial = starting_weights(resolved.config.checkpoint.load)
+    return train_run(resolved, place, hooks, initial=initial, answering=Answers)
 
 
 def _as_yaml(value: Any) -> str:

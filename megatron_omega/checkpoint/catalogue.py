@@ -91,7 +91,16 @@ def identity_differences(
 
 def require_identity(path: Path, manifest: Manifest, wanted: Mapping[str, JsonValue]) -> None:
     """Raise CheckpointError, with every differing field, where the checkpoint belongs to another model."""
-    if lines := identity_differences(_with_later_settings(manifest.identity, wanted), _binding(wanted)):
+    require_same_model(path, manifest.identity, _binding(wanted))
+
+
+def require_same_model(path: Path, saved: Mapping[str, JsonValue], wanted: Mapping[str, JsonValue]) -> None:
+    """Raise CheckpointError, with every differing field, where what is saved belongs to another model.
+
+    Weights that are no checkpoint may not know their tokenizer; then it is not compared.
+    """
+    wanted = {name: value for name, value in _binding(wanted).items() if name in saved or name != "tokenizer"}
+    if lines := identity_differences(_with_later_settings(saved, wanted), wanted):
         raise CheckpointError(
             f"{path} belongs to another model: {lines[0]}; "
             "use the configuration it was saved with, or another run folder",

@@ -103,9 +103,10 @@ def _decode(row: list[Any]) -> Holding:
     return Holding(name, Region(tuple(shape), axis, start, stop, first, count), copy)
 
 
-def require_same_parameters(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError, with every parameter that differs, where the engine has others than the checkpoint."""
-    saved = {name: entry.shape for name, entry in manifest.parameters.items()}
+def require_same_parameters(
+    path: Path, saved: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError, with every parameter that differs, where the engine has others than what is saved."""
     lines = [
         f"{path}: parameter {name} is {saved.get(name, 'absent')} there and {shapes.get(name, 'absent')} in this model"
         for name in sorted(saved.keys() | shapes.keys())

@@ -18,8 +18,9 @@ from pydantic import JsonValue
 
 from megatron_omega import __version__
 from megatron_omega.checkpoint.adapters import Base, fill_frozen
-from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity
+from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity, require_same_model
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
+from megatron_omega.checkpoint.initial import InitialWeights, fill_weights
 from megatron_omega.checkpoint.live_state import Binding, filling, require_same_parameters, restore_adam_steps
 from megatron_omega.checkpoint.live_weights import LiveWeights
 from megatron_omega.checkpoint.manifest import KINDS, Kind, Manifest, SavedLayout
@@ -53,8 +54,11 @@ class CheckpointStore:
         timeout: timedelta = timedelta(minutes=30),
         on_failure: Callable[[CheckpointError], None] | None = None,
         attachments: Mapping[str, bytes] = MappingProxyType({}),
+        initial: InitialWeights | None = None,
     ) -> None:
         """`attachments` are further files of each checkpoint, by name, such as the tokenizer.
+
+        `initial` are the weights of `config.load`, if those are no checkpoint.
 
         `timeout` bounds how long a rank waits for another; `on_failure` is told, on every rank, of failed saves.
         """
@@ -65,6 +69,7 @@ class CheckpointStore:
         self._run_config = dict(run_config)
         self._on_failure = on_failure
         self._attachments = attachments
+        self._initial = initial
         self.peers = Peers(timeout=timeout)
         self._token = str(self.peers.agree(secrets.token_hex(4)))
         self._keeper = Keeper(self.directory, config)
@@ -201,6 +206,9 @@ class CheckpointStore:
 
         Raises CheckpointError where there is none, or where it belongs to another model.
         """
+        if self._initial is not None and Path(path) == self._initial.path:
+            require_same_model(self._initial.path, self._initial.identity, self._identity)
+            return self._initial.path
         damage: list[str] = []
         chosen = next(self._usable(self._list(Path(path)), damage, needs_optimizer=False), None)
         self._give_up_if(chosen is None, path, damage)
@@ -288,6 +296,9 @@ class CheckpointStore:
         With `weights_only` optimizer and counters stay as they are. Raises CheckpointError where nothing there fits.
         """
         self.wait()
+        if self._initial is not None and Path(path) == self._initial.path:
+            self._start_with(engine, self._initial)
+            return {}
         paths = self._list(Path(path))
         state = self._load_first(engine, path, paths, needs_optimizer=not weights_only, weights_only=weights_only)
         self._give_up_if(state is None, path, ["it holds no optimizer state; load its weights only"])
@@ -307,6 +318,15 @@ class CheckpointStore:
         self._give_up_if(found := self._anywhere(problems), base.weights, found)
         if base.adapters is not None:
             self.load(engine, base.adapters, weights_only=True)
+
+    def _start_with(self, engine: Engine, weights: InitialWeights) -> None:
+        problems: list[str] = []
+        try:
+            fill_weights(self._bind(engine), weights)
+        except CheckpointError as error:
+            problems = list(error.findings)
+        self._give_up_if(found := self._anywhere(problems), weights.path, found)
+        refresh_working_weights(engine.deepspeed.optimizer)
 
     def _load_first(
         self, engine: Engine, directory: Path | str, paths: Sequence[Path], *, needs_optimizer: bool, weights_only: bool
@@ -333,7 +353,8 @@ class CheckpointStore:
             try:
                 reader = stack.enter_context(open_checkpoint(path))
                 manifest = reader.manifest
-                require_same_parameters(path, manifest, binding.shapes)
+                saved = {name: entry.shape for name, entry in manifest.parameters.items()}
+                require_same_parameters(path, saved, binding.shapes)
                 wait = stack.enter_context(filling(binding, reader, kinds))
                 wait(KINDS[0])
             except CheckpointError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from megatron_omega.config import yaml_text
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but this machine has no usable GPU; use --device cpu")
     name = arguments.name or ("cpu" if device == "cpu" else "-".join(torch.cuda.get_device_name().lower().split()))
-    file = calibrate(name, device, ranks=arguments.ranks)
+    file = calibrate(name, device, ranks=arguments.ranks, tell=lambda what: print(f"measuring {what}", file=sys.stderr))
     with writing(arguments.output):
         arguments.output.write_text(yaml_text.dump(file.model_dump(mode="json")), encoding="utf-8")
     facts, link = file.accelerators[name], file.links["measured"]

@@ -67,9 +67,10 @@ def fit(run: Sequence[str], hosts: Sequence[str], run_directory: Path, arguments
             if count < most:
                 log.warning("%d hosts instead of %d: %s", count, most, candidate.label)
             return Start(tuple(usable[:count]), tuple(as_words(candidate, configured)))
+    batch = resolved.config.batch.global_batch_size
     raise ConfigError(
-        f"{len(usable)} hosts are left of {least}-{most} (--nodes), and the global batch of "
-        f"{resolved.config.batch.global_batch_size} fits no layout on them; reserve more with --spares"
+        f"{len(usable)} hosts are left of {least}-{most} (--nodes), and the global batch of {batch} fits no layout on "
+        "them; reserve more (--spares) or name more (--hosts)"
     )
 
 

@@ -21,8 +21,11 @@ from pathlib import Path
 from megatron_omega.commands.fitting import fit, job_hosts
 from megatron_omega.errors import ConfigError
 from megatron_omega.host.command_line import COMMAND, CommandLine, output_file, writing
+from megatron_omega.host.environment import host_name
+from megatron_omega.host.exclusions import excluded, short_name
 from megatron_omega.host.shipped import located, presets
 from megatron_omega.launching import scripts
+from megatron_omega.launching.by_ssh import listed, reachable
 from megatron_omega.launching.outcome import LOST, Outcome
 from megatron_omega.launching.turns import MAX_RESTARTS, Turn, next_step
 from megatron_omega.launching.words import require_hosts, require_port
@@ -54,17 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-restarts", type=int, default=MAX_RESTARTS, help=f"failures in a row (default {MAX_RESTARTS})"
     )
     hosts = verbs.add_parser("hostfile", allow_abbrev=False, help="write a hostfile and the script that uses it")
-    hosts.add_argument("--hosts", nargs="+", required=True, help="names, the first one is rank 0's")
+    hosts.add_argument("--hosts", nargs="+", required=True, help="names, the first one is rank 0's; spares last")
+    hosts.add_argument(
+        "--nodes",
+        type=_range,
+        metavar="N|LEAST-N",
+        help="machines to run on; with LEAST- so few are enough (default all)",
+    )
     hosts.add_argument("--port", type=int, default=29500, help="of the first host, where ranks meet (default 29500)")
     slurm = verbs.add_parser("slurm", allow_abbrev=False, help="write a batch script")
     slurm.add_argument(
         "--nodes", type=_range, required=True, metavar="N|LEAST-N", help="machines; with LEAST- so few are enough"
     )
     slurm.add_argument("--spares", type=int, default=0, help="machines reserved besides, to replace faulty ones")
-    slurm.add_argument(
-        "--gpu", default="h100-80g", help="accelerator, for a layout on fewer machines (default h100-80g)"
-    )
-    slurm.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="one GPU for each rank, or none")
     slurm.add_argument("--time", default="24:00:00", help="limit of one turn (default 24:00:00)")
     slurm.add_argument("--cpus-per-rank", type=int, default=8, help="cores (default 8)")
     slurm.add_argument(
@@ -78,12 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for verb in (hosts, slurm):
         verb.add_argument("--ranks-per-node", type=int, required=True, help="processes on each machine")
+        verb.add_argument(
+            "--gpu", default="h100-80g", help="accelerator, for a layout on fewer machines (default h100-80g)"
+        )
+        verb.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="one GPU for each rank, or none")
         verb.add_argument("--output", type=output_file, help="script to write (default: in the folder of --config)")
         verb.add_argument("--dry-run", action="store_true", help="print only")
     begin = verbs.add_parser("begin", allow_abbrev=False, help="for scripts: record a start, print where codes go")
     begin.add_argument("--nodes", type=_range, help="machines to run on: choose among the job's")
     begin.add_argument("--ranks-per-node", type=int, help="processes on each machine")
     begin.add_argument("--gpu", default="cpu", help="accelerator, for a layout on fewer machines (default cpu)")
+    begin.add_argument("--hostfile", type=Path, help="choose among its hosts that answer, instead of a Slurm job's")
     begin.add_argument("--by-pdsh", action="store_true", help="check that other hosts will read the command as it is")
     end = verbs.add_parser("end", allow_abbrev=False, help="for scripts: judge an end, print whether to start again")
     end.add_argument("--code", type=int, required=True, help="exit code of the launcher")
@@ -97,6 +107,9 @@ def run_local(arguments: argparse.Namespace, run: list[str]) -> int:
 
     launch = scripts.Launch(tuple(run), 1, arguments.ranks, command="")
     directory = Path(launch.resolve().config.logging.run_directory)
+    for one in excluded(directory):
+        if short_name(one.host) == short_name(host_name()):
+            log.warning("this host was found faulty, and there is no other: %s", one)
     program = [sys.executable, "-u", "-m", PACKAGE, "train", *run]
     turn = Turn(directory, f"local-{os.getpid()}", max_restarts=arguments.max_restarts)
     return supervise(Job(program, arguments.ranks, port=arguments.port), turn).code
@@ -106,13 +119,21 @@ def write_hosts(arguments: argparse.Namespace, run: list[str]) -> int:
     """Write hostfile, environment file and script; print them."""
     require_hosts(arguments.hosts)
     require_port(arguments.port)
-    launch = scripts.Launch(tuple(run), len(arguments.hosts), arguments.ranks_per_node, command=arguments.command)
+    least, most = arguments.nodes or (len(arguments.hosts),) * 2
+    if most > len(arguments.hosts):
+        raise ConfigError(f"--nodes {most}: --hosts names {len(arguments.hosts)}; name more, or ask for fewer")
+    launch = scripts.Launch(
+        tuple(run), most, arguments.ranks_per_node, command=arguments.command, device=arguments.device,
+        least_nodes=least, spares=len(arguments.hosts) - most, gpu=arguments.gpu,
+    )  # fmt: skip
     directory = launch.resolve().config.logging.run_directory
     scripts.require_reachable(run, os.environ, Path(sys.executable), Path.cwd())
     files = scripts.HostFiles.beside(arguments.output or _beside_config(run, "hosts.sh"))
     texts = {
         files.hostfile: scripts.hostfile(arguments.hosts, arguments.ranks_per_node),
-        files.environment: scripts.deepspeed_environment(os.environ, Path(sys.executable)),
+        files.environment: scripts.deepspeed_environment(
+            os.environ, Path(sys.executable), exchanges_hosts=launch.is_elastic
+        ),
         files.script: scripts.hosts_script(launch, files, arguments.port, directory),
     }
     for file, text in texts.items():
@@ -161,7 +182,9 @@ def begin(arguments: argparse.Namespace, run: list[str]) -> int:
         return LOST
     chosen = None
     if arguments.nodes is not None:
-        chosen = fit(run, job_hosts(hosts), turn.run_directory, arguments)
+        least = arguments.nodes[0]
+        names = reachable(listed(arguments.hostfile), least) if arguments.hostfile else job_hosts(hosts)
+        chosen = fit(run, names, turn.run_directory, arguments)
         hosts = ",".join(chosen.hosts)
     turn.begin(hosts=hosts)
     log.info("job %s, restart %d, on %s", turn.job, turn.restart, hosts)

@@ -11,12 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from megatron_omega.config.arguments import Arguments, parse_arguments
 from megatron_omega.config.load import resolve_run
+from megatron_omega.config.schema import RunConfig
 from megatron_omega.host.environment import announced_world_size, complete_environment, has_gpu
 from megatron_omega.run.claims import notice_of_completion
 from megatron_omega.tasks.finetuning import FineTuning, as_finetuning, read_tasks, settings_of, with_epochs
+
+if TYPE_CHECKING:
+    from megatron_omega.checkpoint.initial import InitialWeights
 
 AsRun = Callable[[Arguments, int], FineTuning]
 """From what a user said and the number of processes to an ordinary run."""
@@ -67,7 +72,17 @@ def start(arguments: Arguments, as_run: AsRun) -> None:
 
     if place.rank == 0 and not has_gpu():
         measure_machine()
-    train(resolved, place, answering=Answers)
+    train(resolved, place, initial=initial_of(resolved.config), answering=Answers)
+
+
+def initial_of(config: RunConfig) -> InitialWeights | None:
+    """Return the weights of checkpoint.load where those are an export or a folder of Transformers. Needs torch."""
+    from megatron_omega.export.starting import require_no_adapters, starting_weights
+
+    found = starting_weights(config.checkpoint.load)
+    if found is not None and config.lora.is_on:
+        require_no_adapters(found.path)
+    return found
 
 
 def main(argv: Sequence[str]) -> None:

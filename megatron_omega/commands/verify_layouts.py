@@ -20,7 +20,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,23 @@ def verify(options: argparse.Namespace, rest: list[str], parser: argparse.Argume
         tolerance = tolerance_of(config) if options.tolerance is None else options.tolerance
         arguments["timeout_seconds"] = options.timeout_seconds
         reference = measure(options.config, parse_layout(REFERENCE), overrides, **arguments)
-        for layout in tqdm(layouts, unit="layout", disable=not sys.stderr.isatty()):
+        for layout in shown(layouts):
             rows = measure(options.config, layout, overrides, **arguments)
             comparisons.append(compare(layout.label, reference, rows, tolerance))
     return comparisons
+
+
+def shown(layouts: Sequence[LayoutUnderTest]) -> Iterator[LayoutUnderTest]:
+    """Yield the layouts, with a bar on a terminal; elsewhere a line before each, with the time that is left."""
+    if sys.stderr.isatty():
+        yield from tqdm(layouts, unit="layout")
+        return
+    began = time.monotonic()
+    for done, layout in enumerate(layouts):
+        past = time.monotonic() - began
+        left = f", about {past / done * (len(layouts) - done) / 60:.0f} minutes left" if done else ""
+        print(f"layout {done + 1} of {len(layouts)}: {layout.label}{left}", file=sys.stderr, flush=True)
+        yield layout
 
 
 def fitting(

@@ -163,7 +163,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     parser.add_argument(
         "--load", "--checkpoint", dest="checkpoint.load", action=_Collect, default=argparse.SUPPRESS, metavar="PATH",
-        help="short for --checkpoint.load: run, checkpoints or step-... folder",
+        help="short for --checkpoint.load: run, checkpoints or step-... folder; an export gives its weights",
     )  # fmt: skip
     parser.add_argument(
         "--load-weights-only", "--load_weights_only", dest="checkpoint.load_weights_only", action=_Collect,

@@ -96,6 +96,17 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     )
 
 
+def reads_data(config: RunConfig, layout: Layout, rank: int) -> bool:
+    """Return whether a rank needs the corpus: the first stage takes inputs, the one with the loss takes labels.
+
+    The V of DualPipeV ends on the rank where it begins. Held-out prompts are answered by all ranks.
+    """
+    if config.evaluation.answers:
+        return True
+    loss = 0 if config.parallel.pipeline_schedule == "dualpipev" else layout.pipeline - 1
+    return layout.coordinate(rank).pipeline in (0, loss)
+
+
 def num_pipeline_layers(model: ModelConfig) -> int:
     """Return the entries of the layer list: embedding, encoder layers, bridge, decoder layers, head, output.
 

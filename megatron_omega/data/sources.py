@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,6 +63,24 @@ class Sources:
         return tuple(each.shard.fingerprint for each in self.train.corpora if isinstance(each, PairRows))
 
 
+def sources_fingerprint(sources: Sources) -> str:
+    """Return a short text that differs if two ranks were given corpora of other sizes, or another tokenizer."""
+    parts = (sources.train, sources.validation, sources.test)
+    sizes = [(len(part), [(len(corpus.shard), len(corpus)) for corpus in part.corpora]) for part in parts]
+    return hashlib.sha256(repr((sources.tokenizer.fingerprint, sizes)).encode()).hexdigest()[:12]
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """Open the tokenizer of a run. Raises DataError if it is none, or has more pieces than the model has rows."""
+    tokenizer = Tokenizer.open(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
 def open_sources(config: RunConfig) -> Sources:
     """Open tokenizer, shards and tasks of `config.data`.
 
@@ -71,12 +90,7 @@ def open_sources(config: RunConfig) -> Sources:
     data = config.data
     if not data.tasks and not data.corpora:
         raise DataError("data.corpora is empty; list at least one {prefix, weight}")
-    tokenizer = Tokenizer.open(data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size}"
-        )
+    tokenizer = open_tokenizer(config)
     if not data.tasks:
         return Sources(*open_text(config, tokenizer), tokenizer)
     text, findings = None, []

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -76,15 +77,25 @@ class _Inbox:
 class Channels:
     """This rank's channels to its neighbours. Collective: every rank makes one, with the same pipelines."""
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device, *, is_ring: bool = True) -> None:
-        """`pipelines` are the global ranks of every pipeline, stage by stage; `is_ring`: see `neighbours`."""
+    def __init__(
+        self,
+        pipelines: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        is_ring: bool = True,
+        timeout: timedelta | None = None,
+    ) -> None:
+        """`pipelines` are the global ranks of every pipeline, stage by stage; `is_ring`: see `neighbours`.
+
+        `timeout` is how long a message may take.
+        """
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         self.rank, self.device = self.ranks.index(dist.get_rank()), device
         self._groups: dict[Pair, dist.ProcessGroup] = {}
         for pair in neighbours(len(self.ranks), is_ring=is_ring):
             # All pipelines share it, or there would be thousands, each a meeting of all ranks.
             members = sorted(ranks[end] for ranks in pipelines for end in (pair.sender, pair.receiver))
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=timeout)
             if self.rank in (pair.sender, pair.receiver):
                 self._groups[pair] = cast(dist.ProcessGroup, group)
         mine = list(self._groups)

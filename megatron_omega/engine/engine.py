@@ -71,7 +71,8 @@ class Engine:
         )
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)
-        self.deepspeed: Any = initialize(model, inner, values, None if is_pipeline else ModelParallelUnit(topology))
+        mpu = None if is_pipeline else ModelParallelUnit(topology)
+        self.deepspeed: Any = initialize(model, inner, values, mpu, topology.timeout)
         if isinstance(inner, Muon):
             inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)
         stop_timers(self.deepspeed)

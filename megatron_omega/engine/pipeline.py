@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
@@ -33,8 +34,13 @@ class ChunkedModule(Protocol):
         ...
 
 
-def initialize(module: Any, optimizer: torch.optim.Optimizer, values: Mapping[str, Any], mpu: Any) -> Any:
-    """Build DeepSpeed's engine for `module`; ours if it holds stages that are run in turns. Collective."""
+def initialize(
+    module: Any, optimizer: torch.optim.Optimizer, values: Mapping[str, Any], mpu: Any, timeout: timedelta | None = None
+) -> Any:
+    """Build DeepSpeed's engine for `module`; ours if it holds stages that are run in turns. Collective.
+
+    `timeout` is how long a message between stages may take.
+    """
     config = dict(values)
     if not hasattr(module, "activate_chunk"):
         return deepspeed.initialize(
@@ -43,8 +49,9 @@ def initialize(module: Any, optimizer: torch.optim.Optimizer, values: Mapping[st
     parsed = deepspeed.DeepSpeedConfig(config, module.mpu())
     deepspeed.set_optimizer_flags(parsed, module)
     return StagesInTurns(
-        args=None, model=module, optimizer=optimizer, model_parameters=None, training_data=None, lr_scheduler=None,
-        mpu=module.mpu(), dist_init_required=False, collate_fn=None, config=config, config_class=parsed,
+        timeout, args=None, model=module, optimizer=optimizer, model_parameters=None, training_data=None,
+        lr_scheduler=None, mpu=module.mpu(), dist_init_required=False, collate_fn=None, config=config,
+        config_class=parsed,
     )  # fmt: skip
 
 
@@ -56,12 +63,14 @@ class StagesInTurns(PipelineEngine):
     early_sums: EarlySums | None = None
     """Told when gradients are the last ones."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, timeout: timedelta | None, **options: Any) -> None:
+        super().__init__(**options)
         assert not (self.is_pipe_partitioned or self.is_grad_partitioned or self.dynamic_shape)
         self._shape = Interleaving(self.num_stages, cast(ChunkedModule, self.module).chunks, self.micro_batches)
         pipelines = self.grid._topo.get_axis_comm_lists("pipe")
-        self._channels = Channels(pipelines, cast(torch.device, self.device), is_ring=self._shape.chunks > 1)
+        self._channels = Channels(
+            pipelines, cast(torch.device, self.device), is_ring=self._shape.chunks > 1, timeout=timeout
+        )
         self._losses: dict[int, Tensor] = {}
 
     def is_last_stage(self) -> bool:

@@ -20,7 +20,7 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
 from megatron_omega.config.layout import Axis
-from megatron_omega.parallel.topology import Topology
+from megatron_omega.parallel.topology import Topology, own_group
 
 _ELSEWHERE = dist.GroupMember.NON_GROUP_MEMBER
 
@@ -82,24 +82,38 @@ def clear_gradients_once_taken(optimizer: Any) -> None:
 def handing_over_groups(topology: Topology) -> Iterator[None]:
     """Let DeepSpeed's grid take the groups of `topology`.
 
-    DeepSpeed 0.19 creates every group of its grid, which are ours once more: 720 of them at PP 8 x DP 64 x TP 2, each a
-    meeting of all ranks. Groups that are not ours (of a tied table's stages) are created as before, by all ranks.
+    DeepSpeed 0.19 creates every group of its grid, which are ours once more, and then one for each copy of the stages
+    that share a table: 720 and 128 at PP 8 x DP 64 x TP 2, each a meeting of all ranks on CUDA. Those of a table are
+    created here, all at the first question, with our patience (DeepSpeed leaves it to torch: 10 minutes on NCCL).
     """
     if not dist.is_initialized():
         yield
         return
     create, layout, world = dist.new_group, topology.layout, tuple(range(topology.layout.world_size))
-    ours = (topology.tensor, topology.data, topology.pipeline, topology.model)
     axes: Sequence[tuple[Axis, ...]] = (("tensor",), ("data",), ("pipeline",), ("pipeline", "tensor"))
     known: dict[tuple[int, ...], Any] = {ranks: _ELSEWHERE for names in axes for ranks in layout.groups(*names)}
-    known |= {group.ranks: group.handle for group in ours} | {world: dist.group.WORLD}
+    known |= {group.ranks: group.handle for group in topology.groups} | {world: dist.group.WORLD}
 
-    def new_group(ranks: Iterable[int] | None = None, **options: Any) -> Any:
+    def new_group(ranks: Iterable[int] | None = None) -> Any:
         members = world if ranks is None else tuple(ranks)
-        return known[members] if members in known else create(list(members), **options)
+        if members not in known:
+            dist.new_group = create
+            known.update(_of_the_same_stages(members, topology))
+            dist.new_group = new_group
+        return known[members]
 
     dist.new_group = new_group
     try:
         yield
     finally:
         dist.new_group = create
+
+
+def _of_the_same_stages(members: Sequence[int], topology: Topology) -> dict[tuple[int, ...], Any]:
+    """Create a group like that of `members`, some stages of one pipeline, in every pipeline; return all by ranks."""
+    stages = {topology.layout.coordinate(rank).pipeline for rank in members}
+    pipelines = topology.layout.groups("pipeline")
+    alike = [tuple(ranks[stage] for stage in sorted(stages)) for ranks in pipelines]
+    assert tuple(members) in alike, f"ranks {members} are no stages of one pipeline"
+    own = own_group(alike, topology.timeout)
+    return {ranks: own if topology.rank in ranks else _ELSEWHERE for ranks in alike}

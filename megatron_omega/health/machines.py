@@ -1,8 +1,9 @@
 """Every device does a product, a copy and a turn of a ring before the start; one far slower than the others is named.
 
-One slow device slows a run of thousands. Products and copies say it of a rank; a turn of the ring, in which every rank
-sends to the next and hears from the one before, says it of the link between two hosts: where both links of a host are
-slow, it is the cause.
+One slow device slows a run of thousands. Products and copies, done for some tenths of a second without a pause (a
+device that is throttled is fast at first), say it of a rank. A turn of the ring, in which every rank sends to the next
+and hears from the one before, says it of the link between two hosts: where both links of a host are slow, it is the
+cause.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_omega.parallel.exchange import Peers
 from megatron_omega.parallel.places import Places
 
 _REPEATS = 5
+_ROUNDS, _ROUND_SECONDS = 3, 0.15
 _SIDE = {"cpu": 256, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied."""
 _BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -27,12 +29,12 @@ _BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 class Seconds(NamedTuple):
-    """The fastest of some repeats, on one rank."""
+    """What one rank took for one of each."""
 
     product: float
     copy: float
     ring: float
-    """From the start of a turn to the end of what came from the rank before."""
+    """From the start of a turn to the end of what came from the rank before; the fastest of some."""
 
 
 def measure(device: torch.device) -> Seconds:
@@ -42,8 +44,8 @@ def measure(device: torch.device) -> Seconds:
     source = torch.zeros(_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Seconds(
-        _fastest(lambda: matrix @ matrix, device),
-        _fastest(lambda: target.copy_(source), device),
+        _sustained(lambda: matrix @ matrix, device),
+        _sustained(lambda: target.copy_(source), device),
         _fastest(lambda: _turn(source, target), device) if dist.is_initialized() else 0.0,
     )
 
@@ -58,15 +60,31 @@ def _turn(source: torch.Tensor, target: torch.Tensor) -> None:
         work.wait()
 
 
+def _sustained(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of `action` in the best of some rounds in which it is done again and again."""
+    _seconds(action, device)  # loads kernels
+    return min(_mean_seconds(action, device) for _ in range(_ROUNDS))
+
+
+def _mean_seconds(action: Callable[[], object], device: torch.device) -> float:
+    began, count = time.perf_counter(), 0
+    while (past := time.perf_counter() - began) < _ROUND_SECONDS or not count:
+        _seconds(action, device)
+        count += 1
+    return past / count
+
+
 def _fastest(action: Callable[[], object], device: torch.device) -> float:
-    found = []
-    for _ in range(_REPEATS + 1):  # the first one loads kernels and connects
-        began = time.perf_counter()
-        action()
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+    _seconds(action, device)  # connects
+    return min(_seconds(action, device) for _ in range(_REPEATS))
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    action()
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def slow_hosts(everyone: Sequence[Seconds], hosts: Sequence[str], factor: float) -> dict[str, str]:

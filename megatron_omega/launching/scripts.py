@@ -109,7 +109,6 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
 
     Raises ConfigError where a word would be more to Slurm or bash than what it is.
     """
-    accelerator = "cpu" if launch.device == "cpu" else words.one_word("--gpu", launch.gpu)
     resources = [f"--gpus-per-node={launch.ranks_per_node}"] if launch.device != "cpu" else []
     is_range = "-" in launch.reserved
     resources += [] if is_range else [f"--cpus-per-task={launch.cpus_per_rank}"]
@@ -122,7 +121,7 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
         name=words.job_name(name),
         nodes=launch.reserved,
         environment=_environment(launch),
-        hosts=f"--nodes {launch.fewest}-{launch.nodes} --ranks-per-node {launch.ranks_per_node} --gpu {accelerator}",
+        hosts=_hosts(launch),
         ranks_per_node=launch.ranks_per_node,
         tasks=f"#SBATCH {tasks}",
         resources="\n".join(f"#SBATCH {words.sbatch_option(option)}" for option in resources),
@@ -135,6 +134,12 @@ def slurm_script(launch: Launch, path: Path, name: str) -> str:
         program=words.one_line("the program", launch.program_of(PYTHON_PROGRAM)),
         activation=words.one_line("the environment", activation()),
     )
+
+
+def _hosts(launch: Launch) -> str:
+    """Return the words that tell `launch begin` what to choose hosts and a layout for."""
+    accelerator = "cpu" if launch.device == "cpu" else words.one_word("--gpu", launch.gpu)
+    return f"--nodes {launch.fewest}-{launch.nodes} --ranks-per-node {launch.ranks_per_node} --gpu {accelerator}"
 
 
 def _environment(launch: Launch) -> str:
@@ -158,9 +163,9 @@ def hostfile(hosts: Sequence[str], ranks_per_node: int) -> str:
     return "".join(f"{host} slots={ranks_per_node}\n" for host in hosts)
 
 
-def deepspeed_environment(environ: Mapping[str, str], python: Path) -> str:
+def deepspeed_environment(environ: Mapping[str, str], python: Path, *, exchanges_hosts: bool = False) -> str:
     """Return the text of DeepSpeed's environment file: what ranks on other hosts need and ssh does not carry."""
-    values = _handed_on(environ, python)
+    values = _handed_on(environ, python) | ({"OMEGA_EXCHANGES_HOSTS": "1"} if exchanges_hosts else {})
     words.require_words_for_pdsh((), {}, values)
     return "".join(f"{name}={value}\n" for name, value in values.items())
 
@@ -200,6 +205,9 @@ def hosts_script(launch: Launch, files: HostFiles, port: int, directory: str) ->
         arguments=words.quoted("the run's argument", launch.arguments),
         hostfile=shlex.quote(str(files.hostfile)),
         environment=shlex.quote(str(files.environment)),
+        hosts=_hosts(launch),
+        # One host that is left of several is not necessarily this one.
+        several="--force_multi " if launch.reserved != "1" else "",
         port=port,
         program=launch.program_of(DEEPSPEED_PROGRAM),
         activation=activation(),
@@ -211,7 +219,7 @@ def without_ssh(launch: Launch, hosts: Sequence[str], files: HostFiles, port: in
     return [
         f"deepspeed --hostfile {shlex.quote(str(files.hostfile))} --no_ssh --node_rank {rank} --master_addr {hosts[0]} "
         f"--master_port {port} --no_local_rank {launch.program_of(DEEPSPEED_PROGRAM)} {shlex.join(launch.arguments)}"
-        for rank in range(len(hosts))
+        for rank in range(launch.nodes)
     ]
 
 

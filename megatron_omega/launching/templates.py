@@ -73,9 +73,11 @@ run=($arguments "$$@")
 export OMEGA_JOB=hosts-$$$$ DS_ENV_FILE=$environment
 
 while true; do
-    python -m megatron_omega launch begin --by-pdsh "$${run[@]}" > /dev/null || exit $$?
-    deepspeed --hostfile $hostfile --master_port $port --no_local_rank \\
-        $program "$${run[@]}"
+    # Sets hosts (those that answer, without those that were found faulty) and layout (where they are fewer).
+    plan=$$(python -m megatron_omega launch begin --by-pdsh --hostfile $hostfile $hosts "$${run[@]}") || exit $$?
+    eval "$$plan"
+    deepspeed --hostfile $hostfile --include "$${hosts//,/@}" $several--master_port $port --no_local_rank \\
+        $program "$${run[@]}" "$${layout[@]}"
     again=$$(python -m megatron_omega launch end --code $$? --stop-is-final "$${run[@]}")
     code=$$?
     [ -n "$$again" ] || exit $$code

@@ -38,6 +38,13 @@ class Topology:
     pipeline: Group
     model: Group
     """Tensor x pipeline: the ranks that hold one replica."""
+    timeout: timedelta | None = None
+    """How long a message of a group may take, those that others create of it too; None: torch's own."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of this rank."""
+        return self.tensor, self.data, self.pipeline, self.model
 
     @property
     def coordinate(self) -> Coordinate:
@@ -59,11 +66,22 @@ def create_topology(layout: Layout, *, timeout: timedelta | None = None) -> Topo
 
     def group(*axes: Axis) -> Group:
         ranks = layout.group_of(rank, *axes)
-        handles = {each: _create_group(each, timeout) for each in layout.groups(*axes)} if dist.is_initialized() else {}
-        return Group(handles.get(ranks), ranks, ranks.index(rank))
+        handle = own_group(layout.groups(*axes), timeout) if dist.is_initialized() else None
+        return Group(handle, ranks, ranks.index(rank))
 
-    return Topology(layout, rank, group("tensor"), group("data"), group("pipeline"), group("pipeline", "tensor"))
+    return Topology(
+        layout, rank, group("tensor"), group("data"), group("pipeline"), group("pipeline", "tensor"), timeout
+    )
 
 
-def _create_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=timeout))
+def own_group(groups: Sequence[Sequence[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """Create disjoint groups, and return the one that this rank is in, if it is in one. Collective.
+
+    Where the world's group is bound to a device, as DeepSpeed binds it on CUDA, all are one split of its communicator;
+    made one after another, each would be a split of its own, in which all ranks meet.
+    """
+    world = dist.group.WORLD
+    if world is not None and world.bound_device_id is not None:
+        return dist.split_group(split_ranks=[list(ranks) for ranks in groups], timeout=timeout)
+    handles = [(ranks, dist.new_group(list(ranks), timeout=timeout)) for ranks in groups]
+    return next((cast(dist.ProcessGroup, handle) for ranks, handle in handles if dist.get_rank() in ranks), None)

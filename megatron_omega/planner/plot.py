@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megatron_omega.planner.estimate import Estimate
 from megatron_omega.planner.hardware import GIB
@@ -39,6 +40,7 @@ def _draw_schedule(axes: Axes, estimate: Estimate) -> None:
             bars = [(start, end - start) for task, start, end in intervals if task.direction == direction]
             axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.3)
     axes.invert_yaxis()
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="seconds", ylabel="pipeline rank")
     axes.set_title(
         f"{estimate.candidate.label}: one step, {timeline.idle_fraction:.1%} idle (blue forward, orange backward)"
@@ -54,4 +56,5 @@ def _draw_memory(figure: Figure, axes: Axes, estimate: Estimate) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.axhline(estimate.hardware.facts.memory_gib, color="black", linestyle="--", label=estimate.hardware.name)
     axes.set(xlabel="pipeline rank", ylabel="GiB")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axes.get_legend_handles_labels(), ncols=8, loc="outside lower center")

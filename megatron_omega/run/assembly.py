@@ -12,10 +12,12 @@ from typing import Any
 
 from megatron_omega import accounting
 from megatron_omega.checkpoint.adapters import IDENTITY, Base, adapter_identity, find_base
+from megatron_omega.checkpoint.initial import InitialWeights
 from megatron_omega.checkpoint.store import CheckpointStore
 from megatron_omega.config.load import ResolvedRun
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.sources import Sources
+from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.engine.engine import Engine
 from megatron_omega.engine.start import visible_devices
 from megatron_omega.health.weights import Integrity, has_copies
@@ -46,25 +48,30 @@ log = get_logger(__name__)
 
 def assemble(
     resolved: ResolvedRun,
-    sources: Sources,
+    tokenizer: Tokenizer,
+    sources: Sources | None,
     topology: Topology,
     kernels: Kernels,
     guard: Guard,
     *,
     lease: Lease | None,
+    initial: InitialWeights | None = None,
     hooks: Sequence[Hook] = (),
     answering: MakeAnswer | None = None,
 ) -> Trainer:
     """Put the objects of one run together. `hooks` are called after the run's own. Collective.
 
+    `sources` is None on ranks that read no data; the first one, which does, tells them what they need to know of it.
+    `initial` are the weights of checkpoint.load, if those are no checkpoint.
     `answering` makes what answers held-out prompts in validations, if the run wants answers.
 
     Raises:
         CheckpointError: the run would go on from another model's checkpoint; nothing is allocated yet.
     """
     config = resolved.config
-    store = _open_store(config, topology, sources)
+    store = _open_store(config, topology, tokenizer, sources, initial)
     _refuse_foreign_checkpoint(config, store)
+    validates = bool(store.peers.agree(sources is not None and len(sources.validation) > 0))
     places = gather_places(topology.layout, store.peers)
     refuse_slow_hosts(config, places, store.peers, device_type=visible_devices()[0])
     baseline = peak_bytes()
@@ -81,14 +88,15 @@ def assemble(
         engine,
         store,
         Batches(
-            open_batches(config, sources.train, engine),
-            open_batches(config, sources.validation, engine) if len(sources.validation) else None,
+            open_batches(config, sources and sources.train, engine),
+            open_batches(config, sources and sources.validation, engine) if validates else None,
         ),
         Hooks([*own, *hooks]),
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
         weight_check=_integrity(config, engine, places),
-        answer=_answer(
+        answer=sources
+        and _answer(
             LiveRun(config, sources, topology, store.peers, engine.device, lambda: store.live_weights(engine)),
             answering,
         ),
@@ -104,14 +112,21 @@ def assemble(
     )
 
 
-def _open_store(config: RunConfig, topology: Topology, sources: Sources) -> CheckpointStore:
+def _open_store(
+    config: RunConfig,
+    topology: Topology,
+    tokenizer: Tokenizer,
+    sources: Sources | None,
+    initial: InitialWeights | None,
+) -> CheckpointStore:
     return CheckpointStore(
         Path(config.logging.run_directory) / run_folder.CHECKPOINTS,
         config=config.checkpoint,
         topology=topology,
-        identity=model_identity(config, sources.tokenizer.fingerprint),
+        identity=model_identity(config, tokenizer.fingerprint),
         run_config=redacted(config.model_dump(mode="json")),
-        attachments=attachments_of(sources),
+        attachments=attachments_of(tokenizer, sources),
+        initial=initial,
     )
 
 
@@ -134,10 +149,10 @@ def _start_engine(resolved: ResolvedRun, topology: Topology, kernels: Kernels, s
     return engine
 
 
-def attachments_of(sources: Sources) -> dict[str, bytes]:
+def attachments_of(tokenizer: Tokenizer, sources: Sources | None) -> dict[str, bytes]:
     """Return the files that go with each checkpoint: the tokenizer, and what tells the supervised pairs from others."""
-    found = {run_folder.TOKENIZER: sources.tokenizer.model}
-    pairs = sources.fingerprints
+    found = {run_folder.TOKENIZER: tokenizer.model}
+    pairs = {} if sources is None else sources.fingerprints
     return found | {run_folder.PAIRS: json.dumps(pairs).encode()} if pairs else found
 
 

@@ -17,8 +17,11 @@ from megatron_omega.training.batch_size import Interval, samples_of_step
 from megatron_omega.training.loop import OpenBatches
 
 
-def open_batches(config: RunConfig, source: Source, engine: Engine) -> OpenBatches:
-    """Return a function that opens this replica's stream of micro-batches at a place in the data."""
+def open_batches(config: RunConfig, source: Source | None, engine: Engine) -> OpenBatches:
+    """Return a function that opens this replica's stream of micro-batches at a place in the data.
+
+    `source` is None on ranks that read none.
+    """
     data, batch = engine.topology.data, config.batch
 
     @contextmanager
@@ -26,6 +29,7 @@ def open_batches(config: RunConfig, source: Source, engine: Engine) -> OpenBatch
         if not engine.reads_data:
             yield iter(())
             return
+        assert source is not None, "a rank that reads data has opened it"
         indices = micro_batch_indices(
             consumed_samples,
             lambda consumed: samples_of_step(batch, consumed, left_out),

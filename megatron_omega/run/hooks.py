@@ -56,7 +56,7 @@ ORDER: tuple[tuple[type[Hook], str], ...] = (
 
 def run_hooks(
     resolved: ResolvedRun,
-    sources: Sources,
+    sources: Sources | None,
     topology: Topology,
     guard: Guard,
     *,
@@ -70,7 +70,7 @@ def run_hooks(
     `lease` is that of the run folder, on rank 0; `baseline` is the process's memory before the engine.
     """
     config = resolved.config
-    monitoring = _monitoring(config, sources, topology)
+    monitoring = _monitoring(config, sources) if sources is not None and topology.rank == 0 else []
     return in_order(
         [
             Watch(guard, config),
@@ -96,10 +96,10 @@ def in_order(hooks: Iterable[Hook]) -> list[Hook]:
     return sorted(hooks, key=lambda hook: places[type(hook)])
 
 
-def _monitoring(config: RunConfig, sources: Sources, topology: Topology) -> list[Hook]:
+def _monitoring(config: RunConfig, sources: Sources) -> list[Hook]:
     return monitoring_hooks(
         config.logging,
-        is_main=topology.rank == 0,
+        is_main=True,
         documents_of=lambda samples: documents_of(sources.train, chain.from_iterable(samples)),
         epochs_at=lambda samples: Epochs(*sources.train.epochs(samples)),
     )

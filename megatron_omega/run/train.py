@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from megatron_omega import accounting
-from megatron_omega.config.layout import layout_of
+from megatron_omega.checkpoint.initial import InitialWeights
+from megatron_omega.config.layout import layout_of, reads_data
 from megatron_omega.config.load import ResolvedRun, dump_config
 from megatron_omega.config.paths import with_absolute_paths
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.sources import Sources, open_sources
+from megatron_omega.data.sources import Sources, open_sources, open_tokenizer, sources_fingerprint
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.engine.start import (
     check_precision,
@@ -61,20 +62,26 @@ def train(
     place: ProcessPlace,
     hooks: Sequence[Hook] = (),
     *,
+    initial: InitialWeights | None = None,
     log_level: int = logging.INFO,
     answering: MakeAnswer | None = None,
 ) -> TrainState:
     """Train the run that was asked for, as process `place`; return where it stands at the end.
 
     What can be checked is checked before any process group exists, on all ranks together. `hooks` are called after
-    the run's own; `answering` makes what answers held-out prompts in validations.
+    the run's own; `answering` makes what answers held-out prompts in validations. `initial` are the weights of
+    checkpoint.load, if those are no checkpoint: nothing but weights.
 
     Raises:
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
     facts = fingerprint(resolved, has_code=place.local_rank == 0)
-    resolved = replace(resolved, config=with_absolute_paths(resolved.config))
-    config = resolved.config
+    config = with_absolute_paths(resolved.config)
+    if initial is not None:
+        config = config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update={"load_weights_only": True})}
+        )
+    resolved = replace(resolved, config=config)
     configure_logging(rank=place.rank, level=log_level)
     logging.captureWarnings(capture=True)
     if resolved.derived:
@@ -82,7 +89,7 @@ def train(
     for notice in (*resolved.notices, *filter(None, [apex_notice()])):
         log.warning(notice)
     with Guard(config, place) as guard:
-        sources, lease = _preflight(config, place, guard, facts)
+        tokenizer, sources, lease = _preflight(config, place, guard, facts)
         _keep_own_log(config, place)
         if config.training.compile == "layers":
             share_cache(Path(config.logging.run_directory), place)
@@ -93,7 +100,18 @@ def train(
         guard.ask_device = device_progress(device_type)
         guard.at_end(count_messages(guard.ledger))
         kernels = select_kernels(device_type)
-        trainer = assemble(resolved, sources, topology, kernels, guard, lease=lease, hooks=hooks, answering=answering)
+        trainer = assemble(
+            resolved,
+            tokenizer,
+            sources,
+            topology,
+            kernels,
+            guard,
+            lease=lease,
+            initial=initial,
+            hooks=hooks,
+            answering=answering,
+        )
         try:
             state = trainer.run(_context(config, topology))
         except Preempted:
@@ -109,12 +127,14 @@ def train(
 
 def _preflight(
     config: RunConfig, place: ProcessPlace, guard: Guard, facts: Mapping[str, str]
-) -> tuple[Sources, Lease | None]:
+) -> tuple[Tokenizer, Sources | None, Lease | None]:
     """Check what must hold on this rank, and hear of the others' findings.
 
-    Return the corpus and, on rank 0, the lease of the run folder, in which nothing is changed if anybody has a finding.
+    Return the tokenizer, the corpus on ranks that read it and, on rank 0, the lease of the run folder, in which nothing
+    is changed if anybody has a finding.
     """
-    is_main = place.rank == 0
+    is_main, layout = place.rank == 0, layout_of(config, place.world_size)
+    tokenizers: list[Tokenizer] = []
     opened: list[Sources] = []
     leases: list[Lease] = []
     told: list[str] = []
@@ -124,8 +144,13 @@ def _preflight(
         guard.at_end(leases[0].release)
 
     def compare() -> None:
-        identity = model_identity(config, opened[0].tokenizer.fingerprint)
+        identity = model_identity(config, tokenizers[0].fingerprint)
         told.extend(changes_on_resuming(config, identity, opened[0].fingerprints))
+
+    def open_corpus() -> None:
+        if reads_data(config, layout, place.rank):
+            opened.append(open_sources(config))
+        tokenizers.append(opened[0].tokenizer if opened else open_tokenizer(config))
 
     device_type, device_count = visible_devices()
     findings, code = gather_findings(
@@ -133,21 +158,21 @@ def _preflight(
             "network": network_findings,
             "precision": lambda: check_precision(config.precision.dtype),
             "devices": lambda: device_findings(place.local_rank, device_type=device_type, device_count=device_count),
-            "open files": lambda: open_files_findings(place.rank, layout_of(config, place.world_size), device_type),
-            "corpus": lambda: opened.append(open_sources(config)),
+            "open files": lambda: open_files_findings(place.rank, layout, device_type),
+            "corpus": open_corpus,
             "run folder": lambda: hold_folder() if is_main else None,
             "disk": lambda: disk_findings(config) if is_main else None,
             "checkpoint": lambda: compare() if is_main and opened else None,
         }
     )
-    guard.arrive(findings, code, facts)
-    for notice in opened[0].notices:
+    guard.arrive(findings, code, {**facts, **({"corpus": sources_fingerprint(opened[0])} if opened else {})})
+    for notice in (notice for one in opened for notice in one.notices):
         log.info(notice)
     if is_main:
-        _prepare_run_directory(config, opened[0].tokenizer)
+        _prepare_run_directory(config, tokenizers[0])
     for notice in told:
         log.info("not as in the checkpoint: %s", notice)
-    return opened[0], next(iter(leases), None)
+    return tokenizers[0], next(iter(opened), None), next(iter(leases), None)
 
 
 def _context(config: RunConfig, topology: Topology) -> RunContext:

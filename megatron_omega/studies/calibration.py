@@ -49,18 +49,23 @@ SHARED_LAYERS = [(96, 768, 8, 128), (192, 1536, 8, 256)]
 LAYER_ROUNDS = 4
 
 
-def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None) -> HardwareFile:
-    """Measure this machine and return a hardware file with the one accelerator `name`."""
+def calibrate(
+    name: str, device: str, *, ranks: int, per_node: int | None = None, tell: Callable[[str], None] = lambda _: None
+) -> HardwareFile:
+    """Measure this machine and return a hardware file with the one accelerator `name`; `tell` hears what for."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        tell("products")
         rates = {dtype: product_rates(device, DTYPES[dtype]) for dtype in formats(device)}
         reference = next(iter(rates))
         peak, half = _fit(rates[reference])
+        tell("attention, memory, launches")
         attention = attention_rate(device, DTYPES[reference])
         bandwidth, launch = bandwidth_of(device, DTYPES[reference]), host_seconds(device)
     finally:
         torch.set_num_threads(threads)
+    tell("messages")
     link = Link(bytes_per_second=_link_rate(ranks), latency=0.0) if device == "cpu" else _known_link()
     # Peak is what the largest product reaches; the shares of the other kernels are of that.
     peaks = {dtype: max(rate.values()) for dtype, rate in rates.items()}
@@ -85,6 +90,7 @@ def calibrate(name: str, device: str, *, ranks: int, per_node: int | None = None
         efficiency=efficiency,
     )
     if cores is not None:
+        tell("whole layers, on every core and shared by ranks")
         hardware = Hardware(name, facts, link, link, "measured")
         seconds = np.array(_on_every_core(_time_layers, min(ranks, cores))).mean(axis=0)
         facts = fit_rates(hardware, _layer_works(), seconds)

@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
 import psutil
+import pytest
 from tiny import ROOT
 
 HERE = Path(__file__).parent
+CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "pdsh", "sshd", "ssh", "ip", "nsenter", "unshare", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client munge pdsh openssh-server"
@@ -213,6 +216,32 @@ class Lab:
         """Boot a host again, and wait until Slurm has it back."""
         self.run("bash", self.folder / "host.sh", self.folder, host.removeprefix("n"))
         self.until(lambda: "idle" in self.run("sinfo", "-h", "-n", host, "-o", "%T"))
+
+    @contextmanager
+    def throttled(self, host: str, share: float) -> Iterator[None]:
+        """Give all processes that a host has and will have `share` of one core, as control groups do."""
+        group = CPU_GROUPS / f"omega-{os.getpid()}-{host}"
+        if not (CPU_GROUPS / "cpu.cfs_quota_us").exists() or not os.access(CPU_GROUPS, os.W_OK):
+            pytest.skip("no processor time can be withheld here: it takes control groups, version 1, and their root")
+        group.mkdir()
+        try:
+            (group / "cpu.cfs_period_us").write_text("50000")
+            (group / "cpu.cfs_quota_us").write_text(str(round(50000 * share)))
+            for process in self._processes(host):
+                with suppress(OSError):  # it has ended
+                    (group / "cgroup.procs").write_text(str(process))
+            yield
+        finally:
+            for process in (group / "cgroup.procs").read_text().split():
+                with suppress(OSError):
+                    (CPU_GROUPS / "cgroup.procs").write_text(process)
+            group.rmdir()
+
+    def _processes(self, host: str) -> list[int]:
+        """Return all processes of a host by their numbers outside the site; its first one adopts what others leave."""
+        everyone = psutil.Process(self._site.pid).children(recursive=True)
+        daemon = next(one for one in everyone if one.cmdline()[-2:] == ["-N", host] and "slurmd" in one.cmdline()[0])
+        return [process.pid for process in daemon.parents()[0].children(recursive=True)]
 
     def cut(self, host: str) -> None:
         """Pull a host's network plug: silence."""

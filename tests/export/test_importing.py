@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,19 @@ from export_cases import our_logits, texts, trained_elsewhere, write_case
 from safetensors.torch import load_file, save_file
 from written_models import tiny_tokenizer
 
-from megatron_omega.checkpoint.catalogue import newest_whole
+from megatron_omega.checkpoint.catalogue import newest_whole, require_same_model
 from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.checkpoint.store import CheckpointStore
+from megatron_omega.config.schema import CheckpointConfig, RunConfig
+from megatron_omega.engine.internals import engine_holdings
 from megatron_omega.errors import CheckpointError, DataError
 from megatron_omega.export.hugging_face.importing import import_folder
 from megatron_omega.export.loading import load_omega, open_weights
 from megatron_omega.export.native import INDEX_NAME, open_export, write_export
+from megatron_omega.export.starting import starting_weights
+from megatron_omega.launching.local_ranks import run_ranks
+from megatron_omega.parallel.parameters import declared_parameters
+from megatron_omega.studies.made_up import small_config, start_engine
 
 ENCODER, DECODER = texts((23,), 1)[0], texts((31,), 2)[0]
 
@@ -157,3 +165,45 @@ def test_an_export_that_was_trained_on_in_place_is_no_export_any_more(export: Pa
     expected = load_file(folder / "model.safetensors")[NORM]
     assert torch.equal(weights.tensor("decoder.norm.weight"), expected)
     weights.close()
+
+
+@pytest.mark.parametrize("comes_from_transformers", [False, True])
+def test_a_training_starts_from_an_export_as_from_the_checkpoint_it_was_made_of(
+    export: Path, tmp_path: Path, comes_from_transformers: bool
+) -> None:
+    """The engine's masters are the weights; another model is refused before one is built."""
+    folder = export
+    if comes_from_transformers:
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        for path in export.iterdir():
+            if path.name != "omega.json":
+                shutil.copy(path, folder)
+    weights = starting_weights(folder)
+    assert weights is not None and weights.path == folder
+    config = RunConfig.model_validate(open_export(export).config)
+    ((masters, working),) = run_ranks(_start_from, 1, folder, config.model.model_dump(mode="json"))
+    assert set(masters) == set(weights.names())
+    for name in weights.names():
+        wanted = weights.tensor(name).float().numpy()
+        assert (masters[name] == wanted).all() and (working[name] == wanted).all(), name
+
+
+def _start_from(folder: Path, model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    engine = start_engine(small_config(model=model))
+    weights = starting_weights(folder)
+    assert weights is not None
+    store = CheckpointStore(
+        folder / "none", config=CheckpointConfig(), topology=engine.topology, identity=weights.identity, run_config={},
+        initial=weights,
+    )  # fmt: skip
+    assert store.resolve(folder) == folder and store.load(engine, folder, weights_only=True) == {}
+    shapes = {name: weights.shape(name) for name in weights.names()}
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        require_same_model(folder, weights.identity | {"tokenizer": "x"}, weights.identity | {"tokenizer": "y"})
+    masters = {
+        mine.info.name: mine.part(mine.flat).detach().view(shapes[mine.info.name]).numpy().copy()
+        for mine in engine_holdings(engine.deepspeed)
+    }
+    working = {info.name: parameter.detach().numpy().copy() for info, parameter in declared_parameters(engine.module)}
+    return masters, working

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, cycle
 from random import Random
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omega.health import machines
 from megatron_omega.health.machines import Seconds, measure, slow_hosts
 
 
@@ -35,6 +37,14 @@ def test_one_slow_link_blames_nobody() -> None:
 
 def test_a_rank_measures_itself() -> None:
     assert min(measure(torch.device("cpu"))[:2]) > 0
+
+
+def test_a_device_that_rests_now_and_then_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a quota: most products are as fast as ever, and then nothing is done for a while."""
+    clock = iter(accumulate(cycle([0.0, 1e-3, 0.0, 1e-3, 0.0, 1e-3, 0.0, 7e-3])))
+    monkeypatch.setattr(machines.time, "perf_counter", lambda: next(clock))
+    rests = machines._sustained(lambda: None, torch.device("cpu"))
+    assert machines._fastest(lambda: None, torch.device("cpu")) < 1.1e-3 < 2e-3 < rests
 
 
 @pytest.mark.parametrize("hosts", [["n1"], ["n1", "n2"]])

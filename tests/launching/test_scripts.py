@@ -12,6 +12,7 @@ import pytest
 from tiny import ROOT, run_python
 
 from megatron_omega.commands import launch
+from megatron_omega.errors import ConfigError
 from megatron_omega.launching import scripts
 
 SCRIPTS = sorted(
@@ -69,6 +70,23 @@ def test_hosts_by_ssh(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert said.count("--no_ssh --node_rank") == 2 and "--master_addr a " in said
     assert "hf_secret" not in said
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+
+
+def test_hosts_by_ssh_with_one_to_spare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hosts.sh"
+    words = ["hostfile", "--hosts", "a", "b", "c", "--nodes", "1-2", "--ranks-per-node", "4", "--output", str(path)]
+    code, said = call(capsys, monkeypatch, *words, "--config", "examples/omega-tiny/run.yaml")
+    assert code == 0
+    text = path.read_text()
+    assert f"--hostfile {tmp_path}/hostfile --nodes 1-2 --ranks-per-node 4 --gpu h100-80g" in text
+    assert '--include "${hosts//,/@}" --force_multi' in text
+    assert "\nOMEGA_EXCHANGES_HOSTS=1\n" in (tmp_path / "deepspeed_env").read_text()
+    assert said.count("--no_ssh --node_rank") == 2
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    with pytest.raises(ConfigError, match="--nodes 4: --hosts names 3"):
+        call(capsys, monkeypatch, *words, "--nodes", "4", "--config", "examples/omega-tiny/run.yaml")
 
 
 def test_values_with_blanks_survive_the_script() -> None:

@@ -123,14 +123,14 @@ def import_folder(
         raise CheckpointError(f"{target} exists; choose a new folder")
     source = open_folder(folder)
     try:
-        model = _model_of(source)
+        model = model_of(source)
         missing_head = model.has_mlm_head and not any(name.startswith("mlm.") for name in source.files)
         if drops_head := missing_head and base is None:
             model = model.model_copy(update={"mlm_head": False})
-        config, described = _run_of(source, model)
+        config, described = run_of(source, model)
         opened = _tokenizer_of(source, tokenizer, described)
-        parameters = _parameters(source, config)
-        from_base = _require_parameters(source, parameters, base)
+        parameters = parameters_of(source, config)
+        from_base = require_parameters(source, parameters, base)
         parts = _parts(source, parameters, base)
         head = _head(config, described, opened)
         path = write_alone(target, parts, head, attachments={TOKENIZER_NAME: opened.model})
@@ -188,7 +188,7 @@ def _require_own_file(folder: Path, name: str) -> None:
         raise CheckpointError(f"{folder} names a file {name!r} that is no regular file in it; do not use it")
 
 
-def _model_of(source: HubFolder) -> ModelConfig:
+def model_of(source: HubFolder) -> ModelConfig:
     """Return the architecture; nothing is built, and no memory taken, for what makes no sense or is not there."""
     given = {name: source.settings[name] for name in ModelConfig.model_fields if name in source.settings}
     try:
@@ -207,7 +207,7 @@ def _model_of(source: HubFolder) -> ModelConfig:
     return model
 
 
-def _run_of(source: HubFolder, model: ModelConfig) -> tuple[RunConfig, ExportDescription | None]:
+def run_of(source: HubFolder, model: ModelConfig) -> tuple[RunConfig, ExportDescription | None]:
     """Return the settings of the run: the export's, where it still lies there and is of this model."""
     if is_export(source.path):
         description = open_export(source.path).description
@@ -245,15 +245,13 @@ def _tokenizer_of(source: HubFolder, path: Path | None, described: ExportDescrip
     return tokenizer
 
 
-def _parameters(source: HubFolder, config: RunConfig) -> list[ParameterInfo]:
+def parameters_of(source: HubFolder, config: RunConfig) -> list[ParameterInfo]:
     with torch.device("meta"):
         model = Omega(ModelContext.of(config))
     return list({info.name: info for info, _ in declared_parameters(model)}.values())
 
 
-def _require_parameters(
-    source: HubFolder, parameters: Sequence[ParameterInfo], base: Weights | None
-) -> tuple[str, ...]:
+def require_parameters(source: HubFolder, parameters: Sequence[ParameterInfo], base: Weights | None) -> tuple[str, ...]:
     """Raise CheckpointError with what is missing, superfluous or of another shape; return what the base gives."""
     wanted = {stored_name(info.name): info for info in parameters}
     missing = [info for stored, info in wanted.items() if stored not in source.files]
