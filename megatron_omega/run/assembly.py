@@ -95,11 +95,7 @@ def assemble(
         flops_per_sample=accounting.training_flops_per_sample(config),
         peak_flops=peak or float("inf"),
         weight_check=_integrity(config, engine, places),
-        answer=sources
-        and _answer(
-            LiveRun(config, sources, topology, store.peers, engine.device, lambda: store.live_weights(engine)),
-            answering,
-        ),
+        answer=_answer(config, sources, store, engine, answering),
         part_with=partial(part_with_host, Path(config.logging.run_directory), is_main=topology.rank == 0),
         stop_requested=StopRequests(
             Path(config.logging.run_directory),
@@ -130,13 +126,16 @@ def _open_store(
     )
 
 
-def _answer(run: LiveRun, answering: MakeAnswer | None) -> Answer | None:
-    if not run.config.evaluation.answers:
+def _answer(
+    config: RunConfig, sources: Sources | None, store: CheckpointStore, engine: Engine, answering: MakeAnswer | None
+) -> Answer | None:
+    if not config.evaluation.answers or sources is None:  # all ranks have the corpus where answers are asked for
         return None
     if answering is None:
-        log.warning("evaluation.answers=%d: nothing answers in this run", run.config.evaluation.answers)
+        log.warning("evaluation.answers=%d: nothing answers in this run", config.evaluation.answers)
         return None
-    return answering(run)
+    live = partial(store.live_weights, engine)
+    return answering(LiveRun(config, sources, engine.topology, store.peers, engine.device, live))
 
 
 def _start_engine(resolved: ResolvedRun, topology: Topology, kernels: Kernels, store: CheckpointStore) -> Engine:

@@ -76,11 +76,7 @@ def train(
         OmegaError: what is wrong with the start; Preempted where the run was asked to stop and has saved.
     """
     facts = fingerprint(resolved, has_code=place.local_rank == 0)
-    config = with_absolute_paths(resolved.config)
-    if initial is not None:
-        config = config.model_copy(
-            update={"checkpoint": config.checkpoint.model_copy(update={"load_weights_only": True})}
-        )
+    config = _settled(resolved.config, has_initial=initial is not None)
     resolved = replace(resolved, config=config)
     configure_logging(rank=place.rank, level=log_level)
     logging.captureWarnings(capture=True)
@@ -101,17 +97,9 @@ def train(
         guard.at_end(count_messages(guard.ledger))
         kernels = select_kernels(device_type)
         trainer = assemble(
-            resolved,
-            tokenizer,
-            sources,
-            topology,
-            kernels,
-            guard,
-            lease=lease,
-            initial=initial,
-            hooks=hooks,
-            answering=answering,
-        )
+            resolved, tokenizer, sources, topology, kernels, guard,
+            lease=lease, initial=initial, hooks=hooks, answering=answering,
+        )  # fmt: skip
         try:
             state = trainer.run(_context(config, topology))
         except Preempted:
@@ -123,6 +111,14 @@ def train(
         if state.best_step not in (-1, state.step):
             log.info("the best validation was that of step %d", state.best_step)
     return state
+
+
+def _settled(config: RunConfig, *, has_initial: bool) -> RunConfig:
+    """Return the settings as a run writes them down: paths absolute; of an export only weights can be taken."""
+    config = with_absolute_paths(config)
+    if not has_initial:
+        return config
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"load_weights_only": True})})
 
 
 def _preflight(
