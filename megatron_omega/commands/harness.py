@@ -38,11 +38,13 @@ def main(argv: Sequence[str]) -> None:
 
     import megatron_omega.tasks.harness  # registers the model  # noqa: F401
 
-    named = {"checkpoint": options.checkpoint, "device": options.device, "tokenizer": options.tokenizer}
+    named = {"checkpoint": options.checkpoint, "tokenizer": options.tokenizer}
     values = json.dumps({name: str(value) for name, value in named.items() if value is not None})
     kept = sys.argv
-    sys.argv = ["lm_eval", "run", "--model", "omega", "--model_args", values, *rest]
+    sys.argv = ["lm_eval", "run", "--model", "omega", "--model_args", values, "--device", options.device, *rest]
     try:
         cli_evaluate()
+    except (ValueError, OSError) as error:  # how it says what a user got wrong, such as a task that it does not know
+        raise ConfigError(f"lm-evaluation-harness: {error}") from error
     finally:
         sys.argv = kept

@@ -146,7 +146,7 @@ def test_a_strangers_folder_is_refused_in_a_sentence(kind: str, export: Path, tm
 def test_an_adapter_alone_and_a_folder_that_exists_are_refused(export: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="merge it first"):
+    with pytest.raises(CheckpointError, match="beside their base"):
         import_folder(tmp_path / "adapter", tmp_path / "imported")
     with pytest.raises(CheckpointError, match="exists"):
         import_folder(export, tmp_path)

@@ -76,6 +76,7 @@ READ = (
     "goodput --run @",
     "launch local --ranks 1 --config @",
     "launch begin --config @",
+    f"launch begin --nodes 1 {LAUNCH} --hostfile @",
     "launch slurm --nodes 1 --ranks-per-node 1 --dry-run --config @",
     "launch hostfile --hosts a b --ranks-per-node 1 --dry-run --config @",
 )
