@@ -101,7 +101,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: CommandLine, args: Any = None, namespace: Any = None) -> Any:
         _, rest = original(self, args, namespace)
         unknown = [word for word in rest if word.startswith("--") and word[2:].partition("=")[0] not in known]
-        hands_on = "--config" in rest or words[0] == "lm-eval"  # launch a whole command line, lm-eval the harness's options
+        hands_on = (
+            "--config" in rest or words[0] == "lm-eval"
+        )  # launch a whole command line, lm-eval the harness's options
         assert not unknown or hands_on, unknown
         raise _ParsedError
 
