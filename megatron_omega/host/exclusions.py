@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_omega.host.events import append_whole, encode_line
+from megatron_omega.host.json_lines import append_line, encode_line
 from megatron_omega.host.run_folder import EXCLUDED
 
 DAYS = 7.0
@@ -40,7 +40,7 @@ def exclude(run_directory: Path, hosts: Iterable[str], reason: str) -> None:
     for host in hosts:
         with contextlib.suppress(OSError):
             line = encode_line({"host": host, "reason": reason, "at": round(time.time(), 3)})
-            append_whole(run_directory / EXCLUDED, line)
+            append_line(run_directory / EXCLUDED, line)
 
 
 def excluded(run_directory: Path, now: float | None = None) -> list[Exclusion]:

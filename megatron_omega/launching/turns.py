@@ -7,7 +7,6 @@ each rank that failed: launchers lose codes, and the order of the files is the o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
+from megatron_omega.host.json_lines import append_line, encode_line
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.regular_files import read_text
 from megatron_omega.host.run_folder import SUCCESS
@@ -127,11 +127,7 @@ class Turn:
             "checkpoint": self.newest_checkpoint,
             **facts,
         }
-        text = json.dumps(redacted(line)).encode() + b"\n"
-        with (self.run_directory / run_folder.LAUNCHES).open("a+b") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
-                text = b"\n" + text  # behind half a line, which a full disk left
-            file.write(text)
+        append_line(self.run_directory / run_folder.LAUNCHES, encode_line(redacted(line)))
 
     def _lines(self) -> list[Mapping[str, Any]]:
         """Return the job's lines; half a line, which a full disk leaves, is none."""

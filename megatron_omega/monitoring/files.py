@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 
 from megatron_omega.errors import OmegaError
-from megatron_omega.host.events import append_event, append_whole, encode_line
+from megatron_omega.host.events import append_event
+from megatron_omega.host.json_lines import append_line, encode_line, read_objects, read_places
 from megatron_omega.host.run_folder import EVENTS, METRICS, SUCCESS
 from megatron_omega.monitoring.epochs import EpochsAt
 from megatron_omega.monitoring.history import reading
@@ -42,29 +42,6 @@ DocumentsOf = Callable[[Sequence[range]], list[dict[str, Any]]]
 """From sample numbers to a few words on each document they hold text of."""
 
 
-def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of ours, up to a line that was cut off; nothing if there is no file."""
-    for _, value in _lines(path):
-        yield value
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (byte after the line, object) for every whole line."""
-    if not path.is_file():
-        return
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            end += len(line)
-            try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                return
-            if not line.endswith(b"\n"):
-                return
-            yield end, value
-
-
 def last_sign(run_directory: Path) -> float | None:
     """Return when a run last wrote one of its files, seconds since the epoch; None where it never did."""
     files = [run_directory / name for name in (METRICS, EVENTS)]
@@ -88,7 +65,7 @@ class MetricsFile(Hook):
     def on_step_end(self, report: StepReport) -> None:
         if self._path is not None:
             path, line = self._path, encode_line(asdict(report) | self._epochs(report.consumed_samples))
-            self._lasting.attempt(lambda: append_whole(path, line), f"step {report.step}")
+            self._lasting.attempt(lambda: append_line(path, line), f"step {report.step}")
 
     def _epochs(self, samples: int) -> dict[str, Any]:
         if self._epochs_at is None:
@@ -114,7 +91,7 @@ def keep_steps(path: Path, last_step: int) -> None:
         path.replace(_free_name(path))
         return
     end = 0
-    for line_end, value in _lines(path):
+    for line_end, value in read_places(path):
         if value.get("step", 0) > last_step:
             break
         end = line_end

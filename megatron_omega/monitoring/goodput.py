@@ -13,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.host.run_folder import EVENTS, METRICS
 from megatron_omega.log import get_logger
-from megatron_omega.monitoring.files import last_sign, read_objects
+from megatron_omega.monitoring.files import last_sign
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import RunContext
 

@@ -7,9 +7,9 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.host.run_folder import EVENTS, METRICS, PLOT
 from megatron_omega.log import get_logger
-from megatron_omega.monitoring.files import read_objects
 from megatron_omega.monitoring.lasting import Lasting
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import EvaluationReport, RunContext

@@ -22,6 +22,7 @@ from megatron_omega.config.schema import ModelConfig, RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
 from megatron_omega.host.environment import complete_environment
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.launching.local_ranks import run_ranks
 
 COMPARED = ("loss", "lm_loss", "mlm_loss", "grad_norm")
@@ -200,8 +201,7 @@ def measure(
     """Train `steps` steps under `layout` and return what each step reported. Raises as `run_ranks` does."""
     arguments = arguments_for(config, layout, overrides, steps=steps, folder=folder)
     run_ranks(train, layout.world_size, arguments, timeout_seconds=timeout_seconds)
-    lines = (folder / layout.label / run_folder.METRICS).read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [*read_objects(folder / layout.label / run_folder.METRICS)]
 
 
 def compare(

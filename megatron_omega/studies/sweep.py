@@ -8,7 +8,6 @@ What is compared is the validation loss of the decoder: the same text for all. (
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_omega.config.load import dump_config, load_config, resolve_run
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
+from megatron_omega.host.json_lines import read_objects
 
 RATE = "optimizer.learning_rate"
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -135,10 +135,7 @@ def arguments_of(sweep: Sweep, candidate: Values, steps: int) -> Arguments:
 
 def _validations(folder: Path) -> dict[int, float]:
     """Return the validation losses of the decoder by step; none if the run has not begun."""
-    path = folder / run_folder.EVENTS
-    if not path.exists():
-        return {}
-    events = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    events = read_objects(folder / run_folder.EVENTS)
     return {event["step"]: _number(event["lm_loss"]) for event in events if event["event"] == "evaluate"}
 
 

@@ -16,8 +16,8 @@ from watchdog.attacks import WITH_SECRET, WITHOUT_SECRET
 
 from faults.laboratory import STEPS, Laboratory, Outcome, after_step, demand, last_words
 from faults.ranks import weights_digest
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.host.run_folder import METRICS, MONITOR
-from megatron_omega.monitoring.files import read_objects
 from megatron_omega.watchdog.meeting import Address
 
 Fault = Callable[[Laboratory], Outcome]

@@ -18,9 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.host.run_folder import METRICS, MONITOR, SUCCESS
 from megatron_omega.launching.local_ranks import free_port
-from megatron_omega.monitoring.files import read_objects
 
 PR_SET_PDEATHSIG = 1
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_omega.run.train", "faults.injection"]

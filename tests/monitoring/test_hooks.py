@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_omega.config.schema import LoggingConfig, RunConfig
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.monitoring import (
     EventsFile,
     LossPlot,
@@ -28,7 +29,7 @@ from megatron_omega.monitoring import (
     monitoring_hooks,
 )
 from megatron_omega.monitoring.epochs import EpochLog, Epochs
-from megatron_omega.monitoring.files import keep_steps, read_objects
+from megatron_omega.monitoring.files import keep_steps
 from megatron_omega.monitoring.plot import MOST_POINTS, plot_losses, series
 from megatron_omega.monitoring.progress import RunningLosses, describe_step
 from megatron_omega.monitoring.trackers import run_id
