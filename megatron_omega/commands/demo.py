@@ -29,7 +29,7 @@ from megatron_omega.commands import (
 from megatron_omega.config.load import load_config
 from megatron_omega.host import run_folder
 from megatron_omega.host.command_line import COMMAND, CommandLine, output_folder
-from megatron_omega.monitoring.files import read_objects
+from megatron_omega.host.json_lines import read_objects
 
 PRESET = "omega-tiny"
 CORPUS = Path("runs/corpus")

@@ -29,7 +29,7 @@ from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.host import run_folder
 from megatron_omega.host.command_line import CommandLine, output_file, writing
-from megatron_omega.monitoring.files import read_objects
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.monitoring.history import Stretch, stretch_of, stretches
 
 
