@@ -176,9 +176,14 @@ def _zero3_parts(optimizer: Any) -> Iterator[_Part]:
 class WeightCopies:
     """The working weights a rank holds, by the data-parallel rank that owns them, and its own masters."""
 
-    parts: Sequence[Sequence[Tensor]]
-    """For each owner. Without partitions (ZeRO-0) all of it is the first one's; under ZeRO-3 others' are empty."""
-    masters: Sequence[tuple[Tensor, Tensor]]
+    owner: int
+    """Whose part `own` and the masters are."""
+    owners: int
+    rows: Sequence[Tensor] = ()
+    """ZeRO-1 and 2: flat buffers [owners, elements]; a row holds the weights of an owner."""
+    own: Sequence[Tensor] = ()
+    """The working weights in other engines: all of them without partitions, the own shards under ZeRO-3."""
+    masters: Sequence[tuple[Tensor, Tensor]] = ()
     """(master, working weights that are its cast) of the own part; empty where the working weights are the masters."""
     is_sharded: bool = False
 
@@ -189,21 +194,20 @@ def weight_copies(engine: Engine) -> WeightCopies:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         rank, size = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
         pairs = [(mine.part(mine.flat), mine.working()) for mine in engine_holdings(engine)]
-        parts = [[working for _, working in pairs] if owner == rank else [] for owner in range(size)]
-        return WeightCopies(parts, pairs, is_sharded=True)
+        return WeightCopies(rank, size, own=[working for _, working in pairs], masters=pairs, is_sharded=True)
     prefix = next((name for name in ("bit16", "bf16") if hasattr(optimizer, f"{name}_groups_flat")), None)
     if prefix is None:
-        return WeightCopies([[parameter for _, parameter in declared_parameters(engine.module)]], [])
+        return WeightCopies(0, 1, own=[parameter for _, parameter in declared_parameters(engine.module)])
     flats = getattr(optimizer, f"{prefix}_groups_flat")
     masters = optimizer.single_partition_of_fp32_groups if prefix == "bit16" else optimizer.fp32_groups_flat_partition
     groups = optimizer.real_dp_process_group
     rank, size = dist.get_rank(groups[0]), dist.get_world_size(groups[0])
-
-    def part(index: int, owner: int) -> Tensor:
-        return flats[index].narrow(0, owner * masters[index].numel(), masters[index].numel())
-
-    parts = [[part(index, owner) for index in range(len(flats))] for owner in range(size)]
-    return WeightCopies(parts, list(zip(masters, parts[rank], strict=True)))
+    rows = [
+        flat.narrow(0, 0, size * master.numel()).view(size, -1) for flat, master in zip(flats, masters, strict=True)
+    ]
+    return WeightCopies(
+        rank, size, rows=rows, masters=[(master, mine[rank]) for master, mine in zip(masters, rows, strict=True)]
+    )
 
 
 def replicated_weights(engine: Engine) -> Iterator[Tensor]:

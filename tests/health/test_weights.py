@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import replica_batches, small_config, start_engine
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.config.layout import Layout
 from megatron_omega.engine.internals import engine_holdings
-from megatron_omega.health.weights import Copy, Integrity, checksum, describe_difference, differing, odd_ones
+from megatron_omega.health.checksums import checksum, row_checksums, total_checksum
+from megatron_omega.health.weights import Copy, Integrity, describe_difference, differing, odd_ones
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.parallel.exchange import Peers
 from megatron_omega.parallel.parameters import declared_parameters
@@ -38,6 +41,53 @@ def test_every_flipped_bit_changes_the_checksum(count: int, start: int, bit: int
         flip(part[index:], bit)
         assert int(checksum(part)) != before
         flip(part[index:], bit)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.sampled_from([torch.float32, torch.bfloat16]), st.data()
+)
+def test_a_row_of_a_buffer_sums_like_its_copy_and_every_flip_is_seen(
+    elements: int, owners: int, start: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    buffer = torch.randn(start + owners * elements, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows = buffer[start:].view(owners, elements)
+    before = row_checksums(rows)
+    copies = [row_checksums(row.clone().view(1, -1))[0] for row in rows]
+    assert before.tolist() == [int(copy) for copy in copies]
+    owner, place = data.draw(st.integers(0, owners - 1)), data.draw(st.integers(0, elements - 1))
+    flip(rows[owner, place:], data.draw(st.integers(0, 15)))
+    assert (row_checksums(rows) != before).tolist() == [index == owner for index in range(owners)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.data())
+def test_many_tensors_have_one_checksum_that_every_flip_changes(sizes: list[int], data: st.DataObject) -> None:
+    masters = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    weights = [master.to(torch.bfloat16) for master in masters]
+    with patch("megatron_omega.health.checksums._BUCKET_BYTES", 8 * 12):
+        before = total_checksum(weights)
+        assert before is not None and torch.equal(before, total_checksum(masters, torch.bfloat16) or torch.zeros(()))
+        flip(data.draw(st.sampled_from(weights)), data.draw(st.integers(0, 15)))
+        assert total_checksum(weights) != before
+    assert total_checksum([]) is None
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts what would be a kernel on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = ("view", "slice", "alias", "detach", "select", "expand", "narrow", "_unsafe_view")
+        self.count += not any(func.__name__.startswith(name) for name in views)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_thousand_small_tensors_take_a_few_kernels() -> None:
+    gains = [torch.ones(20) for _ in range(1000)]
+    with _Kernels() as kernels:
+        total_checksum(gains)
+        row_checksums(torch.ones(64, 1000))
+    assert kernels.count <= 8, kernels.count
 
 
 def test_the_minority_is_wrong() -> None:

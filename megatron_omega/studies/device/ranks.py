@@ -173,7 +173,8 @@ def flipped() -> tuple[list[int], list[int]]:
 
 def _after_flip(integrity: Integrity, engine: Any, step: Callable[[], Any]) -> list[int]:
     if dist.get_rank() == BROKEN_RANK:
-        flip(next(part for parts in weight_copies(engine.deepspeed).parts for part in parts if part.numel()))
+        copies = weight_copies(engine.deepspeed)
+        flip(next(part for part in (*copies.rows, *copies.own) if part.numel()))
     step()
     return _named(integrity)
 
