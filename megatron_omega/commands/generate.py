@@ -63,6 +63,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="number format (default fp32)")
     add("--int8", action="store_true", help="keep the decoder's matrices in int8, by torchao")
+    add("--compile", action="store_true", help="fuse the decoder's layers by torch.compile; pays for long answers")
     add("--json", action="store_true", help="print one JSON object for each text, a line each")
     add("--stream", action="store_true", help="print what comes at once; with --json an object for each token")
     return parser.parse_args(argv)
@@ -158,7 +159,10 @@ def run(text_model: TextModel, together: Together, arguments: argparse.Namespace
     wanted = len(requests) * max(arguments.num_samples, arguments.beams)
     limits, weigh = limits_for(requests, min(arguments.sequences, wanted)), int8 if arguments.int8 else plain
     if together.peers is None:
-        answer(Scheduler(text_model, limits, weigh), requests, Printer(text_model, texts, arguments))
+        scheduler = Scheduler(text_model, limits, weigh)
+        if arguments.compile:
+            scheduler.compile()
+        answer(scheduler, requests, Printer(text_model, texts, arguments))
     elif together.is_first:
         leader = Leader(text_model, limits, weigh, peers=together.peers)
         try:
@@ -188,7 +192,11 @@ def main(argv: Sequence[str]) -> None:
     sampling_of(arguments)
     if arguments.sequences < 1:
         raise ConfigError(f"--sequences {arguments.sequences} must be 1 or more")
+    if arguments.compile and arguments.int8:
+        raise ConfigError("--compile fuses plain matrices, and --int8 keeps others: leave one of them out")
     with join(arguments.device) as together:
+        if arguments.compile and together.peers is not None:
+            raise ConfigError("--compile works on one rank; leave it out, or start generate without torchrun")
         text_model = load_text_model(
             arguments.checkpoint, together.device, DTYPES[arguments.dtype], arguments.tokenizer, together.parallel
         )

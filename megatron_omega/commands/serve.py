@@ -58,6 +58,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="number format (default fp32)")
+    parser.add_argument("--compile", action="store_true", help="fuse the decoder's layers by torch.compile")
     return parser.parse_args(argv)
 
 
@@ -149,7 +150,9 @@ def load(arguments: argparse.Namespace) -> Application:
     models = []
     for name, folder in named_folders(arguments.checkpoint).items():
         model = load_text_model(folder, arguments.device, DTYPES[arguments.dtype], arguments.tokenizer)
-        models.append(Served.of(name, model, lengths(arguments, model.config, bounds), limits))
+        models.append(
+            Served.of(name, model, lengths(arguments, model.config, bounds), limits, compiled=arguments.compile)
+        )
     return Application(models, bounds)
 
 

@@ -86,6 +86,7 @@ class LayerPass:
         self.gate_up = weigh(layer.feed_forward.gate_up.weight, -1)
         self.down = weigh(layer.feed_forward.down.weight, 1)
         self.cross = layer.cross
+        self.layer = layer
         if layer.cross is not None:
             self.cross_norm = layer.cross_norm.weight
             self.cross_q, self.cross_out = weigh(layer.cross.q.weight, -1), weigh(layer.cross.out.weight, 1)
@@ -128,18 +129,93 @@ class LayerPass:
             hidden.add_(self.parallel.all_reduce(matrix(inputs)), alpha=self.residual)
 
 
+class CompiledLayerPass(LayerPass):
+    """The same, what lies between two attentions in one graph. Eager layers remain the definition."""
+
+    def run(self, hidden: Tensor, rotation: Rotation | None, attending: Attending) -> Tensor:
+        """[rows, d] -> [rows, d]."""
+        room, layer = attending.room(self.index), self.layer
+        attention, feed_forward = layer.attention, layer.feed_forward
+        room.projected.copy_(
+            _projected(hidden, self.attention_norm, attention.qkv.weight, self.gains, self.epsilon, rotation)
+        )
+        attended, out = attending.attend(self.index, room.split), attention.out.weight
+        if layer.cross is not None:
+            hidden, query = _queried(
+                hidden, attended, out, self.residual, self.cross_norm, layer.cross.q.weight, self.cross_gains,
+                self.epsilon,
+            )  # fmt: skip
+            attended, out = attending.attend_memory(self.index, query), layer.cross.out.weight
+        return _fed(
+            hidden, attended, out, self.residual, self.feed_forward_norm, feed_forward.gate_up.weight,
+            feed_forward.down.weight, self.epsilon,
+        )  # fmt: skip
+
+
+def _scaled(hidden: Tensor, gain: Tensor, epsilon: Tensor) -> Tensor:
+    return (normalised(hidden, epsilon) * gain).to(hidden.dtype)
+
+
+def _after(hidden: Tensor, attended: Tensor, out: Tensor, residual: float) -> Tensor:
+    """Add what attended [rows, heads * head_dim] gives through `out` [d, ...]."""
+    return hidden + residual * F.linear(attended, out.flatten(1))
+
+
+@torch.compile
+def _projected(
+    hidden: Tensor, norm: Tensor, qkv: Tensor, gains: Tensor, epsilon: Tensor, rotation: Rotation | None
+) -> Tensor:
+    """[rows, d] -> q, k, v [rows, branches * 3 * heads * head_dim], q and k normalised and rotated."""
+    branches, _, heads, head_dim = gains.shape
+    split = F.linear(_scaled(hidden, norm, epsilon), qkv.flatten(0, -2)).view(-1, branches, 3, heads, head_dim)
+    query_key = normalised(split[:, :, :2], epsilon) * gains
+    if rotation is not None:
+        cosine, sine = rotation
+        query_key = query_key * cosine + query_key.roll(head_dim // 2, dims=-1) * sine
+    return torch.cat((query_key.to(split.dtype), split[:, :, 2:]), dim=2).flatten(1)
+
+
+@torch.compile
+def _queried(
+    hidden: Tensor, attended: Tensor, out: Tensor, residual: float, norm: Tensor, to_query: Tensor, gains: Tensor,
+    epsilon: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return hidden with what attended, and the queries of the memory [rows, heads, head_dim]."""
+    hidden = _after(hidden, attended, out, residual)
+    query = F.linear(_scaled(hidden, norm, epsilon), to_query.flatten(0, -2)).view(-1, *gains.shape)
+    return hidden, (normalised(query, epsilon) * gains).to(query.dtype)
+
+
+@torch.compile
+def _fed(
+    hidden: Tensor, attended: Tensor, out: Tensor, residual: float, norm: Tensor, gate_up: Tensor, down: Tensor,
+    epsilon: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return hidden with what attended, and the feed-forward network behind it."""
+    hidden = _after(hidden, attended, out, residual)
+    gate, up = F.linear(_scaled(hidden, norm, epsilon), gate_up.flatten(0, -2)).chunk(2, dim=-1)
+    return _after(hidden, F.silu(gate) * up, down, residual)
+
+
 class Decoder:
     """All decoder layers of a model, and its logits."""
 
     def __init__(self, model: Omega, parts: Sequence[tuple[Part, ...]], weigh: Weigh = plain) -> None:
-        self.model, self.parallel = model, model.context.parallel
-        self.layers = [
-            LayerPass(index, cast(DecoderLayer, model.module_named(f"decoder.layers.{index}")), of_layer, weigh)
-            for index, of_layer in enumerate(parts)
-        ]
+        self.model, self.parallel, self._parts = model, model.context.parallel, parts
+        self.layers = self._passes(LayerPass, weigh)
         self.workspaces: dict[Hashable, Any] = {}
         self.norm = cast(Head, model.module_named("head")).norm
         self.table = model.table
+
+    def _passes(self, kind: type[LayerPass], weigh: Weigh) -> Sequence[LayerPass]:
+        layers = (cast(DecoderLayer, self.model.module_named(f"decoder.layers.{n}")) for n in range(len(self._parts)))
+        pairs = zip(layers, self._parts, strict=True)
+        return [kind(index, layer, parts, weigh) for index, (layer, parts) in enumerate(pairs)]
+
+    def compile(self) -> None:
+        """Let torch.compile fuse the layers; nothing is compiled before the first rows. One rank, plain weights."""
+        assert self.parallel.size == 1, "messages of a layer lie inside what would be compiled"
+        self.layers = self._passes(CompiledLayerPass, plain)
 
     @property
     def device(self) -> torch.device:

@@ -60,6 +60,10 @@ class Scheduler:
         width = self._cache.width
         self._chunk = max(width, self.limits.chunk_tokens - self.limits.chunk_tokens % width)
 
+    def compile(self) -> None:
+        """Let torch.compile fuse the decoder's layers, before anything is submitted; the first tokens take minutes."""
+        self._engine.decoder.compile()
+
     def submit(self, request: Request) -> int:
         """Queue `request`; return its number.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from written_models import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.export.loading import TextModel
+from megatron_omega.generation import decoder
 from megatron_omega.generation.beams import BeamSearch
 from megatron_omega.generation.decoding import Continuation, encode
 from megatron_omega.generation.prompts import prompt_ids
@@ -219,3 +221,16 @@ def test_what_can_never_fit_is_refused() -> None:
         Request((5,), (), 0, stop=("",), samples=0)
     assert len(caught.value.findings) == 4
     assert scheduler.idle
+
+
+@pytest.mark.parametrize("fields", [{}, DECODER_ONLY], ids=["encoder-decoder", "decoder-only"])
+def test_compiled_layers_write_the_same(fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_projected", "_queried", "_fed"):  # traced as they would be; what a compiler makes of it is its own
+        plain = inspect.unwrap(getattr(decoder, name))
+        monkeypatch.setattr(decoder, name, torch.compile(plain, backend="aot_eager", fullgraph=True))
+    model = text_model(**fields)
+    requests = [replace(r, sampling=GREEDY, samples=1, beams=1) for r in random_requests(model, 4, seed=3)]
+    eager, compiled = Scheduler(model, LIMITS), Scheduler(model, LIMITS)
+    compiled.compile()
+    expected, found = (answers(scheduler, requests) for scheduler in (eager, compiled))
+    assert [[event[1] for event in told] for told in expected] == [[event[1] for event in told] for told in found]

@@ -45,9 +45,16 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, name: str, text_model: TextModel, bounds: Bounds, limits: Limits) -> Served:
+    def of(cls, name: str, text_model: TextModel, bounds: Bounds, limits: Limits, *, compiled: bool = False) -> Served:
         """Return `text_model` as it is served, its thread not yet begun."""
-        worker = Worker(lambda: Scheduler(text_model, limits), bounds.queue)
+
+        def scheduler() -> Scheduler:
+            made = Scheduler(text_model, limits)
+            if compiled:
+                made.compile()
+            return made
+
+        worker = Worker(scheduler, bounds.queue)
         return cls(name, text_model, worker, _fitted(bounds, text_model.config, limits))
 
     @property
