@@ -64,7 +64,7 @@ audit: ## Look for known weaknesses of every pinned package (needs pip-audit and
 demo: setup ## Train a tiny GPT-Omega on 8 CPU ranks (TP 2 x PP 2 x DP 2) and let it write
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tiny/run.sh
 
-tasks: setup ## Fine-tune the demo's model on tasks gathered here, whole and with adapters, and score both
+tasks: setup ## Fine-tune the demo's model on tasks gathered here, whole and with adapters, and compare on one page
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/omega-tasks/run.sh
 
 test: lint unit distributed ## Check everything: lint, types, unit tests, then tests of several ranks

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From the demo's checkpoint to answers: gather tasks from the installed packages, fine-tune the whole model and, beside it, adapters;
-# then compare both with the untuned model (zero- and four-shot) and with two guesses. Arguments are settings of both fine-tunings.
+# then compare both with the untuned model (zero- and four-shot) and with two guesses, on one page. Arguments are settings of both fine-tunings.
 # BASE=runs/omega-tiny is what is fine-tuned (made by the demo if it is not there), RUN=runs/tasks the folder of everything made here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,11 +20,6 @@ echo; echo "== fine-tuning the whole model"
 finetune full --training.epochs 4 --optimizer.learning_rate 4e-3 "$@"
 echo; echo "== fine-tuning adapters beside it"
 finetune lora --training.epochs 4 --lora.rank 16 --lora.alpha 32 "$@"
-score() {
-    echo; echo "== $1"
-    torchrun --standalone --nproc-per-node "$ranks" -m megatron_omega score --checkpoint "$2" --tasks "$run/data/tasks.yaml" --limit "$limit" --examples 2 "${@:3}"
-}
-score "before: no example, and the two guesses" "$base"
-score "before: four examples in the prompt" "$base" --shots 4
-score "the whole model, fine-tuned" "$run/full"
-score "adapters, fine-tuned" "$run/lora"
+echo; echo "== comparison"
+torchrun --standalone --nproc-per-node "$ranks" -m megatron_omega compare --tasks "$run/data/tasks.yaml" --limit "$limit" --output "$run/comparison" \
+    --models "untuned, 0-shot=$base" "untuned, 4-shot=$base@4" "fine-tuned whole=$run/full" "fine-tuned by LoRA=$run/lora"

@@ -4,15 +4,20 @@
     megatron-omega compare --models ours=runs/omega-tiny t5=runs/t5-like other=folder/of/transformers \\
         --tasks tasks.yaml arc.yaml --text book.txt --output comparison
 
+    megatron-omega compare --models cold=runs/omega-tiny warm=runs/omega-tiny@4 --tasks tasks.yaml --output comparison
+
 Models are checkpoints, runs, exports, adapters, or folders that Transformers loads (extras hf and harness). The first
 has to be one of ours: its split says which pairs are held out, and its tokenizer cuts the questions that others are
-asked as text. A run's curves come from its metrics.jsonl. The page needs no network and no other file.
+asked as text. PATH@4 shows that model four examples, whatever --shots says. Beside the models stand two guesses. Curves
+come from a run's metrics.jsonl and events.jsonl. The page needs no network and no other file.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,48 +37,67 @@ log = get_logger(__name__)
 FILES = ("comparison.json", "comparison.md", "index.html")
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A model, and how many examples it is shown."""
+
+    path: Path
+    shots: int | None = None
+    """None: as many as --shots says."""
+
+
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="[NAME=]PATH", help="models, each with a name")
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for the table and the page")
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="[NAME=]PATH[@SHOTS]", help="models, each with a name")
+    add("--output", type=output_folder, required=True, help="folder for the table and the page")
     takes_questions(parser)
     arguments = parser.parse_args(argv)
     check_questions(arguments)
     return arguments
 
 
-def named(words: Sequence[str]) -> dict[str, Path]:
+def named(words: Sequence[str]) -> dict[str, Contender]:
     """Return the models by name: the path, if none was given."""
     pairs = [(word.partition("=")[0], word.partition("=")[2]) if "=" in word else (word, word) for word in words]
-    found = {name: Path(path) for name, path in pairs}
+    found = {name: _contender(path) for name, path in pairs}
     if len(found) < len(pairs) or not all(name and path for name, path in pairs):
         raise ConfigError(f"--models {' '.join(words)} gives a name twice, or none; use NAME=PATH for each")
     return found
 
 
-def compared(models: dict[str, Path], arguments: argparse.Namespace, share: Share, device: str) -> Comparison:
+def _contender(text: str) -> Contender:
+    """Return PATH@SHOTS as both, if no file has that name."""
+    match = None if Path(text).exists() else re.fullmatch(r"(.+)@(\d+)", text)
+    return Contender(Path(match[1]), int(match[2])) if match else Contender(Path(text))
+
+
+def compared(models: dict[str, Contender], arguments: argparse.Namespace, share: Share, device: str) -> Comparison:
     """Ask every model, one after the other."""
     from megatron_omega.export.loading import load_text_model  # torch comes in here
     from megatron_omega.tasks.comparison import Comparison
     from megatron_omega.tasks.foreign import Foreign, is_foreign
 
     names = list(models)
-    if is_foreign(models[names[0]]):
-        raise ConfigError(f"--models: {models[names[0]]} is no model of ours; name one of ours first")
-    first = load_text_model(models[names[0]], device)
+    path = models[names[0]].path
+    if is_foreign(path):
+        raise ConfigError(f"--models: {path} is no model of ours; name one of ours first")
+    first = load_text_model(path, device)
     scores: list[Score] = []
     curves: list[Curve] = []
-    for name, path in models.items():
-        log.info("%s: %s", name, path)
-        if is_foreign(path):
-            rival = Foreign(path, device)
-            exams, _ = asked_of(arguments, first)
+    for name, one in models.items():
+        log.info("%s: %s", name, one.path)
+        asked = arguments if one.shots is None else argparse.Namespace(**{**vars(arguments), "shots": one.shots})
+        if is_foreign(one.path):
+            rival = Foreign(one.path, device)
+            exams, _ = asked_of(asked, first)
             scores += [rival.score(exam, first.tokenizer, name=name, seed=arguments.seed) for exam in exams]
             continue
-        model = first if name == names[0] else with_split_of(first, load_text_model(path, device))
-        found = list(scores_of(model, name, arguments, share))
-        scores += [one for one in found if not one.is_guess or name == names[0]]
-        curves += curves_of(name, path, model)
+        model = first if one.path == path else with_split_of(first, load_text_model(one.path, device))
+        found = list(scores_of(model, name, asked, share))
+        scores += [score for score in found if not score.is_guess or name == names[0]]
+        if one.path not in [models[before].path for before in names[: names.index(name)]]:
+            curves += curves_of(name, one.path, model)
     return Comparison(tuple(scores), tuple(curves))
 
 

@@ -8,7 +8,7 @@ so that all agree on what they are worth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_omega.checkpoint.reader import open_checkpoint
+from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_omega.config.schema import Task
 from megatron_omega.data.pairs.source import PairRows
 from megatron_omega.export.loading import TextModel, omega_of
@@ -37,6 +37,8 @@ _COLUMN = {"rouge": "rougeL"}
 _PERCENT = ("bleu", "chrf")
 MORE_THAN_LONGEST = 1.25
 """How much longer than the longest target an answer may be."""
+KEPT_BYTES = 1 << 30
+"""Of frozen weights, which a rank keeps in the host's memory from one validation to the next; more is read again."""
 
 
 class Answers:
@@ -51,6 +53,7 @@ class Answers:
         self._asked = [
             (task, rows, sorted(random.permutation(rows.pairs)[:most].tolist())) for task, rows in asked if len(rows)
         ]
+        self._frozen = _Frozen(base_of(run.config).weights) if run.config.lora.is_on else None
 
     def __call__(self, beat: Callable[[], None]) -> Mapping[str, float]:
         """Return what the answers to each task are worth, by task and metric. Collective."""
@@ -69,26 +72,21 @@ class Answers:
     @torch.no_grad()
     def _model(self) -> Omega:
         """Return the model as it is now, adapters merged in."""
-        run = self._run
+        run, frozen = self._run, self._frozen
         live, lora = run.weights(), run.config.lora
         trained = {*live.names()}
-        with ExitStack() as stack:
-            base = stack.enter_context(open_checkpoint(base_of(run.config).weights)) if lora.is_on else None
 
-            def values(info: ParameterInfo) -> Tensor:
-                if base is None:
-                    return info.local_slice(live.tensor(info.name))
-                a, b = adapter_names(info.name)
-                if a not in trained:
-                    return (
-                        base.tensor(info.name)
-                        if info.axis is None
-                        else base.part(info.name, info.axis, info.start, info.stop)
-                    )
-                weight = base.tensor(info.name).to(run.device)
-                return info.local_slice(merged(weight, live.tensor(a), live.tensor(b), lora.scale))
+        def values(info: ParameterInfo) -> Tensor:
+            if frozen is None:
+                return info.local_slice(live.tensor(info.name))
+            a, b = adapter_names(info.name)
+            if a not in trained:
+                return frozen.slice(info)
+            weight = frozen.whole(info.name).to(run.device)
+            return info.local_slice(merged(weight, live.tensor(a), live.tensor(b), lora.scale))
 
-            dtype = _DTYPES[run.config.precision.dtype]
+        dtype = _DTYPES[run.config.precision.dtype]
+        with frozen or nullcontext():
             return omega_of(run.config, values, run.device, dtype, run.topology.tensor_parallel())
 
     def _answered(self, model: TextModel, rows: PairRows, pairs: Sequence[int]) -> list[str]:
@@ -104,6 +102,45 @@ class Answers:
         for group in range(groups):
             answers[group::groups] = given[group * layout.tensor]
         return answers
+
+
+class _Frozen:
+    """What adapters stand beside, read once as far as it may be kept. Open within `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader: CheckpointReader | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def whole(self, name: str) -> Tensor:
+        return self._of(name, lambda reader: reader.tensor(name))
+
+    def slice(self, info: ParameterInfo) -> Tensor:
+        """Return what this rank holds of a parameter."""
+        name, axis = info.name, info.axis
+        if axis is None:
+            return self.whole(name)
+        return self._of(name, lambda reader: reader.part(name, axis, info.start, info.stop))
+
+    def _of(self, name: str, read: Callable[[CheckpointReader], Tensor]) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        if self._reader is None:
+            self._reader = open_checkpoint(self._folder)
+        found = read(self._reader)
+        if self._bytes + found.nbytes <= KEPT_BYTES:
+            self._kept[name] = found
+            self._bytes += found.nbytes
+        return found
 
 
 def written(model: TextModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:

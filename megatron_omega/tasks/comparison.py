@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from megatron_omega.accounting.counts import training_flops_per_token
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.host import run_folder
-from megatron_omega.host.regular_files import read_text
+from megatron_omega.host.json_lines import read_objects
 from megatron_omega.tasks.metrics import Mean
 from megatron_omega.tasks.scoring import Score
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "masked_loss")
-_MOST_BYTES = 1 << 30
 _MOST_POINTS = 400
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How a run learned: loss by tokens, and what a token cost."""
+    """How a run learned: loss by tokens, what a token cost, and what its answers were worth."""
 
     model: str
     tokens: tuple[int, ...]
     losses: tuple[float, ...]
     flops_per_token: float
+    answers: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    """By task and metric: tokens, and what held-out answers were worth in the validation then."""
 
     @property
     def flops(self) -> tuple[float, ...]:
@@ -71,6 +72,11 @@ class Comparison:
         if column == "loss":
             return Mean(found.loss, float("nan"), float("nan")) if found.loss == found.loss else None
         return found.metrics.get(column)
+
+    def guesses(self, task: str, column: str) -> list[tuple[str, Mean]]:
+        """Return what each guess reaches in a column of a task."""
+        found = [one for one in self.scores if one.task == task and one.is_guess and column in one.metrics]
+        return [(one.model, one.metrics[column]) for one in found]
 
     def best(self, task: str, column: str) -> float | None:
         """Return the best value of a column among models that are no guesses."""
@@ -117,11 +123,8 @@ def as_json(found: Comparison) -> str:
 
 def curve_of(model: str, run: Path, config: RunConfig) -> Curve | None:
     """Return the curve of a run folder; None where no step was recorded."""
-    try:
-        lines = read_text(run / run_folder.METRICS, _MOST_BYTES).splitlines()
-    except OSError:
-        return None
-    steps = [step for step in _objects(lines) if step.get("lm_loss") is not None and step.get("consumed_tokens")]
+    recorded = [step for step in read_objects(run / run_folder.METRICS) if step.get("consumed_tokens")]
+    steps = [step for step in recorded if step.get("lm_loss") is not None]
     if not steps:
         return None
     kept = steps[:: -(-len(steps) // _MOST_POINTS)]
@@ -130,15 +133,17 @@ def curve_of(model: str, run: Path, config: RunConfig) -> Curve | None:
         tuple(int(step["consumed_tokens"]) for step in kept),
         tuple(float(step["lm_loss"]) for step in kept),
         training_flops_per_token(config),
+        _answers_of(run, [(int(step["step"]), int(step["consumed_tokens"])) for step in recorded]),
     )
 
 
-def _objects(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield what each line holds; half a line, which a crash leaves, is passed over."""
-    for line in lines:
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            yield value
+def _answers_of(run: Path, steps: Sequence[tuple[int, int]]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return what answers were worth in validations, the last of each step; `steps` are steps with their tokens."""
+    last = {one["step"]: one for one in read_objects(run / run_folder.EVENTS) if one.get("event") == "evaluate"}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for step, report in sorted(last.items()):
+        done = bisect_right(steps, step, key=lambda one: one[0])
+        tokens = steps[done - 1][1] if done else 0
+        for name, value in (report.get("answers") or {}).items():
+            found.setdefault(name, []).append((tokens, float(value)))
+    return {name: tuple(points) for name, points in found.items()}

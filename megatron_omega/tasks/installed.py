@@ -1,11 +1,12 @@
 """Tasks that every Python installation carries: functions and their docstrings. Nothing is downloaded.
 
     summary     a function's source without its docstring   ->  the docstring's first line
-    default     a function's signature, and an argument     ->  the argument's default
-    package     a docstring                                 ->  the package it belongs to, of the most frequent ones
+    default     a function's signature, and an argument     ->  the argument's default, if it is a constant
+    package     the same source, or its beginning           ->  the package it belongs to, of the most frequent ones
 
-Held out are whole files, by a hash of their path, so that no function is near one that was trained on. Every record
-says where it comes from and under which licence.
+Held out are whole files, by a hash of their path, so that no function is near one that was trained on. Of answers that
+would be more than a fifth of the records, the rest is left out. Every record says where it comes from and under which
+licence.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "default": ("{text}\n# The default of {argument} is", " {answer}"),
     "package": ("{text}\n# From the package", " {answer}"),
 }
-_LONGEST, _SHORTEST = 420, 40
-"""Characters of a text: a tiny model's encoder holds it."""
+_LONGEST, _SHORTEST = 280, 40
+"""Characters of a text: a tiny model's encoder holds it, and some examples before it."""
+_BEGINNING = 180
+"""Characters of a function that tell its package."""
 _LONGEST_ANSWER = 72
 _MOST_OF_PACKAGE = 0.2
 _MOST_OF_ANSWER = 0.2
-"""Share of a task's records with the same answer, at most: to say always the same is no way to pass."""
+"""Share of a task's training and of its held-out records with the same answer, at most: to say always the same is no
+way to pass. Of fewer than five answers each may have its equal share."""
+_GATHERED = 4
+"""Records that are gathered for each that is wanted: some fall to balance."""
 _PACKAGES = 8
 _HELD_OUT = 0.1
 _MOST_FILES = 2500
@@ -50,7 +56,8 @@ class Origin:
     @property
     def is_held_out(self) -> bool:
         place = "/".join(self.path.parts[-3:])
-        return hashlib.blake2b(place.encode(), digest_size=8).digest()[0] < 256 * _HELD_OUT
+        # Salted: files are read in the order of another hash of their path, which would else hold out the first ones.
+        return hashlib.blake2b(place.encode(), digest_size=8, salt=b"held out").digest()[0] < 256 * _HELD_OUT
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef]:
@@ -68,31 +75,37 @@ def functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 
 def summary(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
-    """Yield the body of a function and the first line of its docstring."""
+    """Yield the body of a function and the first line of its docstring, if that is a sentence."""
     line = (ast.get_docstring(node) or "").partition("\n")[0].strip()
-    bare = copy.copy(node)
-    bare.body, bare.decorator_list = node.body[1:], []
-    if len(node.body) > 1 and len(line.split()) > 2:
-        yield {"text": ast.unparse(bare), "answer": line}
+    if len(node.body) > 1 and len(line.split()) > 2 and line.endswith("."):
+        yield {"text": _bare(node), "answer": line}
 
 
 def default(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
-    """Yield the signature of a function and the default of its last argument that has a short one."""
+    """Yield the signature of a function and the default of each argument, if several have one."""
     arguments = node.args
     named = [*arguments.posonlyargs, *arguments.args]
     pairs = list(zip(named[len(named) - len(arguments.defaults) :], arguments.defaults, strict=True))
+    pairs += [pair for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if pair[1] is not None]
     if len(pairs) > 1:
-        argument, value = pairs[len(node.name) % len(pairs)]
-        if isinstance(value, ast.Constant):
-            text = f"def {node.name}({ast.unparse(arguments)})"
-            yield {"text": text, "argument": argument.arg, "answer": ast.unparse(value)}
+        text = f"def {node.name}({ast.unparse(arguments)})"
+        for argument, value in pairs:
+            if isinstance(value, ast.Constant):
+                yield {"text": text, "argument": argument.arg, "answer": ast.unparse(value)}
 
 
 def package(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
-    """Yield a docstring and its package."""
-    text = " ".join((ast.get_docstring(node) or "").split())[:_LONGEST]
+    """Yield the beginning of a function, if it does not name its package, and the package."""
+    text = _bare(node)[:_BEGINNING] if len(node.body) > 1 else ""
     if origin.package.lower() not in text.lower():
         yield {"text": text, "answer": origin.package}
+
+
+def _bare(node: ast.FunctionDef) -> str:
+    """Return the source of a function without its docstring."""
+    bare = copy.copy(node)
+    bare.body, bare.decorator_list = node.body[1:], []
+    return ast.unparse(bare)
 
 
 KINDS: dict[str, Callable[[ast.FunctionDef, Origin], Iterator[Record]]] = {
@@ -115,31 +128,57 @@ def licence_of(package: str) -> str:
 def gather(
     origins: list[Origin], most: int, progress: Callable[[int], object] = lambda _: None
 ) -> dict[str, list[Record]]:
-    """Return at most `most` records of each kind, no text twice, in the order of the files."""
+    """Return at most `most` records of each kind, none like another (`_once`), in the order of the files."""
     found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
     taken: Counter[tuple[str, str]] = Counter()
-    given: Counter[tuple[str, str]] = Counter()
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    enough = _GATHERED * most
     for number, origin in enumerate(origins[:_MOST_FILES], start=1):
-        if all(len(records) >= 2 * most for records in found.values()):
+        if all(len(records) >= enough for records in found.values()):
             break
+        part = {"source": "/".join(origin.path.parts[-3:]), "package": origin.package,
+                "part": "held out" if origin.is_held_out else "train"}  # fmt: skip
         for node in functions(origin.path):
             for kind, make in KINDS.items():
-                if len(found[kind]) >= 2 * most or taken[kind, origin.package] > _MOST_OF_PACKAGE * most:
+                if len(found[kind]) >= enough or taken[kind, origin.package] > _MOST_OF_PACKAGE * enough:
                     continue
                 for record in make(node, origin):
-                    is_frequent = given[kind, record["answer"]] > _MOST_OF_ANSWER * most
-                    if _is_fit(record) and not is_frequent and f"{kind} {record['text']}" not in seen:
-                        given[kind, record["answer"]] += 1
-                        seen.add(f"{kind} {record['text']}")
+                    key = (kind, _once(kind, record))
+                    if _is_fit(record) and key not in seen:
+                        seen.add(key)
                         taken[kind, origin.package] += 1
-                        part = "held out" if origin.is_held_out else "train"
-                        source = "/".join(origin.path.parts[-3:])
-                        found[kind].append({**record, "source": source, "package": origin.package, "part": part})
+                        found[kind].append({**record, **part})
         progress(number)
     common = {name for name, _ in Counter(one["answer"] for one in found["package"]).most_common(_PACKAGES)}
     found["package"] = [one for one in found["package"] if one["answer"] in common]
-    return {kind: records[:most] for kind, records in found.items()}
+    return {kind: balanced(records, most) for kind, records in found.items()}
+
+
+def _once(kind: str, record: Record) -> str:
+    """Return what no two records share: of a family of functions, each would tell the answers of the others."""
+    if kind == "summary":
+        return record["answer"].lower()
+    return record["text"][:60] if kind == "package" else record["text"].partition("(")[0] + " " + record["argument"]
+
+
+def balanced(records: list[Record], most: int) -> list[Record]:
+    """Return at most `most` records, in their order, of which no answer has more than its share in either part."""
+    kept: dict[str, list[Record]] = {}
+    for part, share in (("train", 1 - _HELD_OUT), ("held out", _HELD_OUT)):
+        mine = [one for one in records if one["part"] == part]
+        counts = Counter(one["answer"] for one in mine)
+        fair = max(_MOST_OF_ANSWER, 1 / max(1, len(counts)))
+        room = round(share * most)
+        cap = min(len(mine), room)
+        while cap and cap > fair * min(room, sum(min(count, cap) for count in counts.values())):
+            cap -= 1
+        given: Counter[str] = Counter()
+        kept[part] = []
+        for one in mine:
+            if given[one["answer"]] < cap and len(kept[part]) < room:
+                given[one["answer"]] += 1
+                kept[part].append(one)
+    return [*kept["train"], *kept["held out"]]
 
 
 def _is_fit(record: Record) -> bool:
@@ -161,7 +200,8 @@ def write_tasks(folder: Path, found: dict[str, list[Record]]) -> Path:
             (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         prompt, target = TEMPLATES[kind]
         paths = {"path": str(folder / f"{kind}.jsonl"), "validation": str(folder / f"{kind}-held-out.jsonl")}
-        tasks.append({**paths, "prompt": prompt, "target": target, "long_targets": "cut", "name": kind})
+        task = {**paths, "prompt": prompt, "target": target, "long_targets": "cut", "name": kind}
+        tasks.append(task | ({"metrics": ["rouge"]} if kind == "summary" else {}))
     path = folder / "tasks.yaml"
     path.write_text(yaml.safe_dump(tasks, sort_keys=False), encoding="utf-8")
     return path

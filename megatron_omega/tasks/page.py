@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from megatron_omega.tasks.comparison import Comparison, Curve
+from megatron_omega.tasks.metrics import CORPUS
 from megatron_omega.tasks.scoring import Score
 
 _EXAMPLES = 8
@@ -29,7 +30,7 @@ def html_page(found: Comparison, title: str = "Comparison") -> str:
     """Return the page. Everything that models wrote is escaped."""
     parts = [f"<h1>{escape(title)}</h1>"]
     if found.curves:
-        parts += ["<h2>How they learned</h2>", *curve_pictures(found.curves)]
+        parts += ["<h2>How they learned</h2>", *curve_pictures(found.curves), *_answer_pictures(found)]
     for task in found.tasks:
         parts += [f"<h2>{escape(task)}</h2>", _table(found, task), *_bars(found, task), *_examples(found, task)]
     return (
@@ -99,6 +100,28 @@ def curve_pictures(curves: Sequence[Curve]) -> Iterator[str]:
             axes.legend()
 
         yield _picture(draw, f"Training loss by {label}: {ends}.")
+
+
+def _answer_pictures(found: Comparison) -> Iterator[str]:
+    """Yield what answers in validations were worth, by tokens, with what guesses reach in the comparison."""
+    for name in dict.fromkeys(name for one in found.curves for name in one.answers):
+        task, column = name.rsplit(" ", 1)
+        runs = [(one.model, one.answers[name]) for one in found.curves if name in one.answers]
+        scale = 100 if column in CORPUS else 1  # validations have shares only
+        guesses = [(guess, mean.value / scale) for guess, mean in found.guesses(task, column)]
+
+        def draw(axes: Any, runs: Sequence[Any] = runs, guesses: Sequence[Any] = guesses, name: str = name) -> None:
+            for model, points in runs:
+                axes.plot(*zip(*points, strict=True), label=_short(model), marker="o", markersize=4, linewidth=1.2)
+            for (guess, value), style in zip(guesses, ("--", ":"), strict=False):
+                axes.axhline(value, color="black", linestyle=style, linewidth=1, label=_short(guess))
+            axes.set(xlabel="training tokens", ylabel=name)
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+        ends = [f"{model} goes from {points[0][1]:.3f} to {points[-1][1]:.3f}" for model, points in runs]
+        told = "; ".join([*ends, *(f"{guess} {value:.3f}" for guess, value in guesses)])
+        yield _picture(draw, f"Validation answers, {name}, by training tokens: {told}.")
 
 
 def _tokens(curve: Curve) -> Sequence[float]:

@@ -63,10 +63,18 @@ def some_score(model: str, value: float, answer: str, **more: Any) -> Score:
 
 def test_the_page_stands_alone_and_trusts_no_text() -> None:
     scores = (some_score("a", 0.5, "x"), some_score("b", 0.7, HOSTILE), some_score("guess", 0.9, "y", is_guess=True))
-    found = Comparison(scores, (Curve("a", (10, 20), (5.0, 4.0), 3.0), Curve("b", (10, 30), (5.0, 3.0), 2.0)))
+    found = Comparison(
+        scores,
+        (
+            Curve("a", (10, 20), (5.0, 4.0), 3.0, {"quiz|1 f1": ((0, 0.1), (20, 0.5))}),
+            Curve("b", (10, 30), (5.0, 3.0), 2.0),
+        ),
+    )
     page = Page(html_page(found))
     require_accessible(page)
-    assert len(page.of("img")) == 4  # two of curves, bars of f1 and of loss
+    assert len(page.of("img")) == 5  # two of curves, one of answers by tokens, bars of f1 and of loss
+    told = [image["alt"] or "" for image in page.of("img")]
+    assert any("f1, by training tokens: a goes from 0.100 to 0.500; guess 0.900" in text for text in told)
     assert (
         "".join(page.text).count(HOSTILE) == 5
     )  # asked once; answered by three to the second question, once to the first
@@ -83,6 +91,11 @@ def test_a_curve_is_that_of_the_run(tmp_path: Path) -> None:
     curve = curve_of("a", tmp_path, config)
     assert curve is not None and 300 < len(curve.tokens) <= 400 and curve.tokens[0] == 100
     assert curve.flops_per_token == training_flops_per_token(config)
+    reports = [(0, 0.1), (500, 0.2), (500, 0.3), (1000, 0.4)]
+    lines = [json.dumps({"event": "evaluate", "step": n, "answers": {"quiz f1": value}}) for n, value in reports]
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines, "half"]))
+    curve = curve_of("a", tmp_path, config)
+    assert curve is not None and curve.answers == {"quiz f1": ((0, 0.1), (50_000, 0.3), (100_000, 0.4))}
     assert curve_of("a", tmp_path / "nothing", config) is None
 
 
@@ -113,11 +126,11 @@ def test_models_of_all_kinds_are_compared(
     t5 = write_t5(tmp_path / "t5", export / "tokenizer.json")
     tasks = str(write_tasks(tmp_path, metrics=["accuracy", "exact_match"]))
     write_records(tmp_path / "text.jsonl", [{"text": "The quick brown fox."}, {"text": "über den Deich"}])
-    models = [f"ours={tmp_path / 'ours'}", f"llama={tmp_path / 'llama'}", f"t5={t5}"]
+    models = [f"ours={tmp_path / 'ours'}", f"warm={tmp_path / 'ours'}@2", f"llama={tmp_path / 'llama'}", f"t5={t5}"]
     asked = ["--tasks", tasks, "--text", str(tmp_path / "text.jsonl"), "--limit", "6"]
     compare.main(["--models", *models, "--output", str(tmp_path / "out"), *asked])
     table = capsys.readouterr().out
-    for name in ("ours", "llama", "t5", "most frequent answer", "first words"):
+    for name in ("ours", "warm", "llama", "t5", "most frequent answer", "first words"):
         assert f"| {name} |" in table
     require_accessible(Page((tmp_path / "out/index.html").read_text()))
     found = json.loads((tmp_path / "out/comparison.json").read_text())
@@ -131,13 +144,21 @@ def test_models_of_all_kinds_are_compared(
             assert {n: m["value"] for n, m in one["metrics"].items()} == {
                 n: m["value"] for n, m in ours[one["task"]]["metrics"].items()
             }
+    warm = {one["task"]: one for one in found["scores"] if one["model"] == "warm"}
+    assert (warm["quiz"]["shots"], ours["quiz"]["shots"]) == (2, 0) and warm["quiz"]["loss"] != ours["quiz"]["loss"]
+    assert [one["wanted"] for one in warm["quiz"]["answers"]] == [one["wanted"] for one in ours["quiz"]["answers"]]
     others = {one["task"]: one for one in found["scores"] if one["model"] == "t5"}
     assert {"accuracy", "exact_match"} <= set(others["quiz"]["metrics"]) and not others["text.jsonl"]["metrics"]
     assert len(found["curves"]) == 1
 
 
-def test_names_of_models_are_checked() -> None:
-    assert compare.named(["a=x", "y"]) == {"a": Path("x"), "y": Path("y")}
+def test_names_of_models_are_checked(tmp_path: Path) -> None:
+    one = compare.Contender
+    assert compare.named(["a=x", "y"]) == {"a": one(Path("x")), "y": one(Path("y"))}
+    assert compare.named(["a=x@4", "b=x@0"]) == {"a": one(Path("x"), 4), "b": one(Path("x"), 0)}
+    (tmp_path / "x@4").mkdir()
+    path = tmp_path / "x@4"
+    assert compare.named([f"a={path}", f"b={path}@2"]) == {"a": one(path), "b": one(path, 2)}
     for words in (["a=x", "a=y"], ["=x"], ["a="]):
         with pytest.raises(ConfigError, match="NAME=PATH"):
             compare.named(words)

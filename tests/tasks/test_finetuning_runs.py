@@ -147,6 +147,60 @@ def test_adapters_answer_too_and_train_on_under_another_layout_after_a_journey_t
     assert trained.keys() == before.keys() and any(not torch.equal(trained[name], before[name]) for name in trained)
 
 
+def finetune_and_count_readings(words: list[str], kept_bytes: int) -> None:
+    """Leave in the run folder how often the base was opened to answer."""
+    from megatron_omega.tasks import answering
+
+    opened: list[Path] = []
+    real = answering.open_checkpoint
+    answering.open_checkpoint = lambda path: opened.append(path) or real(path)
+    answering.KEPT_BYTES = kept_bytes
+    finetune(words)
+    run = words[words.index("--logging.run_directory") + 1]
+    (Path(run) / "readings.json").write_text(json.dumps(len(opened)))
+
+
+@pytest.mark.distributed
+def test_a_base_that_may_be_kept_is_read_once(folder: Path) -> None:
+    found = {}
+    for kept in (1 << 30, 0):
+        run = folder / f"kept-{kept}"
+        run_ranks(finetune_and_count_readings, 1, words_of(folder, run, "lora"), kept)
+        found[json.loads((run / "readings.json").read_text())] = answers_of(run)
+    (once, answers), (often, again) = sorted(found.items())
+    assert once == 1 and often == len(again) == 3 and answers == again
+    require_answers_of_its_checkpoint(folder / "kept-0")
+
+
+SCORES = (0.2, 0.3, 0.9, 0.1, 0.8, 0.4)
+"""Of the validations before the first step and after each."""
+
+
+def finetune_with_scores(words: list[str]) -> None:
+    """Fine-tune; what answers are worth is told beforehand."""
+    from megatron_omega.run.train import train
+
+    place = complete_environment()
+    arguments = parse_arguments(words)
+    overrides = (*arguments.overrides, read_tasks(arguments.tasks or ""))
+    run = as_finetuning(replace(arguments, tasks=None, overrides=overrides), place.world_size)
+    values = iter(SCORES)
+    train(resolve_run(run.arguments, place.world_size), place, answering=lambda _: lambda _: {"a f1": next(values)})
+
+
+@pytest.mark.distributed
+def test_the_best_checkpoint_by_its_answers_stays_while_later_ones_come_and_go(folder: Path) -> None:
+    words = [*words_of(folder, folder / "run", "whole"), "--training.train_steps", "5"]
+    words += ["--evaluation.interval_steps", "1", "--checkpoint.interval_steps", "1", "--checkpoint.keep_last", "1"]
+    run_ranks(finetune_with_scores, 1, words)
+    reports = {event["step"]: event for event in events(folder / "run", "evaluate")}
+    assert tuple(reports[step]["score"] for step in range(6)) == SCORES
+    saved = [event["saved_step"] for event in events(folder / "run", "checkpoint")]
+    kept = sorted(path.name for path in (folder / "run" / run_folder.CHECKPOINTS).glob("step-*"))
+    assert saved == [1, 2, 3, 4, 5] and kept == ["step-00000002", "step-00000005"]
+    assert min(range(6), key=lambda step: reports[step]["loss"]) != 2  # by its loss it would be another one
+
+
 def test_what_cannot_be_started_is_said(folder: Path) -> None:
     (folder / "export").mkdir()
     (folder / "export/omega.json").write_text('{"format": "megatron-omega-export"}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -81,6 +82,28 @@ def test_tasks_are_gathered_from_functions(tmp_path: Path) -> None:
     held = [json.loads(line) for task in tasks for line in Path(task["validation"]).read_text().splitlines()]
     assert {one["source"] for one in lines}.isdisjoint({one["source"] for one in held})
     assert all(one["licence"] and one["source"] for one in lines)
+
+
+def test_no_answer_has_more_than_its_share_and_held_out_ones_are_few(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    origins = []
+    for number in range(120):
+        answers = draw.choices(["None", "True", "0", "1", "'a'", "2.5"], [50, 10, 10, 10, 10, 10], k=8)
+        lines = [
+            f"def f{number}_{k}(self, first_of_all=None, second={answer}):\n    'Is documented.'"
+            for k, answer in enumerate(answers)
+        ]
+        path = tmp_path / f"a/package/file{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines))
+        origins.append(Origin(path, f"package{number % 7}"))
+    origins.sort(key=lambda one: hashlib.blake2b("/".join(one.path.parts[-3:]).encode(), digest_size=8).hexdigest())
+    found = gather(origins, 300)["default"]
+    for part, least, most in (("train", 250, 270), ("held out", 20, 30)):
+        answers = [one["answer"] for one in found if one["part"] == part]
+        assert least <= len(answers) <= most
+        assert max(answers.count(answer) for answer in set(answers)) <= 0.2 * len(answers)
+    assert len({(one["text"].partition("(")[0], one["argument"]) for one in found}) == len(found)
 
 
 def test_a_file_knows_its_package() -> None:
