@@ -5,7 +5,9 @@
 
 A cell is one resume: rows saved, columns loaded. It holds the largest relative difference of the next 5 losses from the
 unbroken run of the row, on the same samples. "STATE" marks a cell whose state after loading (master weights, moments,
-step counters, working weights) is not, bit for bit, the one that was saved; "FAR" one whose losses are out of tolerance.
+step counters, working weights) is not, bit for bit, the one that was saved; "FAR" one whose losses are out of tolerance:
+1e-5 in fp32. In bf16 the losses of two layouts scatter about each other from the first step on, without any checkpoint;
+a resume may not bring them farther apart than 1.5 times the farthest of those.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -41,7 +44,8 @@ FP32 = [
     Case(1, 1, 3, zero=2, options=OFFLOAD, micro_batch=8, global_batch=24, learning_rate=RATE),
 ]
 BF16 = [replace(case, dtype="bf16", zero=max(case.zero, 1)) for case in FP32[:1] + FP32[2:9]]  # bf16 has no stage 0
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-4}
+TOLERANCE = 1e-5
+SCATTER = 1.5
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,25 @@ def resume_all(case: Case, directories: list[Path], unbroken: list[list[float]])
         run = resume(case, directory)
         num_different = len(different(directory, whole_state(run)))
         found = [loss for loss, _ in run.train(STEPS_AFTER)]
-        cells.append(Cell(num_different, max(abs(a - b) / abs(b) for a, b in zip(found, losses, strict=True))))
+        cells.append(Cell(num_different, difference(found, losses)))
     return cells
 
 
-def matrix(cases: list[Case], directory: Path) -> list[list[Cell]]:
-    """Return rows of cells: saved under the row's layout, loaded under the column's."""
+def difference(found: list[float], expected: list[float]) -> float:
+    """Return the largest relative difference of a step."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def matrix(cases: list[Case], directory: Path) -> tuple[list[list[Cell]], float]:
+    """Return rows of cells, saved under the row's layout, loaded under the column's; and how far unbroken runs differ."""
     folders = [directory / str(index) for index in range(len(cases))]
     unbroken = [
         run_ranks(case.size, save_and_go_on, case, folder, timeout=900)[0]
         for case, folder in zip(cases, folders, strict=True)
     ]
     columns = [run_ranks(case.size, resume_all, case, folders, unbroken, timeout=1800)[0] for case in cases]
-    return [list(row) for row in zip(*columns, strict=True)]
+    scatter = max(difference(a, b) for a, b in combinations(unbroken, 2))
+    return [list(row) for row in zip(*columns, strict=True)], scatter
 
 
 def show(cases: list[Case], rows: list[list[Cell]], tolerance: float) -> None:
@@ -116,7 +126,7 @@ def show(cases: list[Case], rows: list[list[Cell]], tolerance: float) -> None:
         print(f"{number:14} " + "".join(cell.text(tolerance).rjust(width) for cell in row))
     passed = sum(cell.passes(tolerance) for row in rows for cell in row)
     print(
-        f"\n{passed} of {len(rows) ** 2} cells: state bitwise, next {STEPS_AFTER} losses within {tolerance:g}\n",
+        f"\n{passed} of {len(rows) ** 2} cells: state bitwise, next {STEPS_AFTER} losses within {tolerance:.1e}\n",
         flush=True,
     )
 
@@ -130,10 +140,12 @@ def main() -> None:
         if options.only in (None, dtype):
             begin = time.monotonic()
             with tempfile.TemporaryDirectory() as directory:
-                rows = matrix(cases, Path(directory))
-            show(cases, rows, TOLERANCE[dtype])
+                rows, scatter = matrix(cases, Path(directory))
+            print(f"unbroken runs of two layouts differ by {scatter:.1e} at most\n")
+            tolerance = TOLERANCE if dtype == "fp32" else SCATTER * scatter
+            show(cases, rows, tolerance)
             print(f"{dtype}: {time.monotonic() - begin:.0f} s\n", flush=True)
-            good &= all(cell.passes(TOLERANCE[dtype]) for row in rows for cell in row)
+            good &= all(cell.passes(tolerance) for row in rows for cell in row)
     raise SystemExit(0 if good else 1)
 
 
