@@ -109,9 +109,21 @@ def peak_bytes() -> int:
     """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
+    return _own_bytes("VmHWM")
+
+
+def held_bytes() -> int:
+    """Return the memory that this process holds now, as `peak_bytes` counts it."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_reserved()
+    return _own_bytes("VmRSS")
+
+
+def _own_bytes(field: str) -> int:
+    """Return a figure of the kernel's, in bytes, without the pages of files."""
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    highest, files = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile"))
-    return (highest - files) * 1024
+    whole, files = (int(fields[name].split()[0]) for name in (field, "RssFile"))
+    return (whole - files) * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner.candidates import of_config
@@ -38,7 +38,22 @@ class RunForecast:
 def forecast(config: RunConfig, world_size: int, zero_stage: int, hardware: Hardware) -> Estimate:
     """Return the estimate of `config` in its own layout."""
     candidate = of_config(config, world_size, zero_stage)
-    return Planner(config, hardware).estimate(candidate, exact=True)
+    return Planner(config, crowded(hardware, world_size)).estimate(candidate, exact=True)
+
+
+def crowded(hardware: Hardware, ranks: int) -> Hardware:
+    """Return the cores as they are while so many ranks compute on them; anything else as it is."""
+    facts = hardware.facts
+    if facts.cores is None or facts.cores == 1:
+        return hardware
+    busy = min(ranks, facts.per_node, facts.cores)
+    slower = 1 + (facts.crowding - 1) * (busy - 1) / (facts.cores - 1)
+    changes = {
+        "peak_flops": {dtype: rate / slower for dtype, rate in facts.peak_flops.items()},
+        "memory_bandwidth": facts.memory_bandwidth / slower,
+        "launch_seconds": facts.launch_seconds * slower,
+    }
+    return replace(hardware, facts=facts.model_copy(update=changes))
 
 
 def forecast_lines(run: RunForecast) -> Iterator[str]:

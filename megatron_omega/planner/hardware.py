@@ -25,7 +25,7 @@ GIB = 1024**3
 # What a CPU asks for what a GPU gives for nothing. Measured once, on small cores; calibration measures the rest.
 PROCESS = int(0.30 * GIB)
 """What a CPU process holds once torch, DeepSpeed and this package are imported, if nobody has measured it."""
-LATER = int(0.13 * GIB)
+LATER = int(0.09 * GIB)
 """What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
 CPU_RUNTIME = 10 * 2**20
 """What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
@@ -97,6 +97,8 @@ class AcceleratorFacts(Section):
     """Exponentials per second of its special-function units; None: not known, not a limit."""
     cores: Positive | None = None
     """Cores that all ranks of a node share; more ranks than cores take turns."""
+    crowding: PositiveFloat = 1.0
+    """How much longer a core takes for its work while all others compute, too: they share caches, memory and heat."""
     efficiency: Efficiency
     """What is reached of these rates."""
 

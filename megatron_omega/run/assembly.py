@@ -26,7 +26,7 @@ from megatron_omega.host.lease import Lease
 from megatron_omega.host.redaction import redacted
 from megatron_omega.log import get_logger
 from megatron_omega.model.kernels import Kernels
-from megatron_omega.monitoring.forecast import peak_bytes
+from megatron_omega.monitoring.forecast import held_bytes
 from megatron_omega.monitoring.peak_flops import peak_flops
 from megatron_omega.parallel.counting import open_rows
 from megatron_omega.parallel.drawing import DRAWING_VERSION
@@ -74,7 +74,7 @@ def assemble(
     validates = bool(store.peers.agree(sources is not None and len(sources.validation) > 0))
     places = gather_places(topology.layout, store.peers)
     refuse_slow_hosts(config, places, store.peers, device_type=visible_devices()[0])
-    baseline = peak_bytes()
+    baseline = held_bytes()
     engine = _start_engine(resolved, topology, kernels, store)
     open_rows(guard.ledger)
     log.info("kernels: %s", "; ".join((*kernels.choices, engine.optimizer_choice)))

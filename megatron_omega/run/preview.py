@@ -24,7 +24,7 @@ from megatron_omega.host.redaction import redact, redacted
 from megatron_omega.planner import report
 from megatron_omega.planner.candidates import Candidate, of_config
 from megatron_omega.planner.estimate import Estimate, Planner
-from megatron_omega.planner.forecast import RunForecast, forecast_lines
+from megatron_omega.planner.forecast import RunForecast, crowded, forecast_lines
 from megatron_omega.planner.hardware import Hardware, find_hardware, read_hardware
 from megatron_omega.planner.machine import this_machine
 from megatron_omega.planner.operations import Assumptions
@@ -70,7 +70,7 @@ class Preview:
         machine = None if has_gpu() else this_machine()
         if machine is None or not machine.hardware.supports(self.config.precision.dtype):
             return None
-        return RunForecast(self._estimate(machine.hardware), machine)
+        return RunForecast(self._estimate(crowded(machine.hardware, self.candidate.world_size)), machine)
 
     @cached_property
     def estimate(self) -> Estimate:

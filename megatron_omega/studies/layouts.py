@@ -60,7 +60,7 @@ def every_layout(model: ModelConfig) -> list[str]:
     cuts = (1 + model.encoder_layers // 2, bridge + 1, bridge + 1 + model.decoder_layers // 2)
     zeros = ["zero0", "dp2-zero0", "dp2-zero2", "dp2-zero3", "dp2-zero3offload", "tp2-dp2-zero3"]
     inner = [] if model.is_decoder_only else [f"pp4-cut{'.'.join(map(str, cuts))}"]
-    others = ["tp3", *inner, "tp2-pp2v-dp2", "pp2i2-dp2", "tp2-pp2i3", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb2"]
+    others = ["tp3", *inner, "tp2-pp2v-dp2", "pp2i2-dp2", "tp2-pp2i3", "tp2sp", "tp2sp-pp2-dp2", "pp2-full", "mb4"]
     return [*("-".join(parts) for parts in axes if parts), *zeros, *others]
 
 
@@ -139,7 +139,7 @@ def _schedule(pipeline: re.Match[str] | None) -> dict[str, str]:
     if pipeline is None or pipeline[2] is None:
         return {}
     if pipeline[2] == "v":
-        return {"parallel.pipeline_schedule": "dualpipev"}
+        return {"parallel.pipeline_schedule": "dualpipev", "batch.micro_batch_size": "1"}  # it needs many
     return {"parallel.pipeline_schedule": "interleaved", "parallel.virtual_stages": pipeline[3]}
 
 

@@ -6,7 +6,12 @@ to each other is taken from the built-in list. `studies.calibration` measures th
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +33,13 @@ from megatron_omega.studies.kernel_rates import (
 SHAPES = ((24, 48, 2, 16), (96, 768, 8, 128), (192, 1536, 8, 256))
 """Hidden size, FFN size, heads and tokens of the layers that are timed."""
 ROUNDS = 2
+_MULTIPLY = """
+import os, sys, numpy
+a = numpy.ones((512, 512), numpy.float32)
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    a @ a
+"""
 BF16_SHARE = 0.05
 """Of the rate of fp32 products, where a CPU has no instructions for bf16."""
 
@@ -50,6 +62,7 @@ def measure() -> HardwareFile:
         peak = max(product_rates(CPU, torch.float32).values())
         attention = attention_rate(CPU, torch.float32)
         works, seconds = _time()
+        crowding = _crowding()
     finally:
         torch.set_num_threads(threads)
     builtin = read_hardware()
@@ -63,7 +76,38 @@ def measure() -> HardwareFile:
         watts=15.0, launch_seconds=1e-5, is_cpu=True, cores=cores(), efficiency=efficiency,
     )  # fmt: skip
     facts = fit_rates(Hardware(CPU, facts, link, link, "gloo"), works, np.array(seconds))
+    facts = facts.model_copy(update={"crowding": crowding})
     return HardwareFile(efficiency=facts.efficiency, accelerators={CPU: facts}, links={"gloo": link})
+
+
+def _crowding() -> float:
+    """Return how much longer layers take while all other cores multiply matrices."""
+    config = layer_config(SHAPES[1], recompute="none")
+    layers = [layer for of_kind in timed_layers(config, SERIAL) for layer in of_kind]
+
+    def seconds() -> float:
+        return sum(min(sum(forward_and_backward(layer)) for _ in range(ROUNDS)) for layer in layers)
+
+    seconds()  # the first pass allocates
+    alone = seconds()
+    with ExitStack() as others:
+        for _ in range(cores() - 1):
+            others.enter_context(_busy_core())
+        return max(1.0, seconds() / alone)
+
+
+@contextmanager
+def _busy_core() -> Iterator[None]:
+    """Let another process multiply matrices meanwhile; it ends with this one, whatever happens."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _MULTIPLY, str(os.getpid())]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun, or could not
+            yield
+        finally:
+            process.kill()
 
 
 def _time() -> tuple[list[Work], list[float]]:

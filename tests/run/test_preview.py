@@ -55,7 +55,7 @@ def test_a_v_holds_two_stages_on_each_rank() -> None:
 
 def test_replicas_follow_from_the_processes() -> None:
     assert "TP 2 x PP 2 x DP 1 = 4 ranks" in describe(resolved())
-    assert "TP 2 x PP 2 x DP 4 = 16 ranks (4 replicas), 1f1b, ZeRO-1, 2 micro-batches of 1" in describe(
+    assert "TP 2 x PP 2 x DP 4 = 16 ranks (4 replicas), 1f1b, ZeRO-1, 1 micro-batches of 2" in describe(
         resolved(world_size=16)
     )
     assert announced_world_size({"WORLD_SIZE": "16"}) == 16
