@@ -11,13 +11,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_omega.config.schema import BatchConfig, DataConfig, ModelConfig, PrecisionConfig, RunConfig
 from megatron_omega.monitoring.forecast import WARM_UP_STEPS, Forecast, comparison, peak_bytes
-from megatron_omega.planner.forecast import RunForecast, forecast
+from megatron_omega.planner.forecast import RunForecast, crowded, forecast
 from megatron_omega.planner.hardware import find_hardware, read_hardware
 from megatron_omega.planner.machine import Machine, cores, keep, this_machine
+from megatron_omega.studies import quick_calibration
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -68,6 +70,25 @@ def test_ranks_that_share_cores_take_turns() -> None:
     alone, eight = (forecast(CONFIG, ranks, 1, hardware) for ranks in (1, 4))
     assert RunForecast(eight, Machine(hardware, "", is_calibrated=True)).ranks_per_core == 2
     assert RunForecast(alone, Machine(hardware, "", is_calibrated=True)).ranks_per_core == 1
+
+
+def test_cores_are_slower_while_others_compute() -> None:
+    facts = find_hardware("cpu").facts.model_copy(update={"cores": 3, "crowding": 1.5})
+    hardware = replace(find_hardware("cpu"), facts=facts)
+    rates = [crowded(hardware, ranks).facts.memory_bandwidth for ranks in (1, 2, 3, 8)]
+    assert rates == pytest.approx([facts.memory_bandwidth / slower for slower in (1, 1.25, 1.5, 1.5)])
+    assert crowded(hardware, 3).facts.launch_seconds == pytest.approx(1.5 * facts.launch_seconds)
+    gpu = find_hardware("h100-80g")
+    assert crowded(gpu, 8) is gpu
+
+
+def test_a_neighbour_is_busy_while_it_is_wanted_and_gone_afterwards() -> None:
+    with quick_calibration._busy_core():
+        neighbour = psutil.Process().children()[-1]
+        began = neighbour.cpu_times().user
+        time.sleep(0.5)
+        assert neighbour.cpu_times().user > began
+    assert not neighbour.is_running()
 
 
 def test_a_quick_calibration_is_kept_and_its_age_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
