@@ -8,7 +8,6 @@ accuracy          of choices by likelihood: see `choices`                       
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_omega.config.check.data import missing_packages
 from megatron_omega.config.schema import Metric
 from megatron_omega.errors import ConfigError
 
@@ -59,7 +59,6 @@ METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "
 ROUGE = ("rouge1", "rouge2", "rougeL")
 CORPUS = {"bleu": "BLEU", "chrf": "CHRF"}
 """Of all answers together -> its class in sacrebleu."""
-_PACKAGES = {"rouge": ("rouge_score", "rouge-score"), "bleu": ("sacrebleu",) * 2, "chrf": ("sacrebleu",) * 2}
 
 
 def rouge(answer: str, wanted: str) -> dict[str, float]:
@@ -93,11 +92,7 @@ def corpus_score(name: str, answers: Sequence[str], wanted: Sequence[str], seed:
 
 def require_metrics(names: Iterable[Metric]) -> None:
     """Raise ConfigError, before any work, for each metric of which the package is missing."""
-    findings = [
-        f"the metric {name} needs the package {package}; install the extra tasks, or {package}"
-        for name, (module, package) in _PACKAGES.items()
-        if name in set(names) and importlib.util.find_spec(module) is None
-    ]
+    findings = [*missing_packages(names)]
     if findings:
         raise ConfigError(*findings)
 

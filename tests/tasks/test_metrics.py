@@ -11,10 +11,10 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
 
+from megatron_omega.config.check import data as config_check
 from megatron_omega.config.check.data import metrics as wrong_metrics
-from megatron_omega.config.schema import Task
+from megatron_omega.config.schema import RunConfig, Task
 from megatron_omega.errors import ConfigError
-from megatron_omega.tasks import metrics
 from megatron_omega.tasks.metrics import corpus_score, exact_match, f1, measure, require_metrics, rouge
 
 PAIRS = 2000
@@ -120,7 +120,9 @@ def test_a_metric_of_the_wrong_kind_is_one_sentence_each(monkeypatch: pytest.Mon
     assert "data.tasks[0].metrics has accuracy" in finding and "a.jsonl" in finding
     assert [task.measured_by for task in tasks] == [("accuracy",), ("accuracy",)]
     assert Task(path="x").measured_by == ("exact_match", "f1")
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         require_metrics(["rouge", "bleu", "exact_match"])
     assert len(caught.value.findings) == 2 and all("install" in one for one in caught.value.findings)
+    asked = {"data": {"tasks": [{"path": "c.jsonl", "metrics": ["rouge"]}]}, "evaluation": {"answers": 8}}
+    assert any("rouge-score" in one for one in config_check.tasks(RunConfig.model_validate(asked)))

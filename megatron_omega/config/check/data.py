@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_omega.config.check.architecture import branches_used
 from megatron_omega.config.check.words import nearest_multiples
-from megatron_omega.config.schema import RunConfig, Stack, Task
+from megatron_omega.config.schema import METRIC_PACKAGES, Metric, RunConfig, Stack, Task
 
 
 def streams(config: RunConfig) -> Iterator[str]:
@@ -87,6 +88,19 @@ def tasks(config: RunConfig) -> Iterator[str]:
     if data.order == "megatron":
         yield "data.order=megatron with data.tasks; that order is of text alone: use flat"
     yield from metrics(data.tasks)
+    if config.evaluation.answers:
+        yield from missing_packages(metric for task in data.tasks for metric in task.measured_by)
+
+
+def missing_packages(metrics: Iterable[Metric]) -> Iterator[str]:
+    """Yield a finding for each metric whose package is not installed."""
+    wanted = set(metrics)
+    for metric, (module, package) in METRIC_PACKAGES.items():
+        if metric in wanted and importlib.util.find_spec(module) is None:
+            yield (
+                f"the metric {metric} needs the package {package}, which is not installed; "
+                f"pip install 'megatron-omega[tasks]', or {package} alone"
+            )
 
 
 def metrics(tasks: Sequence[Task]) -> Iterator[str]:

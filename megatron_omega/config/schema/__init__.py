@@ -31,7 +31,7 @@ from megatron_omega.config.schema.optimization import (
 )
 from megatron_omega.config.schema.parallel import ParallelConfig
 from megatron_omega.config.schema.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ResilienceConfig
-from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, AdapterTarget, LoraConfig, Metric, Task
+from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, METRIC_PACKAGES, AdapterTarget, LoraConfig, Metric, Task
 
 __all__ = [
     "ADAPTER_TARGETS",
@@ -39,6 +39,7 @@ __all__ = [
     "DECODER_BRANCHES",
     "ENCODER_BRANCHES",
     "LEGAL_BRANCHES",
+    "METRIC_PACKAGES",
     "VOCABULARY_MULTIPLE",
     "AdapterTarget",
     "BatchConfig",

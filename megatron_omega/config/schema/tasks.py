@@ -8,6 +8,10 @@ from megatron_omega.config.schema.base import NonNegative, NonNegativeFloat, Pos
 
 AdapterTarget = Literal["qkv", "out", "gate_up", "down", "cross"]
 Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf", "accuracy"]
+METRIC_PACKAGES: dict[Metric, tuple[str, str]] = {
+    "rouge": ("rouge_score", "rouge-score"), "bleu": ("sacrebleu", "sacrebleu"), "chrf": ("sacrebleu", "sacrebleu"),
+}  # fmt: skip
+"""Of a metric that is another project's: its module and its package, of the extra `tasks`."""
 ADAPTER_TARGETS: tuple[AdapterTarget, ...] = ("qkv", "out", "gate_up", "down", "cross")
 
 
