@@ -16,7 +16,7 @@ from megatron_omega.config.schema import RunConfig
 from megatron_omega.planner import pipeline_schedule as schedule
 from megatron_omega.planner.activations import FP32, Shape
 from megatron_omega.planner.candidates import Candidate
-from megatron_omega.planner.hardware import COPIES, PARTITION_HOST, CollectiveKind, Hardware
+from megatron_omega.planner.hardware import COPIES, CPU_STEP_SECONDS, PARTITION_HOST, CollectiveKind, Hardware
 from megatron_omega.planner.memory import InFlight, Memory, Moment, States, fullest
 from megatron_omega.planner.messages import data_bytes, persistent_parameters, tied_ranks
 from megatron_omega.planner.orthogonal import STEPS, exchanged_bytes, moved_matrices, moved_parameters
@@ -267,11 +267,16 @@ def transfer_seconds(estimate: Estimate) -> list[float]:
 
 
 def _shared_cores_seconds(estimate: Estimate, per_rank: list[list[Seconds]]) -> float:
-    """Seconds that the cores need for the work of all ranks of a node, if there are fewer cores than ranks."""
+    """Seconds that the cores need for the work of all ranks of a node, if there are fewer cores than ranks.
+
+    Beside the layers, they take turns at what the host does once a step in each rank.
+    """
     facts, c = estimate.hardware.facts, estimate.candidate
     if facts.cores is None:
         return 0.0
     work = estimate.micro_batches * sum(s.forward + s.backward for parts in per_rank for s in parts)
+    if c.world_size > facts.cores:
+        work += c.pipeline * CPU_STEP_SECONDS
     return work * c.tensor * c.data / (facts.cores * max(1, c.world_size // facts.per_node))
 
 

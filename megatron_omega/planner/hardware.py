@@ -27,6 +27,9 @@ PROCESS = int(0.30 * GIB)
 """What a CPU process holds once torch, DeepSpeed and this package are imported, if nobody has measured it."""
 LATER = int(0.09 * GIB)
 """What rank 0 of a CPU run imports and allocates after that beside tensors: TensorBoard, plots, copies for saving."""
+CPU_STEP_SECONDS = 0.03
+"""What a rank's host does once a step on a small CPU core: engine, optimizer, hooks, batches. Counted where ranks share
+cores; the one of several on cores of their own hides most of it."""
 CPU_RUNTIME = 10 * 2**20
 """What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
 CPU_HOOKS = 3 * 2**20
