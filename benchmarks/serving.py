@@ -76,7 +76,7 @@ async def stream(
         async for line in answer.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
-            if '"error"' in line:
+            if line.startswith('data: {"error"'):
                 raise RuntimeError(line[:200])
             now = time.monotonic()
             (counts.between_seconds if count else counts.first_seconds).append(now - last)
