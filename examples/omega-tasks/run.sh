@@ -11,15 +11,15 @@ omega="python -m megatron_omega"
 
 finetune() { # NAME SETTING...
     [ -e "$run/$1/SUCCESS" ] || torchrun --standalone --nproc-per-node "$ranks" pretrain_omega.py --load "$base" \
-        --tasks "$run/data/tasks.yaml" --logging.run_directory "$run/$1" --evaluation.answers 60 "${@:2}"
+        --tasks "$run/data/tasks.yaml" --logging.run_directory "$run/$1" --batch.micro_batch_size 4 --evaluation.answers 60 "${@:2}"
 }
 
 [ -e "$base/SUCCESS" ] || $omega demo --run "$base"
 [ -e "$run/data/tasks.yaml" ] || $omega gather-tasks --output "$run/data" --records "$records"
 echo; echo "== fine-tuning the whole model"
-finetune full --training.epochs 4 --optimizer.learning_rate 4e-3 "$@"
+finetune full --training.epochs 4 --optimizer.learning_rate 3e-3 "$@"
 echo; echo "== fine-tuning adapters beside it"
-finetune lora --training.epochs 4 --lora.rank 16 --lora.alpha 32 "$@"
+finetune lora --training.epochs 4 --lora.rank 32 --lora.alpha 64 --optimizer.learning_rate 1e-2 "$@"
 echo; echo "== comparison"
 torchrun --standalone --nproc-per-node "$ranks" -m megatron_omega compare --tasks "$run/data/tasks.yaml" --limit "$limit" --output "$run/comparison" \
     --models "untuned, 0-shot=$base" "untuned, 4-shot=$base@4" "fine-tuned whole=$run/full" "fine-tuned by LoRA=$run/lora"
