@@ -65,13 +65,13 @@ def _locked(descriptor: int) -> bool:
 
 def _end_of_lines(descriptor: int, size: int) -> int:
     """Return the byte behind the last whole line."""
-    end = size
+    end, chunk = size, 1  # nearly always it is the last byte
     while end:
-        start = max(0, end - _CHUNK)
+        start = max(0, end - chunk)
         newline = os.pread(descriptor, end - start, start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
-        end = start
+        end, chunk = start, _CHUNK
     return 0
 
 
