@@ -7,6 +7,7 @@ of rank 0's monitor. It ends soon after its rank, whatever happens, and never ou
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import selectors
 import signal
@@ -233,7 +234,7 @@ class Monitor:
     def _written_stack(self, *, resume: bool) -> str:
         """Let the rank write its stack and, where it can still do so, what its device has done."""
         before, settled = os.fstat(self._stacks).st_size, self._ledger.settled
-        self._signal(self._facts["signal"])
+        self._signal_main_thread(self._facts["signal"])
         if self._has_device:
             self._rank.send("settle")
         if resume:
@@ -256,6 +257,16 @@ class Monitor:
         while os.getppid() == self._parent and time.monotonic() < until:
             time.sleep(0.02)
         self._signal(signal.SIGKILL)
+
+    def _signal_main_thread(self, number: int) -> None:
+        """Signal the thread whose stack is wanted. Of a process that was stopped any other thread might take a signal
+        to all, and the main one would have run on by the time that stacks are written.
+        """
+        send = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30 and newer
+        if send is None:
+            self._signal(number)
+        elif os.getppid() == self._parent:
+            send(self._parent, self._parent, int(number))
 
     def _signal(self, number: int) -> None:
         if os.getppid() == self._parent:  # else the number may belong to another process by now
