@@ -75,8 +75,10 @@ check: setup ## The fast half of test: lint, types, and the unit tests of what w
 	$(BIN)/python -m pytest -q -n 2 -m "not distributed" $$($(BIN)/python tests/affected.py $(SINCE))
 
 docs: setup ## Make the documentation site in build/site
-	$(PIP_INSTALL) --editable '.[docs]'
-	$(BIN)/mkdocs build --quiet --strict
+	@# An environment of its own: mkdocs brings a package called watchdog, which hides tests/watchdog.
+	@test -x build/docs/bin/mkdocs || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install -qq \
+		--disable-pip-version-check --constraint constraints.txt 'mkdocs>=1.6'; }
+	build/docs/bin/mkdocs build --quiet --strict
 
 settings: setup ## Write docs/settings.md anew from the schema
 	$(BIN)/python -m megatron_omega settings > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
