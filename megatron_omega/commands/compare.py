@@ -85,6 +85,7 @@ def compared(models: dict[str, Contender], arguments: argparse.Namespace, share:
     first = load_text_model(path, device)
     scores: list[Score] = []
     curves: list[Curve] = []
+    drawn: set[Path] = set()  # a run has one curve, with however many examples it is asked
     for name, one in models.items():
         log.info("%s: %s", name, one.path)
         asked = arguments if one.shots is None else argparse.Namespace(**{**vars(arguments), "shots": one.shots})
@@ -96,7 +97,8 @@ def compared(models: dict[str, Contender], arguments: argparse.Namespace, share:
         model = first if one.path == path else with_split_of(first, load_text_model(one.path, device))
         found = list(scores_of(model, name, asked, share))
         scores += [score for score in found if not score.is_guess or name == names[0]]
-        if one.path not in [models[before].path for before in names[: names.index(name)]]:
+        if one.path not in drawn:
+            drawn.add(one.path)
             curves += curves_of(name, one.path, model)
     return Comparison(tuple(scores), tuple(curves))
 

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,12 @@ def read_places(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield end, value
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def objects_in(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of lines that were read already, half a line passed over."""
+    yield from (value for value in map(_object, lines) if value is not None)
+
+
+def _object(line: bytes | str) -> dict[str, Any] | None:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:

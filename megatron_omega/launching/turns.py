@@ -6,18 +6,16 @@ each rank that failed: launchers lose codes, and the order of the files is the o
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_omega.errors import ConfigError
 from megatron_omega.host import run_folder
-from megatron_omega.host.json_lines import append_line, encode_line
+from megatron_omega.host.json_lines import append_line, encode_line, objects_in
 from megatron_omega.host.redaction import redacted
 from megatron_omega.host.regular_files import read_text
 from megatron_omega.host.run_folder import SUCCESS
@@ -137,11 +135,7 @@ class Turn:
             return []
         except OSError as error:
             raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; move it away") from None
-        found: list[Mapping[str, Any]] = []
-        for line in text.splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return [line for line in found if line["job"] == self.job]
+        return [line for line in objects_in(text.splitlines()) if line["job"] == self.job]
 
 
 def next_step(turn: Turn, outcome: Outcome, *, goes_on_when_stopped: bool) -> tuple[bool, str]:

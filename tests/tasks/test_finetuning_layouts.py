@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from resuming import unbroken_and_broken
 from tiny import TinyCorpus
 
 from megatron_omega.checkpoint.reader import open_checkpoint
-from megatron_omega.config.arguments import Arguments, Override
-from megatron_omega.launching.local_ranks import run_ranks
-from megatron_omega.studies.layouts import arguments_for, compare, measure, parse_layout, train_rank
+from megatron_omega.config.arguments import Override
+from megatron_omega.studies.layouts import compare, measure, parse_layout
 
 pytestmark = pytest.mark.distributed
 STEPS, TOLERANCE = 4, 1e-5
@@ -82,18 +81,8 @@ def test_layout_equals_one_process(
 def test_adapters_resume_bit_for_bit_and_are_all_that_is_saved(
     base: tuple[str, ...], tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
-    def train(folder: Path) -> Path:
-        more = overrides(*base, *MODES["lora"], "checkpoint.interval_steps=2", "checkpoint.resume=true")
-        arguments = arguments_for(tiny_corpus.run_yaml, parse_layout("tp2"), [], steps=STEPS, folder=folder)
-        arguments = Arguments(arguments.config, arguments.deepspeed_config, (*arguments.overrides, *more))
-        run_ranks(train_rank, 2, arguments)
-        return folder / "tp2"
-
-    unbroken = train(tmp_path / "unbroken")
-    broken = tmp_path / "broken/tp2"
-    shutil.copytree(unbroken, broken)
-    shutil.rmtree(broken / f"checkpoints/step-{STEPS:08d}")
-    train(tmp_path / "broken")
+    more = overrides(*base, *MODES["lora"], "checkpoint.interval_steps=2")
+    unbroken, broken = unbroken_and_broken(tiny_corpus.run_yaml, "tp2", more, STEPS, tmp_path)
     readers = [open_checkpoint(run / f"checkpoints/step-{STEPS:08d}") for run in (unbroken, broken)]
     names = readers[0].names()
     assert all(".lora_" in name for name in names) and names == readers[1].names()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from resuming import unbroken_and_broken
 from tiny import TinyCorpus
 
 from megatron_omega.checkpoint.reader import open_checkpoint
-from megatron_omega.config.arguments import Arguments, Override
-from megatron_omega.launching.local_ranks import run_ranks
-from megatron_omega.studies.layouts import FP32_TOLERANCE, arguments_for, compare, measure, parse_layout, train_rank
+from megatron_omega.config.arguments import Override
+from megatron_omega.studies.layouts import FP32_TOLERANCE, compare, measure, parse_layout
 
 pytestmark = pytest.mark.distributed
 STEPS, BREAK = 4, 2
@@ -52,18 +51,8 @@ def test_its_examples_are_others(reference: list[dict[str, Any]], tiny_corpus: T
 
 
 def test_resumed_equals_unbroken(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
-    def train(folder: Path) -> Path:
-        more = overrides(*IN_CONTEXT, "checkpoint.resume=true", f"checkpoint.interval_steps={BREAK}")
-        arguments = arguments_for(tiny_corpus.run_yaml, parse_layout("tp2"), more, steps=STEPS, folder=folder)
-        again = Arguments(arguments.config, arguments.deepspeed_config, (*arguments.overrides, *more))
-        run_ranks(train_rank, 2, again)
-        return folder / "tp2"
-
-    unbroken = train(tmp_path / "unbroken")
-    broken = tmp_path / "broken/tp2"
-    shutil.copytree(unbroken, broken)
-    shutil.rmtree(broken / f"checkpoints/step-{STEPS:08d}")
-    train(tmp_path / "broken")
+    more = overrides(*IN_CONTEXT, f"checkpoint.interval_steps={BREAK}")
+    unbroken, broken = unbroken_and_broken(tiny_corpus.run_yaml, "tp2", more, STEPS, tmp_path)
     expected, found = (_figures(run) for run in (unbroken, broken))
     assert found == expected and [row["step"] for row in found] == list(range(1, STEPS + 1))
     readers = [open_checkpoint(run / f"checkpoints/step-{STEPS:08d}") for run in (unbroken, broken)]
