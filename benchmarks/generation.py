@@ -166,10 +166,9 @@ def bound_seconds(model: TextModel) -> float:
     layers = scheduler._engine.decoder.layers
     matrices = [one for layer in layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     matrices += [one for layer in layers if layer.cross is not None for one in (layer.cross_q, layer.cross_out)]
-    weights: list[torch.Tensor] = [one._transposed for one in matrices]  # pyright: ignore[reportAttributeAccessIssue]
-    weights.append(model.model.table.weight.t())
-    rows = [torch.randn(1, weight.shape[0]) for weight in weights]
-    return min(cpu_seconds(lambda: [torch.mm(row, w) for row, w in zip(rows, weights, strict=True)]) for _ in range(5))
+    matrices.append(scheduler._engine.decoder.to_logits)
+    rows = [torch.randn(1, one.inputs) for one in matrices]
+    return min(cpu_seconds(lambda: [one(row) for row, one in zip(rows, matrices, strict=True)]) for _ in range(5))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

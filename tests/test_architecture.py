@@ -23,7 +23,7 @@ ALLOWED: dict[str, str] = {
     "model": "config parallel", "engine": "config parallel",
     "training": "config engine",
     "checkpoint": "config engine parallel",
-    "monitoring": "config planner training",
+    "monitoring": "config parallel planner training",
     "watchdog": "config training",
     "health": "accounting config engine parallel training",
     "export": "checkpoint config data model parallel",

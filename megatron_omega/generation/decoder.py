@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_omega.generation.cache import Part
-from megatron_omega.generation.matrices import Matrix, Weigh, plain
+from megatron_omega.generation.matrices import Matrix, Weigh, as_it_is, plain
 from megatron_omega.model.embeddings import rotary_table
 from megatron_omega.model.layers import DecoderLayer, Head
 from megatron_omega.model.omega import Omega
+from megatron_omega.parallel.products import product
 
 ROW_MULTIPLE = 4
 
@@ -158,7 +159,7 @@ def _scaled(hidden: Tensor, gain: Tensor, epsilon: Tensor) -> Tensor:
 
 def _after(hidden: Tensor, attended: Tensor, out: Tensor, residual: float) -> Tensor:
     """Add what attended [rows, heads * head_dim] gives through `out` [d, ...]."""
-    return hidden + residual * F.linear(attended, out.flatten(1))
+    return hidden + residual * product(attended, out.flatten(1))
 
 
 @torch.compile
@@ -167,7 +168,7 @@ def _projected(
 ) -> Tensor:
     """[rows, d] -> q, k, v [rows, branches * 3 * heads * head_dim], q and k normalised and rotated."""
     branches, _, heads, head_dim = gains.shape
-    split = F.linear(_scaled(hidden, norm, epsilon), qkv.flatten(0, -2)).view(-1, branches, 3, heads, head_dim)
+    split = product(_scaled(hidden, norm, epsilon), qkv.flatten(0, -2)).view(-1, branches, 3, heads, head_dim)
     query_key = normalised(split[:, :, :2], epsilon) * gains
     if rotation is not None:
         cosine, sine = rotation
@@ -182,7 +183,7 @@ def _queried(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return hidden with what attended, and the queries of the memory [rows, heads, head_dim]."""
     hidden = _after(hidden, attended, out, residual)
-    query = F.linear(_scaled(hidden, norm, epsilon), to_query.flatten(0, -2)).view(-1, *gains.shape)
+    query = product(_scaled(hidden, norm, epsilon), to_query.flatten(0, -2)).view(-1, *gains.shape)
     return hidden, (normalised(query, epsilon) * gains).to(query.dtype)
 
 
@@ -193,7 +194,7 @@ def _fed(
 ) -> Tensor:  # fmt: skip
     """Return hidden with what attended, and the feed-forward network behind it."""
     hidden = _after(hidden, attended, out, residual)
-    gate, up = F.linear(_scaled(hidden, norm, epsilon), gate_up.flatten(0, -2)).chunk(2, dim=-1)
+    gate, up = product(_scaled(hidden, norm, epsilon), gate_up.flatten(0, -2)).chunk(2, dim=-1)
     return _after(hidden, F.silu(gate) * up, down, residual)
 
 
@@ -206,6 +207,8 @@ class Decoder:
         self.workspaces: dict[Hashable, Any] = {}
         self.norm = cast(Head, model.module_named("head")).norm
         self.table = model.table
+        rows = model.context.model.vocab_size if self.parallel.size == 1 else len(self.table.weight)
+        self.to_logits = plain(self.table.weight[:rows], -1)
 
     def _passes(self, kind: type[LayerPass], weigh: Weigh) -> Sequence[LayerPass]:
         layers = (cast(DecoderLayer, self.model.module_named(f"decoder.layers.{n}")) for n in range(len(self._parts)))
@@ -215,7 +218,7 @@ class Decoder:
     def compile(self) -> None:
         """Let torch.compile fuse the layers; nothing is compiled before the first rows. One rank, plain weights."""
         assert self.parallel.size == 1, "messages of a layer lie inside what would be compiled"
-        self.layers = self._passes(CompiledLayerPass, plain)
+        self.layers = self._passes(CompiledLayerPass, as_it_is)
 
     @property
     def device(self) -> torch.device:
@@ -242,10 +245,10 @@ class Decoder:
         settings, table = self.model.context.model, self.table
         normal = self.norm(hidden)
         if self.parallel.size == 1:
-            found = (normal @ table.weight[: settings.vocab_size].t()).float()
+            found = self.to_logits(normal).float()
         else:
             found = normal.new_zeros(len(normal), settings.padded_vocab_size, dtype=torch.float32)
-            found[:, table.start : table.stop] = normal @ table.weight.t()
+            found[:, table.start : table.stop] = self.to_logits(normal)
             found = self.parallel.all_reduce(found)[:, : settings.vocab_size]
         return found.mul_(settings.logit_multiplier)
 

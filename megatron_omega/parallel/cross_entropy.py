@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_omega.config.labels import IGNORED_LABEL
+from megatron_omega.parallel.products import is_for_onednn, product
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 
@@ -78,6 +79,10 @@ def _add_gradients(
     d_logits: Tensor, hidden: Tensor, table: Tensor, scale: float, d_hidden: Tensor, d_table: Tensor
 ) -> None:
     """Fill `d_hidden` and add to `d_table`; scaled are these, not the much larger logits."""
+    if is_for_onednn(d_logits, table.t()):
+        torch.mul(product(d_logits, table.t()), scale, out=d_hidden)
+        d_table.add_(product(d_logits.t(), hidden.t()), alpha=scale)
+        return
     torch.mm(d_logits, table, out=d_hidden).mul_(scale)
     if hidden.dtype == d_table.dtype:
         torch.addmm(d_table, d_logits.t(), hidden, alpha=scale, out=d_table)  # torch counts FLOPs of this form alone
@@ -91,7 +96,7 @@ def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 def _logits(hidden: Tensor, table: Tensor, bias: Tensor | None, loss: VocabularyLoss) -> Tensor:
     """[n, d], [v, d] -> fp32 [n, v]; padding rows of the table get -inf."""
-    logits = (hidden @ table.t()).float().mul_(loss.output_multiplier)
+    logits = product(hidden, table).float().mul_(loss.output_multiplier)
     if bias is not None:
         logits += bias.float()
     start, stop = loss.parallel.shard(loss.padded_vocab_size)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_omega.parallel.products import product
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 
@@ -39,19 +39,19 @@ class _Products(Function):
         context.parallel = parallel
         entered = parallel.gather(hidden) if parallel.sequence_parallel else hidden
         context.save_for_backward(entered, *weights)
-        return tuple(F.linear(entered, _matrix(weight)) for weight in weights)
+        return tuple(product(entered, _matrix(weight)) for weight in weights)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         entered, *weights = context.saved_tensors
-        d_hidden = gradients[0] @ _matrix(weights[0])
+        d_hidden = product(gradients[0], _matrix(weights[0]).t())
         for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-            d_hidden += gradient @ _matrix(weight)
+            d_hidden += product(gradient, _matrix(weight).t())
         arriving = context.parallel.start_leaving(d_hidden)
-        inputs = entered.flatten(0, -2)
+        inputs = entered.flatten(0, -2).t()
         is_needed = context.needs_input_grad[2:]  # a frozen weight has no gradient
         d_weights = [
-            (gradient.flatten(0, -2).t() @ inputs).view(weight.shape) if needed else None
+            product(gradient.flatten(0, -2).t(), inputs).view(weight.shape) if needed else None
             for gradient, weight, needed in zip(gradients, weights, is_needed, strict=True)
         ]
         return arriving(), None, *d_weights

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_omega.parallel.products import product
+
 
 def linear(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
     """X W^T: [..., in], a weight of any shape that is a matrix [rows, in] when flattened -> [..., rows]."""
@@ -50,16 +52,16 @@ class _Linear(Function):
     def forward(context: Any, hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
         context.rows = rows
         context.save_for_backward(hidden if weight.requires_grad else None, weight)
-        return F.linear(hidden, weight.reshape(rows, -1))
+        return product(hidden, weight.reshape(rows, -1))
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = context.saved_tensors
         d_hidden = d_weight = None
         if context.needs_input_grad[0]:
-            d_hidden = gradient @ weight.reshape(context.rows, -1)
+            d_hidden = product(gradient, weight.reshape(context.rows, -1).t())
         if context.needs_input_grad[1]:
-            d_weight = (gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)).view(weight.shape)
+            d_weight = product(gradient.flatten(0, -2).t(), hidden.flatten(0, -2).t()).view(weight.shape)
         return d_hidden, d_weight, None
 
 
@@ -134,7 +136,7 @@ class _GatedLinear(Function):
     def forward(context: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(gate_up, weight)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return product(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -143,9 +145,9 @@ class _GatedLinear(Function):
         activated = F.silu(gate)
         d_gate_up = d_weight = None
         if context.needs_input_grad[1]:
-            d_weight = gradient.flatten(0, -2).t() @ (activated * up).flatten(0, -2)
+            d_weight = product(gradient.flatten(0, -2).t(), (activated * up).flatten(0, -2).t())
         if context.needs_input_grad[0]:
-            d_gate_up = _gate_up_gradient(gradient @ weight, gate, up, activated)
+            d_gate_up = _gate_up_gradient(product(gradient, weight.t()), gate, up, activated)
         return d_gate_up, d_weight
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
@@ -26,6 +25,7 @@ from megatron_omega.model.kernels import select_kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
 from megatron_omega.model.stream import Pattern, Stream
 from megatron_omega.parallel.lean import add_and_norm
+from megatron_omega.parallel.products import product
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
 from megatron_omega.planner.hardware import BACKWARD_HOST
 from megatron_omega.planner.work import BACKWARD_LAUNCHES, FORWARD_TRAFFIC, layer_works
@@ -85,7 +85,7 @@ def product_rates(device: str, dtype: torch.dtype) -> dict[tuple[int, int, int],
     for m, n, k in PRODUCTS if dtype == torch.float32 or device != "cpu" else PRODUCTS[:1]:
         m, n, k = m * scale, n * scale, k * scale
         left, right = (torch.rand(*shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
-        seconds = best_seconds(lambda left=left, right=right: F.linear(left, right), device)
+        seconds = best_seconds(lambda left=left, right=right: product(left, right), device)
         rates[m, n, k] = 2 * m * n * k / seconds
     return rates
 

@@ -18,7 +18,7 @@ from written_models import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 from megatron_omega.errors import ConfigError, DataError
 from megatron_omega.export.loading import TextModel
-from megatron_omega.generation import decoder
+from megatron_omega.generation import decoder, matrices
 from megatron_omega.generation.beams import BeamSearch
 from megatron_omega.generation.decoding import Continuation, encode
 from megatron_omega.generation.prompts import prompt_ids
@@ -26,6 +26,7 @@ from megatron_omega.generation.requests import Event, Finished, Limits, Request,
 from megatron_omega.generation.sampling import Sampling, penalised
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.generation.texts import GrowingText
+from megatron_omega.parallel import products
 
 LIMITS = Limits(8, 1200, 600, 32, prefixes=3)
 DECODER_ONLY = {"encoder_layers": 0, "decoder_branches": ["causal", "select", "local", "axial"], "select_blocks": 2}
@@ -50,8 +51,13 @@ def assert_nothing_is_held(scheduler: Scheduler) -> None:
     assert scheduler.free == scheduler.limits.sequences and not scheduler._memories._users
 
 
+@pytest.mark.parametrize("smallest_packed", [matrices.SMALLEST_PACKED, 0], ids=["plain", "packed"])
 @pytest.mark.parametrize("fields", [{}, DECODER_ONLY], ids=["omega", "decoder-only"])
-def test_requests_that_come_and_go_answer_as_one_by_one(fields: dict) -> None:
+def test_requests_that_come_and_go_answer_as_one_by_one(
+    fields: dict, smallest_packed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrices, "SMALLEST_PACKED", smallest_packed)
+    monkeypatch.setattr(products, "SMALLEST", min(products.SMALLEST, smallest_packed))
     model, draw = text_model(**fields), random.Random(7)
     requests = random_requests(model, 100, seed=1)
     alone = Scheduler(model, LIMITS)

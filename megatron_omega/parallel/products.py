@@ -1,0 +1,82 @@
+"""Matrix products, by oneDNN where that is faster.
+
+On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's processors alone. oneDNN comes with torch
+as well, and uses it wherever it is: on AMD's it computes 2.3 times as fast. For fp32 torch offers it only as an
+operator without a gradient, so our own functions, whose backward pass is written out, ask for it. A call takes 10
+microseconds, so small products stay with torch. Which are small does not depend on the number of rows above
+FEWEST_ROWS: texts that are read together give each row what it would have alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+SMALLEST = 2**14
+"""Elements of the right matrix from which oneDNN is the faster one."""
+FEWEST_ROWS = 4
+
+PACKED_ROWS = 16
+"""The number of rows that a packed matrix is laid out for; it multiplies any."""
+
+_linear = torch.ops.mkldnn._linear_pointwise
+_ONEDNN = _linear.default if torch.backends.mkldnn.is_available() else None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """[..., k], [n, k] -> left right^T [..., n]. No gradient is recorded where oneDNN computes it."""
+    if not is_for_onednn(left, right):
+        return F.linear(left, right)
+    rows = left.reshape(-1, left.shape[-1])
+    # Inductor takes the operator's second argument for a packed constant, and knows nothing of ours.
+    found = torch.ops.megatron_omega.product(rows, right) if torch.compiler.is_compiling() else by_onednn(rows, right)
+    return found.view(*left.shape[:-1], -1)
+
+
+def is_for_onednn(left: Tensor, right: Tensor) -> bool:
+    """Tell whether oneDNN computes left [..., k] right [n, k]^T."""
+    return (
+        is_onednns(left)
+        and is_onednns(right)
+        and right.numel() >= SMALLEST
+        and left.numel() >= FEWEST_ROWS * left.shape[-1]
+    )
+
+
+def is_onednns(matrix: Tensor) -> bool:
+    """Tell whether a matrix is of the kind that this module leaves to oneDNN: fp32, on a CPU."""
+    return _ONEDNN is not None and matrix.device.type == "cpu" and matrix.dtype == torch.float32
+
+
+def pack(right: Tensor) -> Tensor:
+    """Copy a matrix [n, k] into the layout in which `by_onednn` reads it fastest, for few rows above all."""
+    return torch.ops.mkldnn._reorder_linear_weight(right.detach().contiguous(), PACKED_ROWS)
+
+
+def by_onednn(left: Tensor, right: Tensor) -> Tensor:
+    """[m, k], [n, k] which may be packed -> left right^T [m, n], on a CPU in fp32."""
+    assert _ONEDNN is not None
+    return _ONEDNN(_dense(left), right if right.is_mkldnn else _dense(right), None, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Other strides than those of a dense matrix or its transpose would take oneDNN's slowest way."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+_library = torch.library.Library("megatron_omega", "DEF")
+_library.define("product(Tensor left, Tensor right) -> Tensor")
+_library.impl("product", by_onednn, "CPU")
+
+
+@torch.library.register_fake("megatron_omega::product")
+def _shape(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0])
+
+
+@register_flop_formula([_linear, torch.ops.megatron_omega.product])
+def _flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
+    """Let torch's FlopCounterMode count it, as it counts torch's own products."""
+    return 2 * left.numel() * right[0]
