@@ -1,6 +1,7 @@
 """Tasks that every Python installation carries: functions and their docstrings. Nothing is downloaded.
 
-    summary     a function's source without its docstring   ->  the docstring's first line
+    summary     a function's source without its docstring,  ->  the docstring's first line
+                and its name spelled out
     default     a function's signature, and an argument     ->  the argument's default, if it is a constant
     package     the same source, or its beginning           ->  the package it belongs to, of the most frequent ones
 
@@ -16,6 +17,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ import yaml
 
 Record = dict[str, str]
 TEMPLATES: dict[str, tuple[str, str]] = {
-    "summary": ("{text}\n# In short:", " {answer}"),
+    "summary": ("{text}\n# {spelled}, in short:", " {answer}"),
     "default": ("{text}\n# The default of {argument} is", " {answer}"),
     "package": ("{text}\n# From the package", " {answer}"),
 }
@@ -78,7 +80,7 @@ def summary(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
     """Yield the body of a function and the first line of its docstring, if that is a sentence."""
     line = (ast.get_docstring(node) or "").partition("\n")[0].strip()
     if len(node.body) > 1 and len(line.split()) > 2 and line.endswith("."):
-        yield {"text": _bare(node), "answer": line}
+        yield {"text": _bare(node), "spelled": spelled(node.name), "answer": line}
 
 
 def default(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
@@ -99,6 +101,11 @@ def package(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
     text = _bare(node)[:_BEGINNING] if len(node.body) > 1 else ""
     if origin.package.lower() not in text.lower():
         yield {"text": text, "answer": origin.package}
+
+
+def spelled(name: str) -> str:
+    """Return the words of a name: `_readLine2` is `read line2`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").strip().lower()
 
 
 def _bare(node: ast.FunctionDef) -> str:
