@@ -99,12 +99,11 @@ def main() -> int:
     results = {}
     for name, found in seconds.items():
         ratios = [mine / one for mine, one in zip(found, seconds[ONE], strict=True)]
-        results[name] = {
-            "seconds": statistics.median(found), "ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)],
-        }  # fmt: skip
+        middle, ratio = statistics.median(found), statistics.median(ratios)
+        results[name] = {"seconds": middle, "ratio": ratio, "range": [min(ratios), max(ratios)]}
         if not options.json:
-            print(f"{name:10} {statistics.median(found):.3f} CPU-seconds, {statistics.median(ratios):.3f} of one rank "
-                  f"({min(ratios):.3f} to {max(ratios):.3f})", flush=True)  # fmt: skip
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+            print(f"{name:10} {middle:.3f} CPU-seconds, {ratio:.3f} of one rank ({spread})", flush=True)
     missed = [name for name, goal in GOALS.items() if name in results and results[name]["ratio"] > goal]
     print(
         json.dumps(results | {"missed": missed})
