@@ -208,8 +208,26 @@ def _zeros_by_token(part: Tensor) -> Tensor:
     return part.new_zeros(batch, branches, length, heads, head_dim).transpose(2, 3)
 
 
-_traced_attend = torch.library.custom_op("megatron_omega::attend_spans", mutates_args=())(_attend)
-_traced_backward = torch.library.custom_op("megatron_omega::attend_spans_backward", mutates_args=())(_attend_backward)
+def _by_token(part: Tensor) -> Tensor:
+    """Lay out as [b, branches, s, h, ...]: a compiler is promised that; one call may give what its inputs look like."""
+    return part.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@torch.library.custom_op("megatron_omega::attend_spans", mutates_args=())
+def _traced_attend(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    attended, sums = _attend(query, key, value, spans, causal)
+    return _by_token(attended), _by_token(sums)
+
+
+@torch.library.custom_op("megatron_omega::attend_spans_backward", mutates_args=())
+def _traced_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, sums: Tensor, spans: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_query, d_key, d_value = _attend_backward(gradient, query, key, value, attended, sums, spans, causal)
+    return _by_token(d_query), _by_token(d_key), _by_token(d_value)
 
 
 @_traced_attend.register_fake

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_omega.model import documents
 from megatron_omega.model.documents import (
     attend_bounds,
     attend_spans,
@@ -23,7 +24,7 @@ from megatron_omega.model.documents import (
     self_spans,
 )
 from megatron_omega.model.kernels import PORTABLE
-from megatron_omega.model.stream import Pattern, Stream, cross_mask, dense_mask
+from megatron_omega.model.stream import PADDING, Pattern, Stream, cross_mask, dense_mask
 
 WIDTH = 8
 Rows = list[list[int]]
@@ -170,3 +171,21 @@ def test_what_is_padded_for_the_kernel_is_one_call_and_anything_else_is_not_copi
     attended = attend_bounds(kernel, query, key, value, self_bounds(stream, WIDTH), (-1, -1))
     assert seen == heads and [part.shape[1] for part in attended] == [2, 2]
     assert {*storages} == {query.untyped_storage().data_ptr()}, "the kernel is given views; it pads them itself"
+
+
+@pytest.mark.parametrize("lengths", [[16], [9, 7], [5, 8]], ids=["one document", "two", "padding"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_compiler_is_told_the_layout_that_it_gets(batch: int, lengths: list[int]) -> None:
+    """Inputs are views of what one product gave, [b, s, branches, 3, h, d], as the attention mix has them."""
+    row = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
+    stream = Stream(torch.tensor([[*row, *[PADDING] * (16 - len(row))]] * batch), PORTABLE)
+    spans = self_spans(stream)
+    parts = torch.randn(batch, 16, 2, 3, 3, 8).permute(3, 0, 2, 4, 1, 5).unbind()
+    attended, sums = documents._traced_attend(*parts, spans, False)
+    gradients = documents._traced_backward(torch.randn_like(attended), *parts, attended, sums, spans, False)
+    for found, told in zip((attended, sums, *gradients), (
+        *documents._room_for_attended(parts[0]), *documents._room_for_gradients(*parts)
+    ), strict=True):  # fmt: skip
+        assert found.shape == told.shape
+        strides = [(a, b) for a, b, size in zip(found.stride(), told.stride(), found.shape, strict=True) if size > 1]
+        assert all(a == b for a, b in strides)
