@@ -19,7 +19,7 @@ from megatron_omega.planner.machine import CALIBRATED
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--output", type=output_file, default=CALIBRATED, help=f"hardware file to write (default: {CALIBRATED})"
     )

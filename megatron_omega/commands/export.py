@@ -8,7 +8,7 @@ megatron_omega.export.loading). What was trained on there comes back by megatron
 
 A checkpoint of adapters is merged into its base; with --adapters it is written alone, as PEFT loads it:
 
-megatron-omega export-hf --checkpoint runs/omega-tiny-finetuned --adapters --output exports/adapters
+megatron-omega export-hf --checkpoint runs/omega-tiny-lora --adapters --output exports/adapters
 """
 
 from __future__ import annotations

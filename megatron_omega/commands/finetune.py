@@ -1,7 +1,8 @@
 """Fine-tune a trained model on supervised tasks: whole, or with low-rank adapters (LoRA).
 
     megatron-omega finetune --load runs/omega-tiny --tasks pairs.jsonl
-    megatron-omega finetune --load runs/omega-tiny --tasks tasks.yaml --lora.rank 8
+    megatron-omega finetune --load runs/omega-tiny --tasks tasks.yaml --lora.rank 8 \\
+        --logging.run_directory runs/omega-tiny-lora
     deepspeed pretrain_omega.py --load runs/omega-tiny --tasks tasks.yaml        the same on several ranks
 
 --tasks names records (.jsonl, .parquet; fields `prompt` and `target`) or a YAML list of tasks: path, prompt and target
@@ -26,4 +27,4 @@ def as_run(arguments: Arguments, world_size: int) -> FineTuning:
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune; or, with --dry-run, print what would be trained."""
-    train.start(parse_arguments(argv), as_run)
+    train.start(parse_arguments(argv, about=__doc__), as_run)

@@ -27,7 +27,7 @@ from megatron_omega.planner.ranking import Ranking, best_per_grid, nothing_fits,
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="run.yaml of the model to train")
     parser.add_argument("--gpus", type=int, required=True, help="number of accelerators")
     parser.add_argument("--gpu", required=True, help="accelerator, by its name in the hardware file")

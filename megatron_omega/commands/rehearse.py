@@ -25,7 +25,7 @@ from megatron_omega.planner.ranking import nothing_fits, rank
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = CommandLine(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="run.yaml of the model")
     parser.add_argument(
         "--gpus", type=int, nargs="+", required=True, help="numbers of accelerators: the best layout of each"

@@ -87,4 +87,4 @@ def initial_of(config: RunConfig) -> InitialWeights | None:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, check, and train; or, with --dry-run, print what would be trained."""
-    start(parse_arguments(argv), as_run)
+    start(parse_arguments(argv, about=__doc__), as_run)

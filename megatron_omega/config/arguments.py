@@ -125,13 +125,18 @@ class _Collect(argparse.Action):
         namespace.overrides.append(Override(self.dest, values))
 
 
-def build_parser(program: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser: the run's own options, then one for each setting, grouped by section."""
+def build_parser(program: str | None = None, about: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser: the run's own options, then one for each setting, grouped by section.
+
+    about: what `--help` says of the verb.
+    """
     parser = CommandLine(
         prog=program,
         allow_abbrev=False,
-        usage="%(prog)s --config YAML [--deepspeed_config JSON] [--dry-run] [--section.field VALUE ...]",
-        description="Pretrain GPT-Omega. Every setting can be given in the YAML file or as --section.field value.",
+        usage="%(prog)s [--config YAML] [--load PATH] [--deepspeed_config JSON] [--dry-run] "
+        "[--section.field VALUE ...]",
+        description=about or "Every setting can be given in the YAML file or as --section.field value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Values are YAML: --model.encoder_branches '[full, local]', --data.corpora '[{prefix: corpus/text}]'.",
     )
     parser.set_defaults(overrides=[])
@@ -200,15 +205,15 @@ def _plain(kind: Any) -> Any:
     return kind.__origin__ if hasattr(kind, "__metadata__") else kind
 
 
-def parse_arguments(argv: Sequence[str], program: str | None = None) -> Arguments:
-    """Read a command line. `--help` prints and ends the process.
+def parse_arguments(argv: Sequence[str], program: str | None = None, about: str | None = None) -> Arguments:
+    """Read a command line. `--help` prints, `about` first, and ends the process.
 
     Options with a dot that are no setting are kept as overrides: `config.load` reports them with all other errors.
 
     Raises:
         ConfigError: an option is unknown or lacks its value.
     """
-    parser = build_parser(program)
+    parser = build_parser(program, about)
     known, rest = parser.parse_known_args(list(argv))
     return Arguments(
         config=known.config,

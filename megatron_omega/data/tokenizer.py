@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,5 +205,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
+        if most := re.search(r"Vocabulary size too high .* value <= (\d+)", reason):
+            reason = f"it gives at most {most[1]}; ask for fewer, or give more text"
         raise DataError(f"no tokenizer of {vocab_size} pieces can be learned from this text ({reason})") from None
     return model.getvalue()

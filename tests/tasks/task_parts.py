@@ -56,3 +56,18 @@ def write_tasks(folder: Path, **more: Any) -> Path:
 def write_model_folder(folder: Path, **sections: dict[str, Any]) -> Path:
     write_run(folder, None, **sections)
     return folder
+
+
+def write_t5(folder: Path, tokenizer: Path) -> Path:
+    """A tiny T5 of Transformers, with a tokenizer of the same kind."""
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=420, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **ids)
+    )
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer), pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from export.export_cases import write_case
-from task_parts import write_model_folder, write_records, write_tasks
+from task_parts import write_model_folder, write_records, write_t5, write_tasks
 from written_models import tiny_config
 
 from megatron_omega.accounting.counts import training_flops_per_token
@@ -97,21 +97,6 @@ def test_a_curve_is_that_of_the_run(tmp_path: Path) -> None:
     curve = curve_of("a", tmp_path, config)
     assert curve is not None and curve.answers == {"quiz f1": ((0, 0.1), (50_000, 0.3), (100_000, 0.4))}
     assert curve_of("a", tmp_path / "nothing", config) is None
-
-
-def write_t5(folder: Path, tokenizer: Path) -> Path:
-    """A tiny T5 of Transformers, with a tokenizer of the same kind."""
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=420, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, **ids)
-    )
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer), pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_models_of_all_kinds_are_compared(
