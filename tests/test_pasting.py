@@ -92,7 +92,7 @@ def reason_of(command: str) -> str | None:
 def words_of(command: str) -> list[str] | None:
     """Return verb and options of a command that is ours, under whatever starts it; None if it is none."""
     words = shlex.split(command)
-    for name, verb in (("megatron-omega", None), ("pretrain_omega.py", "train")):
+    for name, verb in (("megatron-omega", None), ("megatron_omega", None), ("pretrain_omega.py", "train")):
         if name in words:
             rest = words[words.index(name) + 1 :]
             return rest if verb is None else [verb, *rest]
@@ -179,8 +179,8 @@ def test_a_command_runs_as_it_stands(shown: Shown, workplace: Path) -> None:
 @pytest.mark.parametrize("shown", PARSED, ids=lambda shown: f"{shown.where}: {shown.command[:60]}")
 def test_a_command_that_is_not_run_is_parsed(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     words = words_of(shown.command)
-    if words is not None and words[0] in VERBS:
-        parse([word for word in words if word != "..."], monkeypatch)
+    if words is not None and words[0] in VERBS and not shown.command.endswith(" ..."):
+        parse(words, monkeypatch)
         return
     program, *rest = shlex.split(shown.command)
     if program == "make":

@@ -1,6 +1,7 @@
 """Train a configured run, as one of its processes (under deepspeed, torchrun, srun or `launch`), or alone.
 
-    megatron-omega train --config omega-tiny --deepspeed_config zero1
+    megatron-omega train --config run.yaml
+    torchrun --nproc-per-node 4 -m megatron_omega train --config omega-tiny --deepspeed_config zero1
 
 --help lists every setting; --dry-run shows what would run (on WORLD_SIZE ranks, else on one replica). With --tasks it
 fine-tunes, as `finetune` does.
