@@ -78,7 +78,8 @@ def compare(checkpoint: Path, count: int, choices: int, rounds: int, folder: Pat
     model = load_text_model(checkpoint)
     tokenizer = model.tokenizer
     rival = rival_of(model, folder / "export")
-    pairs = questions(count, choices)
+    longest = model.config.data.encoder_seq_length - 2  # ours cuts what is longer, the rival does not
+    pairs = [pair for pair in questions(count, choices) if len(tokenizer.encode(pair[0])) <= longest]
     prompts = list(dict.fromkeys(context for context, _ in pairs))
     rival.model.generation_config.max_new_tokens = ANSWER  # else more are written than asked
 

@@ -36,7 +36,7 @@ from megatron_omega.parallel.topology import create_topology
 from megatron_omega.planner.pipeline_schedule import execute, instructions
 from megatron_omega.run.construction import build_engine, stage_boundaries
 
-RANKS, MICRO_BATCHES, LENGTH = 2, 2, 256
+RANKS, MICRO_BATCHES, LENGTH = 2, 2, 512
 
 
 def configuration(stages: int) -> RunConfig:
