@@ -21,8 +21,8 @@ FEWEST_ROWS = 4
 PACKED_ROWS = 16
 """The number of rows that a packed matrix is laid out for; it multiplies any."""
 
-_linear = torch.ops.mkldnn._linear_pointwise
-_ONEDNN = _linear.default if torch.backends.mkldnn.is_available() else None
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # builds of torch without oneDNN lack it
+_ONEDNN = _linear.default if _linear is not None and torch.backends.mkldnn.is_available() else None
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _shape(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[0])
 
 
-@register_flop_formula([_linear, torch.ops.megatron_omega.product])
+@register_flop_formula([one for one in (_linear, torch.ops.megatron_omega.product) if one is not None])
 def _flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
     """Let torch's FlopCounterMode count it, as it counts torch's own products."""
     return 2 * left.numel() * right[0]
