@@ -89,9 +89,8 @@ def main() -> int:
     square = torch.randn(SIDE, SIDE)
     peaks = {"torch": lambda: torch.mm(square, square), "oneDNN": lambda: product(square, square)}
     found: dict[str, list[float]] = {name: [] for name in (*passes, *peaks)}
-    for name, work in (passes | peaks).items():
+    for work in (passes | peaks).values():
         work()  # allocates, and plans
-        del name
     for _ in range(options.rounds):
         for name, work in (passes | peaks).items():
             found[name].append(seconds_of(work))

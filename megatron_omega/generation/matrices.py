@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.errors import ConfigError
-from megatron_omega.parallel.products import by_onednn, is_onednns, pack
+from megatron_omega.parallel.products import by_onednn, onednn_takes, pack
 
 SMALLEST_PACKED = 2**18
 """Elements of a weight from which even one row is multiplied faster by oneDNN."""
@@ -79,7 +79,7 @@ class Quantised:
 def plain(weight: Tensor, axis: int) -> Matrix:
     """Take a weight in its own format; on a CPU a copy, packed, where that is faster: later changes do not reach it."""
     matrix = flat(weight, axis)
-    return Packed(matrix) if weight.numel() >= SMALLEST_PACKED and is_onednns(weight) else Plain(matrix)
+    return Packed(matrix) if weight.numel() >= SMALLEST_PACKED and onednn_takes(weight) else Plain(matrix)
 
 
 def as_it_is(weight: Tensor, axis: int) -> Matrix:

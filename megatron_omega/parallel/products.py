@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 SMALLEST = 2**14
 """Elements of the right matrix from which oneDNN is the faster one."""
 FEWEST_ROWS = 4
+"""Of the left matrix. Below, torch's own kernels round differently from one number of rows to the next."""
 
 PACKED_ROWS = 16
 """The number of rows that a packed matrix is laid out for; it multiplies any."""
@@ -38,14 +39,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def is_for_onednn(left: Tensor, right: Tensor) -> bool:
     """Tell whether oneDNN computes left [..., k] right [n, k]^T."""
     return (
-        is_onednns(left)
-        and is_onednns(right)
+        onednn_takes(left)
+        and onednn_takes(right)
         and right.numel() >= SMALLEST
         and left.numel() >= FEWEST_ROWS * left.shape[-1]
     )
 
 
-def is_onednns(matrix: Tensor) -> bool:
+def onednn_takes(matrix: Tensor) -> bool:
     """Tell whether a matrix is of the kind that this module leaves to oneDNN: fp32, on a CPU."""
     return _ONEDNN is not None and matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
