@@ -5,10 +5,12 @@ python benchmarks/evaluation.py [--checkpoint runs/omega-tiny] [--questions 24] 
 Both evaluate the same model (ours, and its own export under Transformers) on the same questions, in one process on one
 thread, interleaved: each round runs each rival once. Any checkpoint will do: `make demo` makes one. Before anything is
 timed, answers are compared: the likelihood of every choice has to be equal within 1e-4, and how many written texts are
-alike is told.
+alike is told (a near tie may fall either way).
 
     choices   a context of 40-120 words, choices of 2-12 words (multiple choice by likelihood)
     write     the same contexts, answers of 24 tokens
+    as it is  the same through the harness as it stands: for an encoder-decoder it lets an answer grow by as many
+              tokens as the prompt has; for `write` the export's generation settings are told the right limit
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def compare(checkpoint: Path, count: int, choices: int, rounds: int, folder: Pat
     longest = model.config.data.encoder_seq_length - 2  # ours cuts what is longer, the rival does not
     pairs = [pair for pair in questions(count, choices) if len(tokenizer.encode(pair[0])) <= longest]
     prompts = list(dict.fromkeys(context for context, _ in pairs))
-    rival.model.generation_config.max_new_tokens = ANSWER  # else more are written than asked
+    settings = rival.model.generation_config
 
     def our_choices() -> list[float]:
         return [one.nats for one in likelihoods(model, [text_asked(tokenizer, *pair) for pair in pairs])]
@@ -92,17 +94,21 @@ def compare(checkpoint: Path, count: int, choices: int, rounds: int, folder: Pat
     def our_texts() -> list[str]:
         return answered(model, [request_of(model, tuple(tokenizer.encode(text)), ANSWER) for text in prompts])
 
-    def their_texts() -> list[str]:
+    def their_texts(most: int | None = ANSWER) -> list[str]:
+        settings.max_new_tokens = most
         options = {"until": [], "max_gen_toks": ANSWER, "do_sample": False}
         asked = instances("generate_until", [(text, dict(options)) for text in prompts])
         return list(rival.generate_until(asked, disable_tqdm=True))
 
     worst = max(abs(one - other) / abs(other) for one, other in zip(our_choices(), their_choices(), strict=True))
-    same = sum(one == other for one, other in zip(our_texts(), their_texts(), strict=True))
+    ours = our_texts()
+    same = sum(one == other for one, other in zip(ours, their_texts(), strict=True))
+    begun = sum(other.startswith(one) for one, other in zip(ours, their_texts(None), strict=True))
     if worst > 1e-4:
         raise SystemExit(f"{checkpoint}: likelihoods differ by {worst:.2g} of themselves")
     rivals: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {"choices": (our_choices, their_choices)}
     rivals["write"] = (our_texts, their_texts)
+    rivals["as it is"] = (our_texts, lambda: their_texts(None))
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for kind, both in rivals.items():
@@ -112,6 +118,7 @@ def compare(checkpoint: Path, count: int, choices: int, rounds: int, folder: Pat
         "checkpoint": str(model.path),
         "choices differ by": worst,
         "texts alike": f"{same} of {len(prompts)}",
+        "as it is: begin alike": f"{begun} of {len(prompts)}",
     }
     for kind in rivals:
         ours, theirs = (statistics.median(seconds[kind, which]) for which in (0, 1))

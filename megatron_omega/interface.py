@@ -19,7 +19,7 @@ from megatron_omega.config.arguments import Arguments, ConfigSource, Override
 from megatron_omega.config.load import resolve_run
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.data.indexed import IndexedShard, without_suffix
-from megatron_omega.data.objectives import first_decoder_id
+from megatron_omega.data.objectives import first_decoder_ids
 from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 from megatron_omega.export.hugging_face.registration import register as register_transformers
@@ -106,11 +106,8 @@ class Model:
         if settings.is_decoder_only:
             streams, first = [[special.bos, *before, *after]], len(before)
         else:
-            streams = [
-                [special.modes.prefix, *before],
-                [first_decoder_id(before, special, settings.decoder_start), *after],
-            ]
-            first = 0
+            opening = first_decoder_ids(before, special, settings.resolved_overlap)
+            streams, first = [[special.modes.prefix, *before], [*opening, *after]], len(opening) - 1
         inputs: list[Tensor] = []
         for ids, stack in zip(streams, ("encoder", "decoder")[-len(streams) :], strict=True):
             check_length(ids, self.config, stack)

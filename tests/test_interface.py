@@ -52,7 +52,8 @@ def test_logits_are_those_of_decoding(model: Model) -> None:
             memory, start = None, [special.bos, *before]
         else:
             memory = encode(model.module, [special.modes.prefix, *before])
-            start = [before[-1] if model.config.model.decoder_start == "prefix" else special.bos]
+            settings = model.config.model
+            start = before[-settings.decoder_overlap :] if settings.decoder_start == "prefix" else [special.bos]
         continuation = Continuation(model.module, memory)
         torch.testing.assert_close(continuation.read(start), found[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(continuation.read(after), found[-1], rtol=1e-4, atol=1e-4)

@@ -52,8 +52,14 @@ _FIRST: Final[Mapping[str, frozenset[str]]] = {
 """Settings of the first version, of the sections that changed their meaning since."""
 
 _MEANT: Final[Mapping[str, Mapping[str, Any]]] = {
-    "model": {"parametrization": 1, "table_multiplier": 1.0, "decoder_start": "begin", "shared_mode_token": False},
-    "objective": {"mlm_weighing": "means", "mask_span_length": 1.0},
+    "model": {
+        "parametrization": 1,
+        "table_multiplier": 1.0,
+        "decoder_start": "begin",
+        "decoder_overlap": 1,
+        "shared_mode_token": False,
+    },
+    "objective": {"mlm_weighing": "means", "mask_span_length": 1.0, "overlap_labels": False},
 }
 """What the first version did where a later setting now decides."""
 

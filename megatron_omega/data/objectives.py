@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.tokenizer import NUM_SENTINELS, SpecialIds
 
 Kind = Literal["prefix", "span", "extreme", "mask", "causal", "pair", "shots"]
-DecoderStart = Literal["prefix", "begin"]
 Ids = NDArray[np.int64]
 SEPARATOR: Final = "\n\n"
 """Text between examples."""
@@ -37,6 +36,18 @@ class Masking:
     """Mean length of a masked run, tokens."""
     mode: int
     """Token that opens a masked prefix."""
+
+
+class Opening(NamedTuple):
+    """How the decoder begins when it continues a prefix."""
+
+    overlap: int
+    """Last tokens of the prefix that it reads first; 0: the begin token."""
+    is_asked: bool = False
+    """Whether these are asked for too. The encoder shows them: they teach the decoder to look there."""
+
+
+LAST_TOKEN: Final = Opening(1)
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,12 @@ def causal_example(tokens: Ids, special: SpecialIds, *, is_end: bool) -> Example
 
 
 def prefix_example(
-    tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool, start: DecoderStart = "prefix"
+    tokens: Ids, prefix: int, special: SpecialIds, *, is_end: bool, opening: Opening = LAST_TOKEN
 ) -> Example:
     """Read the first `prefix` tokens, continue with the rest."""
-    labels = _with_end(tokens[prefix:], special, is_end=is_end)
     encoder = _after(special.modes.prefix, tokens[:prefix])
-    return Example("prefix", encoder, _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1]), labels)
+    answer = _with_end(tokens[prefix:], special, is_end=is_end)
+    return Example("prefix", encoder, *_continuation(tokens[:prefix], answer, special, opening))
 
 
 def shots_example(
@@ -76,7 +87,7 @@ def shots_example(
     special: SpecialIds,
     random: np.random.Generator,
     *,
-    start: DecoderStart = "prefix",
+    opening: Opening = LAST_TOKEN,
 ) -> Example:
     """Read `shots` parts of a text in any order, then the beginning of another part, and continue that one.
 
@@ -90,17 +101,16 @@ def shots_example(
     kept = prefix - (len(tokens) - length)
     read = [piece for number in random.permutation(shots) for piece in (others[number], separator)]
     shown = np.concatenate([*read, parts[asked][:kept]])
-    labels = parts[asked][kept:]
-    decoder = _after(first_decoder_id(shown, special, start), labels[:-1])
-    return Example("shots", _after(special.modes.prefix, shown), decoder, labels)
+    spoken = _continuation(shown, parts[asked][kept:], special, opening)
+    return Example("shots", _after(special.modes.prefix, shown), *spoken)
 
 
 def pair_example(
-    prompt: Ids, target: Ids, special: SpecialIds, *, is_end: bool, has_encoder: bool, start: DecoderStart = "prefix"
+    prompt: Ids, target: Ids, special: SpecialIds, *, is_end: bool, has_encoder: bool, opening: Opening = LAST_TOKEN
 ) -> Example:
     """Read `prompt`, answer `target`: labels are the target's alone. Without an encoder both are one text."""
     if has_encoder:
-        example = prefix_example(np.concatenate((prompt, target)), len(prompt), special, is_end=is_end, start=start)
+        example = prefix_example(np.concatenate((prompt, target)), len(prompt), special, is_end=is_end, opening=opening)
         return replace(example, kind="pair")
     whole = causal_example(np.concatenate((prompt, target)), special, is_end=is_end)
     labels = whole.labels.copy()
@@ -108,12 +118,19 @@ def pair_example(
     return replace(whole, kind="pair", labels=labels)
 
 
-def first_decoder_id(prefix: Sequence[int] | Ids, special: SpecialIds, start: DecoderStart) -> int:
-    """Return what the decoder reads first when it continues `prefix`: its last token, so that no token is out of sight.
+def first_decoder_ids(prefix: Sequence[int] | Ids, special: SpecialIds, overlap: int) -> tuple[int, ...]:
+    """Return what the decoder reads before it continues `prefix`: its last `overlap` tokens, fewer if it is shorter.
 
-    The begin token where there is no prefix, or where `start` says so.
+    The begin token where there is no prefix, or no overlap.
     """
-    return int(prefix[-1]) if start == "prefix" and len(prefix) else special.bos
+    return tuple(map(int, prefix[max(0, len(prefix) - overlap) :])) or (special.bos,)
+
+
+def _continuation(prefix: Ids, answer: Ids, special: SpecialIds, opening: Opening) -> tuple[Ids, Ids]:
+    """Return decoder ids and labels: the end of a prefix as far as the decoder reads it, and the answer behind it."""
+    first = np.asarray(first_decoder_ids(prefix, special, opening.overlap), dtype=np.int64)
+    shown = first[1:] if opening.is_asked else np.full(len(first) - 1, IGNORED_LABEL)
+    return np.concatenate((first, answer[:-1])), np.concatenate((shown, answer))
 
 
 def masked_example(
@@ -125,12 +142,12 @@ def masked_example(
     random: np.random.Generator,
     *,
     is_end: bool,
-    start: DecoderStart = "prefix",
+    opening: Opening = LAST_TOKEN,
 ) -> Example:
     """As `prefix_example`, with a share of the prefix to be restored by the MLM head.
 
     Of the chosen runs of tokens 80% become masks, 10% random text tokens, 10% stay (BERT, 1810.04805). The decoder
-    starts with the prefix's last token as it was.
+    begins with the end of the prefix as it was.
     """
     encoder = _after(masking.mode, tokens[:prefix])
     chosen, run = _chosen(prefix, masking, random)
@@ -140,9 +157,8 @@ def masked_example(
     masked, replaced = chosen[fate < 0.8], chosen[fate >= 0.9]
     encoder[masked] = special.mask
     encoder[replaced] = text_ids[random.integers(len(text_ids), size=len(replaced))]
-    labels = _with_end(tokens[prefix:], special, is_end=is_end)
-    decoder = _after(first_decoder_id(tokens[:prefix], special, start), labels[:-1])
-    return Example("mask", encoder, decoder, labels, mlm_labels)
+    answer = _with_end(tokens[prefix:], special, is_end=is_end)
+    return Example("mask", encoder, *_continuation(tokens[:prefix], answer, special, opening), mlm_labels)
 
 
 def _chosen(prefix: int, masking: Masking, random: np.random.Generator) -> tuple[Ids, Ids]:

@@ -40,6 +40,8 @@ class Budget(NamedTuple):
     encoder: int
     decoder: int
     width: int
+    overlap: int = 1
+    """Most tokens of a prefix that the decoder reads too."""
 
     def align(self, length: int) -> int:
         return -(-length // self.width) * self.width
@@ -73,6 +75,8 @@ class Slot:
     spans: int = 0
     shots: int = 0
     """Pieces that the encoder reads before the one that is continued."""
+    overlap: int = 1
+    """Most tokens of the prefix that the decoder reads too."""
     encoder_at: int = 0
     decoder_at: int = 0
 
@@ -87,7 +91,13 @@ class Slot:
 
     @property
     def decoder_length(self) -> int:
-        return self.noise + self.spans + 1 if self.spans else self.tokens - self.prefix + self.is_end
+        said = self.noise + self.spans + 1 if self.spans else self.tokens - self.prefix + self.is_end
+        return self.repeated + said
+
+    @property
+    def repeated(self) -> int:
+        """Tokens that the decoder reads before the one that predicts its first label."""
+        return 0 if self.spans else max(0, min(self.encoder_length - 1, self.overlap) - 1)
 
     def move(self, shift: float) -> None:
         """Put a free prefix at its drawn log-odds plus `shift`; at least one label remains."""
@@ -176,7 +186,7 @@ def _draw(
     heads: dict[int, Slot] = {}
     if objective.span_corruption:
         for number in sorted(range(len(pieces)), key=lambda number: draws[number][0]):
-            whole = Slot(number, 0, pieces[number].tokens, pieces[number].is_end, "prefix")
+            whole = Slot(number, 0, pieces[number].tokens, pieces[number].is_end, "prefix", overlap=budget.overlap)
             slack = _corrupt_some(whole, draws[number][1], budget, objective, slack)
             if whole.spans:
                 heads[number] = whole
@@ -186,7 +196,7 @@ def _draw(
         if head is not None:
             slots.append(head)
         if head is None or head.stop < piece.tokens:
-            rest = Slot(number, head.stop if head else 0, piece.tokens, piece.is_end, "prefix")
+            rest = Slot(number, head.stop if head else 0, piece.tokens, piece.is_end, "prefix", overlap=budget.overlap)
             slots += _prefixed(rest, draws[number][2:], budget, objective)
     return slots
 
@@ -209,7 +219,7 @@ def _prefixed(whole: Slot, draws: list[float], budget: Budget, objective: Object
         whole.is_free = False
         return [whole]
     cut = whole.start + max(1, int(room * (1 + 2 * odds) / 3))
-    empty = Slot(whole.piece, whole.start, cut, is_end=False, kind="prefix", is_free=False)
+    empty = Slot(whole.piece, whole.start, cut, is_end=False, kind="prefix", is_free=False, overlap=budget.overlap)
     whole.start = cut
     return [empty, whole]
 
@@ -330,7 +340,8 @@ def _fit(slot: Slot, budget: Budget) -> bool:
     slot.prefix = min(slot.prefix, encoder - 1)
     if slot.decoder_length > decoder:
         slot.is_end = False
-        slot.stop = slot.start + slot.prefix + min(decoder, slot.tokens - slot.prefix)
+        slot.prefix = min(slot.prefix, decoder)  # one label at least behind what is read again
+        slot.stop = slot.start + slot.prefix + min(decoder - slot.repeated, slot.tokens - slot.prefix)
         if slot.prefix == slot.tokens:
             slot.prefix -= 1
     return True

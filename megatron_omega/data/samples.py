@@ -18,9 +18,9 @@ from megatron_omega.data.megatron_order import MegatronWindows
 from megatron_omega.data.objectives import (
     MOST_SEPARATOR_TOKENS,
     SEPARATOR,
-    DecoderStart,
     Example,
     Masking,
+    Opening,
     causal_example,
     masked_example,
     prefix_example,
@@ -44,7 +44,6 @@ class Recipe:
     special: SpecialIds
     text_ids: tuple[int, ...]
     vocab_size: int
-    decoder_start: DecoderStart = "prefix"
     has_shared_mode: bool = False
     """Whether masked prefixes open with the mode token of plain ones."""
     separator: tuple[int, ...] = ()
@@ -130,15 +129,15 @@ class SampleSource:
             return span_example(slot.kind, tokens, slot.noise, slot.spans, special, random)
         if slot.kind == "causal":
             return causal_example(tokens, special, is_end=slot.is_end)
-        start = self._recipe.decoder_start
+        opening = Opening(self._recipe.budget.overlap, self._recipe.objective.overlap_labels and self.part == "train")
         if slot.kind == "shots":
             separator = np.asarray(self._recipe.separator, dtype=np.int64)
-            return shots_example(tokens, slot.prefix, slot.shots, separator, special, random, start=start)
+            return shots_example(tokens, slot.prefix, slot.shots, separator, special, random, opening=opening)
         if slot.kind == "prefix":
-            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end, start=start)
+            return prefix_example(tokens, slot.prefix, special, is_end=slot.is_end, opening=opening)
         masking = self._recipe.masking
         return masked_example(
-            tokens, slot.prefix, masking, special, self._text_ids, random, is_end=slot.is_end, start=start
+            tokens, slot.prefix, masking, special, self._text_ids, random, is_end=slot.is_end, opening=opening
         )
 
 
@@ -186,12 +185,12 @@ def _open_shards(config: RunConfig, tokenizer: Tokenizer) -> list[IndexedShard]:
 
 def _recipe(config: RunConfig, tokenizer: Tokenizer) -> Recipe:
     encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
-    budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
+    budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width, config.model.resolved_overlap)
     is_plain = config.data.order == "megatron" and encoder == 0
     model, separator = config.model, tokenizer.encode(SEPARATOR)[:MOST_SEPARATOR_TOKENS]
     return Recipe(
         budget, config.objective, tokenizer.special, tokenizer.text_ids, model.vocab_size,
-        decoder_start=model.decoder_start, has_shared_mode=model.shared_mode_token, is_plain_stream=is_plain,
+        has_shared_mode=model.shared_mode_token, is_plain_stream=is_plain,
         separator=tuple(separator),
     )  # fmt: skip
 
@@ -260,7 +259,8 @@ def window_shape(recipe: Recipe, lengths: Sequence[int]) -> WindowShape:
     if budget.encoder == 0:
         costs = [max(width // 2 + 1, width - length) for length in lengths]
         return WindowShape(max(1, budget.decoder - 1), round(float(np.mean(costs or [0]))))
-    costs = [max(width + 1, 2 * width - length) for length in lengths]
+    repeated = max(0, budget.overlap - 1)
+    costs = [max(width + 1, 2 * width - length) + repeated for length in lengths]
     room = budget.encoder + budget.decoder
     reserve = 2 + width * 256 // room
     if objective.span_corruption:

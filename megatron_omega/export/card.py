@@ -60,7 +60,7 @@ matrix has two dimensions: the same bytes, outputs before inputs.
 a = depth_base / layers of the stack, c = output_multiplier sqrt(width_base / d); where model.parametrization is 1,
 a = depth_base / (encoder layers + decoder layers), c = output_multiplier. Scores are scaled by 1 / sqrt(head size).
 Rotary pairs are (k, k + head size / 2). The encoder reads a mode token, then the text. The decoder begins with the
-text's last token; with <s> where model.decoder_start is begin, and after no text.
+text's last model.decoder_overlap tokens; with <s> where model.decoder_start is begin, and after no text.
 
 Branches, for token i attending j: full (all j), causal (j <= i), local (abs(i - j) < local_window), axial (heads with
 an even index: same i // axial_width; odd: same i % axial_width), dynamic (full, q times temperature, output times

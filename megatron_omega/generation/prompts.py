@@ -1,6 +1,6 @@
 """From a text to what the model reads of it.
 
-encoder-decoder   encoder: mode token, prompt     decoder: the prompt's last token, then what is generated
+encoder-decoder   encoder: mode token, prompt     decoder: the prompt's last tokens, then what is generated
 decoder-only                                      decoder: begin, prompt, then what is generated
 
 The decoder begins with the begin token after an empty prompt, and where the model was trained so (model.decoder_start).
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_omega.config.schema import RunConfig
-from megatron_omega.data.objectives import first_decoder_id
+from megatron_omega.data.objectives import first_decoder_ids
 from megatron_omega.errors import DataError
 from megatron_omega.export.loading import TextModel
 from megatron_omega.log import get_logger
@@ -27,7 +27,7 @@ def prompt_ids(text_model: TextModel, prompt: str | Sequence[int]) -> tuple[Ids,
     text = text_model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if model.is_decoder_only:
         return (), (special.bos, *text)
-    return (special.modes.prefix, *text), (first_decoder_id(text, special, model.decoder_start),)
+    return (special.modes.prefix, *text), first_decoder_ids(text, special, model.resolved_overlap)
 
 
 def scored_ids(text_model: TextModel, text: Sequence[int]) -> tuple[Ids, Ids]:

@@ -1,8 +1,9 @@
 """What a model knows of held-out text: the same windows for every model, with and without the text before them.
 
 A window is a prefix and its continuation, cut from one document. Measured is the loss of the continuation given the
-whole prefix, and given the prefix's last token alone; the difference is what the context is worth. The decoder reads
-the same in both cases, so the difference is the encoder's. Beside it stands what frequencies of tokens and pairs reach.
+whole prefix, and given the prefix's last token alone; the difference is what the context is worth. Given as much of
+it as the decoder reads itself, the decoder's input is the same, and the difference is the encoder's. Beside them stands
+what frequencies of tokens and pairs reach.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_omega.data.indexed import IndexedShard
-from megatron_omega.data.objectives import first_decoder_id
+from megatron_omega.data.objectives import first_decoder_ids
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
 from megatron_omega.errors import DataError
 from megatron_omega.model.omega import Omega, vocabulary_logits
@@ -79,10 +80,13 @@ def measure(model: Omega, windows: HeldOut, special: SpecialIds) -> dict[str, fl
     """Return losses in nats a token, the context's gain, the MLM head's loss and accuracy, and bits per byte."""
     losses = _continuation_losses(model, windows, windows.prefixes, special)
     without = _continuation_losses(model, windows, windows.prefixes[:, -1:], special)
+    overlap = max(1, model.context.model.resolved_overlap)
+    own = _continuation_losses(model, windows, windows.prefixes[:, -overlap:], special) if overlap > 1 else without
     found = {
         "loss": losses.mean(),
         "loss_without": without.mean(),
         "gain": without.mean() - losses.mean(),
+        "encoder_gain": own.mean() - losses.mean(),
         "bits_per_byte": losses.sum() / windows.num_bytes / log(2),
     }
     by_position = {name: losses[:, place] for name, place in POSITIONS.items()}
@@ -110,7 +114,7 @@ def _losses(model: Omega, prefixes: Ids, labels: Ids, special: SpecialIds) -> ND
         decoder = np.concatenate([begin, prefixes, labels[:, :-1]], axis=1)
         hidden = model.hidden(_padded(decoder, settings.axial_width, special.pad))[0]
     else:
-        first = [[first_decoder_id(row, special, settings.decoder_start)] for row in prefixes]
+        first = [first_decoder_ids(row, special, settings.resolved_overlap) for row in prefixes]
         decoder = np.concatenate([np.asarray(first), labels[:, :-1]], axis=1)
         encoder = np.concatenate([np.full((count, 1), special.modes.prefix), prefixes], axis=1)
         width = settings.axial_width

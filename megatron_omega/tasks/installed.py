@@ -28,7 +28,7 @@ import yaml
 
 Record = dict[str, str]
 TEMPLATES: dict[str, tuple[str, str]] = {
-    "summary": ("{text}\n# {spelled}, in short:", " {answer}"),
+    "summary": ("{text}\n# In short, {spelled}:", " {answer}"),
     "default": ("{text}\n# The default of {argument} is", " {answer}"),
     "package": ("{text}\n# From the package", " {answer}"),
 }

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from megatron_omega.data.objectives import first_decoder_id
+from megatron_omega.data.objectives import first_decoder_ids
 from megatron_omega.export.loading import TextModel
 from megatron_omega.model.layers import DecoderLayer, Head
 from megatron_omega.model.omega import Omega, vocabulary_logits
@@ -86,9 +86,11 @@ def likelihoods(
 
 
 def room_of(model: TextModel) -> Room:
-    """Return what the streams take: as much as in training."""
-    encoder = 0 if model.config.model.is_decoder_only else model.config.data.encoder_seq_length - 1
-    return Room(encoder, model.config.data.decoder_seq_length)
+    """Return what the streams take: as much as in training, less what the decoder reads of the context again."""
+    settings, data = model.config.model, model.config.data
+    if settings.is_decoder_only:
+        return Room(0, data.decoder_seq_length)
+    return Room(data.encoder_seq_length - 1, max(1, data.decoder_seq_length - max(0, settings.resolved_overlap - 1)))
 
 
 def windows(asked: Asked, room: Room) -> Iterator[Asked]:
@@ -202,8 +204,10 @@ def _hidden(model: TextModel, batch: Sequence[Row]) -> tuple[Tensor, list[int]]:
     contexts = {context: number for number, context in enumerate(dict.fromkeys(row.context for row in batch))}
     memory, segments = encoded(model, [(special.modes.prefix, *context) for context in contexts])
     which = torch.tensor([contexts[row.context] for row in batch], device=model.device)
-    reads = [(first_decoder_id(row.context, special, settings.decoder_start), *row.before, *row.read) for row in batch]
-    return _decoded(model.model, reads, memory[which], segments[which]), [len(row.before) for row in batch]
+    starts = [first_decoder_ids(row.context, special, settings.resolved_overlap) for row in batch]
+    reads = [(*start, *row.before, *row.read) for start, row in zip(starts, batch, strict=True)]
+    firsts = [len(start) - 1 + len(row.before) for start, row in zip(starts, batch, strict=True)]
+    return _decoded(model.model, reads, memory[which], segments[which]), firsts
 
 
 def encoded(model: TextModel, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ from megatron_omega.tasks.sharing import ALONE, Share
 
 logger = get_logger(__name__)
 GREEDY = Sampling(temperature=0.0)
+_TOGETHER = 64
+"""Texts that are written at the same time."""
 MOST_FREQUENT, FIRST_WORDS = "most frequent answer", "first words"
 WRITTEN = {*METRICS, "rouge", *CORPUS}
 """Metrics of what a model writes."""
@@ -171,7 +173,10 @@ def answered(model: TextModel, requests: Sequence[Request]) -> list[str]:
     """Return the texts that answer requests, all of them together."""
     longest = max((max(len(one.encoder_ids), len(one.decoder_ids)) + one.max_new_tokens for one in requests), default=0)
     limits = Limits(
-        memory_tokens=max(Limits().memory_tokens, longest), cache_tokens=max(Limits().cache_tokens, longest + 1)
+        sequences=_TOGETHER,
+        memory_tokens=max(1 << 16, longest),
+        cache_tokens=max(1 << 16, longest + 1),
+        chunk_tokens=1 << 16,  # nobody waits for a first token
     )
     scheduler = Scheduler(model, limits)
     places = {scheduler.submit(request): place for place, request in enumerate(requests)}

@@ -12,8 +12,8 @@ from megatron_omega.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from megatron_omega.errors import CheckpointError
 
 LATER = {
-    "model": {"parametrization", "table_multiplier", "decoder_start", "shared_mode_token"},
-    "objective": {"mlm_weighing", "mask_span_length"},
+    "model": {"parametrization", "table_multiplier", "decoder_start", "decoder_overlap", "shared_mode_token"},
+    "objective": {"mlm_weighing", "mask_span_length", "overlap_labels"},
 }
 
 

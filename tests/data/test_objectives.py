@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_omega.config.labels import IGNORED_LABEL
 from megatron_omega.data.objectives import (
-    DecoderStart,
     Masking,
+    Opening,
     causal_example,
     masked_example,
     noise_runs,
@@ -18,8 +18,6 @@ from megatron_omega.data.objectives import (
     span_example,
 )
 from megatron_omega.data.tokenizer import SpecialIds, Tokenizer
-
-STARTS: tuple[DecoderStart, ...] = ("prefix", "begin")
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +81,14 @@ def test_prefix_and_continuation_are_the_text(
 ) -> None:
     prefix = data.draw(st.integers(0, length - (not is_end)))
     tokens = tokens_of(length)
-    start = data.draw(st.sampled_from(STARTS))
-    example = prefix_example(tokens, prefix, special, is_end=is_end, start=start)
-    labels = example.labels.tolist()
-    first = tokens[prefix - 1] if prefix and start == "prefix" else special.bos
+    overlap, is_asked = data.draw(st.integers(0, 12)), data.draw(st.booleans())
+    example = prefix_example(tokens, prefix, special, is_end=is_end, opening=Opening(overlap, is_asked))
+    opening = [*tokens[max(0, prefix - overlap) : prefix]] or [special.bos]
+    answer = [*tokens[prefix:], *([special.eos] if is_end else [])]
     assert example.encoder_ids.tolist() == [special.modes.prefix, *tokens[:prefix]]
-    assert labels == [*tokens[prefix:], *([special.eos] if is_end else [])]
-    assert example.decoder_ids.tolist() == [first, *labels[:-1]]
+    asked = opening[1:] if is_asked else [IGNORED_LABEL] * (len(opening) - 1)
+    assert example.labels.tolist() == asked + answer
+    assert example.decoder_ids.tolist() == [*opening, *answer[:-1]]
 
 
 def test_causal_has_no_encoder(special: SpecialIds) -> None:
@@ -121,13 +120,18 @@ def test_masks_are_80_10_10_and_only_where_asked(special: SpecialIds) -> None:
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
 
 
-@given(length=st.integers(2, 80), rate=st.floats(0.05, 0.6), span=st.sampled_from([1.0, 3.0, 9.0]), seed=st.integers(0))
-def test_masked_runs_have_a_share_of_the_prefix_and_the_decoder_sees_its_last_token(
-    length: int, rate: float, span: float, seed: int, special: SpecialIds
+@given(
+    length=st.integers(2, 80), rate=st.floats(0.05, 0.6), span=st.sampled_from([1.0, 3.0, 9.0]), seed=st.integers(0),
+    overlap=st.integers(1, 9),
+)  # fmt: skip
+def test_masked_runs_have_a_share_of_the_prefix_and_the_decoder_sees_its_end_as_it_was(
+    length: int, rate: float, span: float, seed: int, overlap: int, special: SpecialIds
 ) -> None:
     tokens, masking = tokens_of(length), Masking(rate, span, special.modes.prefix)
     prefix = length - 1
-    example = masked_example(tokens, prefix, masking, special, np.arange(300, 310), random_of(seed), is_end=False)
+    example = masked_example(
+        tokens, prefix, masking, special, np.arange(300, 310), random_of(seed), is_end=False, opening=Opening(overlap)
+    )
     assert example.mlm_labels is not None and example.encoder_ids[0] == special.modes.prefix
     asked = np.flatnonzero(example.mlm_labels != IGNORED_LABEL)
     count = max(1, round(rate * prefix))
@@ -135,7 +139,8 @@ def test_masked_runs_have_a_share_of_the_prefix_and_the_decoder_sees_its_last_to
     if span > 1:
         runs = np.count_nonzero(np.diff(asked, prepend=-1) > 1)
         assert runs <= max(1, round(count / span))
-    assert example.decoder_ids.tolist() == [tokens[prefix - 1], *example.labels[:-1].tolist()]
+    assert example.decoder_ids.tolist() == tokens[max(0, prefix - overlap) : prefix].tolist()
+    assert example.labels.tolist() == [IGNORED_LABEL] * (len(example.decoder_ids) - 1) + [tokens[-1]]
 
 
 def test_a_masked_example_without_prefix_has_no_masks(special: SpecialIds) -> None:

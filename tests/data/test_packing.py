@@ -22,7 +22,7 @@ def check(plan: Plan, pieces: list[PieceLength], budget: Budget) -> None:
             encoder = slot.encoder_at + slot.encoder_length
             assert slot.encoder_length >= 1
         decoder = slot.decoder_at + slot.decoder_length
-        assert slot.decoder_length >= 1, "an example needs a label"
+        assert slot.decoder_length - slot.repeated >= 1, "an example needs a label"
         assert 0 <= slot.start <= slot.stop <= pieces[slot.piece].tokens
         assert not slot.is_end or (slot.stop == pieces[slot.piece].tokens and pieces[slot.piece].is_end)
         if slot.spans:
@@ -38,15 +38,20 @@ def check(plan: Plan, pieces: list[PieceLength], budget: Budget) -> None:
     st.sampled_from([(64, 64, 16), (256, 256, 32), (512, 128, 32), (96, 640, 16), (2048, 2048, 32)]),
     st.tuples(*[st.sampled_from([0.0, 0.2, 1.0])] * 4).filter(any),
     st.integers(0, 2**32),
+    st.sampled_from([0, 1, 8, 40]),
 )
 @settings(max_examples=150)
 def test_any_plan_keeps_the_rules(
-    pieces: list[PieceLength], room: tuple[int, int, int], weights: tuple[float, float, float, float], seed: int
+    pieces: list[PieceLength],
+    room: tuple[int, int, int],
+    weights: tuple[float, float, float, float],
+    seed: int,
+    overlap: int,
 ) -> None:
     objective = ObjectiveConfig(
         prefix_lm=weights[0], span_corruption=weights[1], masked_prefix=weights[2], in_context=weights[3]
     )
-    budget = Budget(*room)
+    budget = Budget(*room, overlap)
     plan = plan_two_streams(pieces, budget, objective, np.random.Generator(np.random.PCG64(seed)))
     check(plan, pieces, budget)
 

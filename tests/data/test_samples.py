@@ -19,6 +19,7 @@ from megatron_omega.data.tokenizer import Tokenizer
 from megatron_omega.errors import DataError
 
 MakeConfig = Callable[..., RunConfig]
+OVERLAP = ModelConfig().decoder_overlap
 
 
 def segments_of(batch: Batch) -> set[int]:
@@ -40,10 +41,10 @@ def test_rows_keep_the_contract(make_config: MakeConfig, tokenizer: Tokenizer) -
             assert encoder[0] % 16 == 0 and decoder[0] % 16 == 0
             assert (np.diff(encoder) == 1).all() and (np.diff(decoder) == 1).all()
             assert row.encoder_ids[0, encoder[0]] in special.modes
-            first, last = row.decoder_ids[0, decoder[0]], encoder[-1]
             is_open = row.encoder_ids[0, encoder[0]] in (special.modes.prefix, special.modes.mask) and len(encoder) > 1
-            was = row.mlm_labels[0, last] if row.mlm_labels[0, last] >= 0 else row.encoder_ids[0, last]
-            assert first == (was if is_open else special.bos)
+            was = np.where(row.mlm_labels >= 0, row.mlm_labels, row.encoder_ids)[0, encoder[1:]][-OVERLAP:]
+            opening = was.tolist() if is_open else [special.bos]
+            assert row.decoder_ids[0, decoder[: len(opening)]].tolist() == opening
             assert (row.decoder_ids[0, decoder[1:]] == row.lm_labels[0, decoder[:-1]]).all()
         assert (row.lm_labels[row.decoder_segments == 0] == IGNORED_LABEL).all()
         assert (row.lm_labels[row.decoder_segments > 0] != IGNORED_LABEL).all()
@@ -69,7 +70,7 @@ def test_every_example_holds_the_text_it_says(make_config: MakeConfig, tokenizer
                 assert restore(encoder, labels, special).tolist() == text
                 continue
             encoder = np.where(answers == IGNORED_LABEL, encoder, answers)
-            whole = [*encoder, *labels]
+            whole = [*encoder, *labels[max(0, min(OVERLAP, len(encoder)) - 1) :]]
             if whole[-1] == special.eos:
                 assert origin.offset + origin.num_tokens == len(document) - 1
                 whole = whole[:-1]
@@ -92,12 +93,27 @@ def test_in_context_examples_come_by_their_weight_and_hold_a_documents_text(
             document = source.corpora[origin.corpus].shard.document(origin.document)
             text = document[origin.offset : origin.offset + origin.num_tokens].tolist()
             inside = sample.row.encoder_segments[0] == origin.segment
-            labels = sample.row.lm_labels[0][sample.row.decoder_segments[0] == origin.segment].tolist()
+            labels = sample.row.lm_labels[0][sample.row.decoder_segments[0] == origin.segment].tolist()[OVERLAP - 1 :]
             read = sample.row.encoder_ids[0][inside].tolist()[1:]
             more = Counter([*read, *labels]) - Counter(text)
             assert more and set(more) <= set(separator) and not Counter(text) - Counter([*read, *labels])
             found += 1
     assert found > 30
+
+
+def test_validation_asks_for_nothing_that_the_encoder_shows(make_config: MakeConfig) -> None:
+    sources = open_sources(make_config())
+    for part in (sources.train, sources.validation):
+        counts = []
+        for index in range(20):
+            row = part[index].row
+            for segment in segments_of(row):
+                inside = row.decoder_segments[0] == segment
+                asked = row.lm_labels[0][inside] != IGNORED_LABEL
+                shown = int((~asked).sum())
+                assert asked[shown:].all() and shown < OVERLAP, "what is not asked for stands before what is"
+                counts.append(shown)
+        assert not any(counts) if part is sources.train else max(counts) == OVERLAP - 1
 
 
 def test_a_sample_depends_on_nothing_but_its_index(make_config: MakeConfig) -> None:

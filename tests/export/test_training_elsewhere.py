@@ -62,7 +62,8 @@ def test_a_process_without_this_package_loads_saves_and_loads_again(export: Path
     ids = tiny_tokenizer().encode("The quick")
     prefix, mask = tiny_tokenizer().special.modes.prefix, tiny_tokenizer().special.modes.mask
     assert found["ids"][0] == [prefix, *ids]
-    expected = our_logits(model, torch.tensor([prefix, *ids]), torch.tensor([ids[-1], prefix, *ids[:-1]]))[0]
+    expected = our_logits(model, torch.tensor([prefix, *ids]), torch.tensor([*ids[-16:], prefix, *ids[:-1]]))[0]
+    expected = expected[min(16, len(ids)) - 1 :]
     assert difference(found["lm True"][0, : len(expected)], expected) < 1e-5
     expected = our_logits(model, torch.tensor([mask, *ids]), torch.tensor([ids[-1]]))[1]
     assert difference(found["mlm"][0, : len(expected)], expected) < 1e-5

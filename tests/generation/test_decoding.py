@@ -165,6 +165,14 @@ def test_a_text_ends_at_its_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == [tiny_tokenizer().encode("x")[-1:], [one], [two]]
 
 
+@pytest.mark.parametrize("overlap", [1, 2, 99])
+def test_the_decoder_reads_the_end_of_the_prompt_again(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = scripted([tiny_tokenizer().special.eos], monkeypatch)
+    model = text_model(tiny_config(model={"decoder_overlap": overlap}))
+    list(generate(model, "The dog jumps", Sampling(0), max_new_tokens=1, seed=0))
+    assert read == [tiny_tokenizer().encode("The dog jumps")[-overlap:]]
+
+
 @pytest.mark.parametrize(("prompt", "start"), [("The dog", "begin"), ("", "prefix")])
 def test_the_decoder_starts_as_it_was_trained(prompt: str, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read = scripted([tiny_tokenizer().special.eos], monkeypatch)

@@ -18,7 +18,7 @@ from megatron_omega.studies.layouts import compare, measure, parse_layout
 pytestmark = pytest.mark.distributed
 STEPS, TOLERANCE = 4, 1e-5
 SMALL = ("model.ffn_hidden_size=192", "model.hidden_size=48", "model.num_attention_heads=6", "model.head_dim=8")
-MODES = {"whole": (), "lora": ("lora.rank=4", "optimizer.learning_rate=0.03")}
+MODES = {"whole": (), "lora": ("lora.rank=4", "optimizer.learning_rate=0.01")}
 
 
 def overrides(*words: str) -> list[Override]:

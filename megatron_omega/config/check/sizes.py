@@ -27,6 +27,11 @@ def sizes(config: RunConfig) -> Iterator[str]:
             + (f"use at most {blocks - 1}" if blocks > 1 else "use a longer sequence, or the causal branch")
         )
     if not model.is_decoder_only:
+        if data.decoder_seq_length <= model.resolved_overlap:
+            yield (
+                f"model.decoder_overlap={model.decoder_overlap} leaves no room for an answer in "
+                f"data.decoder_seq_length={data.decoder_seq_length}; use less than that"
+            )
         most = min(data.encoder_seq_length, data.decoder_seq_length)
         if most and objective.span_corruption and objective.span_mean_length > most:
             yield (

@@ -99,6 +99,9 @@ class ObjectiveConfig(Section):
     apart by an empty line, then the beginning of one more, which the decoder continues: few-shot as training."""
     empty_prefix_fraction: Fraction = 1 / 6
     """Share of prefix-LM examples with an empty prefix: plain text generation."""
+    overlap_labels: bool = True
+    """Whether training asks the decoder for the overlap with its prefix too (model.decoder_overlap): the encoder shows
+    these tokens, which teaches the decoder to look there. Validation never asks for them."""
     span_rate: Fraction = 0.15
     """Share of tokens replaced by span corruption."""
     span_mean_length: PositiveFloat = 3.0

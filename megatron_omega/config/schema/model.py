@@ -88,13 +88,20 @@ class ModelConfig(Section):
     mlm_head: bool = True
     """Whether the encoder output has a masked-language-modelling head (encoder-decoders only)."""
     decoder_start: Literal["prefix", "begin"] = "prefix"
-    """First decoder input after a prefix: its last token, or the begin token. Without a prefix: the begin token."""
+    """First decoder input after a prefix: its last tokens, or the begin token. Without a prefix: the begin token."""
+    decoder_overlap: Positive = 16
+    """Last tokens of a prefix that the decoder reads before what it says (decoder_start: prefix)."""
     shared_mode_token: bool = False
     """Whether masked prefixes start with the mode token of plain ones."""
 
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def resolved_overlap(self) -> int:
+        """Tokens of a prefix that the decoder reads too; 0: the begin token in their place."""
+        return self.decoder_overlap if self.decoder_start == "prefix" else 0
 
     @property
     def padded_vocab_size(self) -> int:

@@ -91,8 +91,9 @@ def open_tasks(config: RunConfig, tokenizer: Tokenizer) -> OpenTasks:
 def fit_of(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Fit:
     """Return how pairs of a task are cut."""
     encoder = 0 if config.model.is_decoder_only else config.data.encoder_seq_length
-    budget = Budget(encoder, config.data.decoder_seq_length, config.model.axial_width)
-    return Fit(budget, tokenizer.special, config.model.decoder_start, task.cut_prompts == "start")
+    model = config.model
+    budget = Budget(encoder, config.data.decoder_seq_length, model.axial_width, model.resolved_overlap)
+    return Fit(budget, tokenizer.special, task.cut_prompts == "start")
 
 
 def _open(config: RunConfig, tokenizer: Tokenizer, number: int, task: Task) -> OpenTask:
@@ -131,8 +132,8 @@ def _parts(config: RunConfig, shards: Sequence[PairShard], key: int) -> list[tup
 
 
 def _long_targets(config: RunConfig, task: Task, shard: PairShard, fit: Fit, setting: str) -> Iterator[str]:
-    targets = shard.lengths()[1]
-    count = int(fit.too_long(targets).sum())
+    prompts, targets = shard.lengths()
+    count = int(fit.too_long(prompts, targets).sum())
     if count and task.long_targets == "refuse":
         yield (
             f"{count:,} of {len(shard):,} targets of {setting} ({shard.name}) are longer than data.decoder_seq_length="
@@ -144,7 +145,8 @@ def _long_targets(config: RunConfig, task: Task, shard: PairShard, fit: Fit, set
 def _kept(task: Task, shard: PairShard, pairs: NDArray[np.int64], fit: Fit) -> NDArray[np.int64]:
     if task.long_targets != "leave_out":
         return pairs
-    return pairs[~fit.too_long(shard.lengths()[1][pairs])]
+    prompts, targets = shard.lengths()
+    return pairs[~fit.too_long(prompts[pairs], targets[pairs])]
 
 
 def _nothing_held_out(config: RunConfig, opened: Sequence[OpenTask]) -> Iterator[str]:
@@ -173,7 +175,7 @@ def _notices(task: OpenTask, rows: PairRows) -> Iterator[str]:
             f"{int(lost.sum()):,} of {int(prompts.sum()):,} tokens ({task.setting}.cut_prompts)"
         )
     leaves_out = task.task.long_targets == "leave_out"
-    long = task.fit.too_long(shard.lengths()[1] if leaves_out else targets)
+    long = task.fit.too_long(*(shard.lengths() if leaves_out else (prompts, targets)))
     if long.any():
         what = "pairs are left out, since their targets are" if leaves_out else "targets are cut, since they are"
         yield f"task {shard.name}: {np.count_nonzero(long):,} {what} too long ({task.setting}.long_targets)"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_omega.data.batch import Batch, Origin, Part, Sample, pack_row
 from megatron_omega.data.blending import Blend
-from megatron_omega.data.objectives import DecoderStart, Example, pair_example
+from megatron_omega.data.objectives import Example, Opening, pair_example
 from megatron_omega.data.packing import Budget
 from megatron_omega.data.pairs.packing import Grouping, Lengths, group_pairs
 from megatron_omega.data.pairs.shard import PairShard
@@ -31,7 +31,6 @@ class Fit:
 
     budget: Budget
     special: SpecialIds
-    start: DecoderStart
     cuts_start: bool = False
     """Whether a prompt that is too long loses its start instead of its end."""
 
@@ -41,23 +40,30 @@ class Fit:
 
     def lengths(self, prompts: Lengths, targets: Lengths) -> tuple[Lengths, Lengths]:
         """Return the tokens that pairs take in the encoder and in the decoder, once they are cut."""
-        answers = np.minimum(targets + 1, self.budget.decoder)
         if self.has_encoder:
+            answers = np.minimum(targets + 1 + self._repeated(prompts), self.budget.decoder)
             return np.minimum(prompts + 1, self.budget.encoder), answers
+        answers = np.minimum(targets + 1, self.budget.decoder)
         return np.zeros_like(prompts), np.minimum(prompts, self.budget.decoder - answers) + answers
 
     def cut(self, prompt: Ids, target: Ids) -> tuple[Ids, Ids, bool]:
         """Return prompt and target as they fit, and whether the target is whole: it then has an end token."""
-        is_whole = len(target) < self.budget.decoder
-        target = target[: self.budget.decoder]
+        most = self.budget.decoder - int(self._repeated(np.asarray(len(prompt))))
+        is_whole = len(target) < most
+        target = target[:most]
         room = self.budget.encoder - 1 if self.has_encoder else self.budget.decoder - len(target) - is_whole
         excess = max(0, len(prompt) - room)
         kept = prompt[excess:] if self.cuts_start else prompt[: len(prompt) - excess]
         return kept, target, is_whole
 
-    def too_long(self, targets: Lengths) -> NDArray[np.bool_]:
+    def too_long(self, prompts: Lengths, targets: Lengths) -> NDArray[np.bool_]:
         """Return which targets do not fit the decoder with their end token."""
-        return targets + 1 > self.budget.decoder
+        return targets + 1 + self._repeated(prompts) > self.budget.decoder
+
+    def _repeated(self, prompts: Lengths) -> Lengths:
+        """Return the tokens of prompts that the decoder reads before the one that predicts its first label."""
+        read = np.minimum(prompts, self.budget.encoder - 1)
+        return np.maximum(0, np.minimum(read, self.budget.overlap) - 1)
 
     def cut_prompts(self, prompts: Lengths, targets: Lengths) -> Lengths:
         """Return how many tokens every prompt loses."""
@@ -114,7 +120,12 @@ class PairRows:
         for segment, number in enumerate(self.members(row), start=1):
             prompt, target, is_whole = fit.cut(*self.shard.pair(number))
             example = pair_example(
-                prompt, target, fit.special, is_end=is_whole, has_encoder=fit.has_encoder, start=fit.start
+                prompt,
+                target,
+                fit.special,
+                is_end=is_whole,
+                has_encoder=fit.has_encoder,
+                opening=Opening(fit.budget.overlap),
             )
             examples.append((example, encoder, decoder))
             encoder = fit.budget.align(encoder + len(example.encoder_ids))

@@ -39,7 +39,7 @@ def write_records(path: Path, number: int = 40) -> Path:
 def config_of(model_path: Path, *tasks: dict[str, Any], encoder: int = 64, decoder: int = 64, **data: Any) -> RunConfig:
     form = {"prompt": "{question}?", "target": "{answer.text.0}"}
     model = {"axial_width": WIDTH, "local_window": 16, "vocab_size": 600, "hidden_size": 32, "num_attention_heads": 2}
-    model |= {"encoder_layers": 1 if encoder else 0, "decoder_layers": 1}
+    model |= {"encoder_layers": 1 if encoder else 0, "decoder_layers": 1, "decoder_overlap": 2}
     return RunConfig.model_validate(
         {
             "model": model,
@@ -104,7 +104,7 @@ def test_a_decoder_only_model_reads_the_prompt_unlabelled(model_path: Path, tmp_
 def test_what_is_cut_is_counted_and_said(model_path: Path, tmp_path: Path) -> None:
     path = write_records(tmp_path / "qa.jsonl")
     tasks = [{"path": str(path), "long_targets": how} for how in ("cut", "leave_out")]
-    short = [open_sources(config_of(model_path, task, encoder=8, decoder=8)) for task in tasks]
+    short = [open_sources(config_of(model_path, task, encoder=8, decoder=9)) for task in tasks]
     told = ["\n".join(sources.notices) for sources in short]
     assert "prompts are too long and lose their end" in told[0]
     lost = 0
@@ -113,7 +113,8 @@ def test_what_is_cut_is_counted_and_said(model_path: Path, tmp_path: Path) -> No
         lost += max(0, len(tokenizer.encode("reads " * (number % 7 + 1) + f"{number}?")) - 7)
     assert f" {lost:,} of " in told[0]
     targets = [len(tokenizer.encode(f"answer {k}")) + 1 for k in range(40)]
-    assert f"{sum(length > 8 for length in targets)} pairs are left out" in told[1]
+    repeated = [min(2, len(tokenizer.encode("reads " * (k % 7 + 1) + f"{k}?"))) - 1 for k in range(40)]
+    assert f"{sum(one + more > 9 for one, more in zip(targets, repeated, strict=True))} pairs are left out" in told[1]
 
 
 def test_everything_wrong_is_found_at_once(model_path: Path, tmp_path: Path) -> None:

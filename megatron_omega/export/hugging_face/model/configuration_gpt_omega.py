@@ -14,7 +14,7 @@ class GPTOmegaConfig(PreTrainedConfig):
 
     `*_branches` is a list of attention branches for all layers, or a list of such lists: layer i has list i modulo
     their number. `encoder_layers=0` is a decoder-only model. `decoder_start="prefix"`: the decoder begins with the last
-    token of the encoder's text; "begin": with the begin token.
+    `decoder_overlap` tokens of the encoder's text; "begin": with the begin token.
     """
 
     model_type = "gpt_omega"
@@ -44,6 +44,7 @@ class GPTOmegaConfig(PreTrainedConfig):
     parametrization: int = 2
     mlm_head: bool = True
     decoder_start: str = "prefix"
+    decoder_overlap: int = 16
     shared_mode_token: bool = False
 
     max_encoder_length: int = 2048

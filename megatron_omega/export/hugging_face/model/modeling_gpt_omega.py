@@ -49,37 +49,59 @@ class GPTOmegaForConditionalGeneration(GPTOmegaWithHead):
     def get_decoder(self, *_: Any, **__: Any) -> Any:
         return self.model.decoder
 
-    def first_decoder_ids(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """Return what the decoder reads first [b]: the text's last token, if the model was trained so and there is one.
+    def opening(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return what the decoder reads before it continues a text: ids and mask [b, k], padded on the left.
 
-        The begin token otherwise; None where the text is not known. Spans that are to be filled in begin with it too.
+        Those are the text's last `decoder_overlap` tokens, if the model was trained so; the begin token where there is
+        no text, or where spans are to be filled in. None where the text is not known.
         """
         config: Any = self.config
         if input_ids is None:
             return None
         valid = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
-        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        first, last = (
-            input_ids.gather(1, extreme.unsqueeze(1)).squeeze(1)
-            for extreme in (
-                places.masked_fill(~valid, places.shape[1] - 1).amin(1),
-                places.masked_fill(~valid, 0).amax(1),
-            )
-        )
-        begin = torch.full_like(last, config.decoder_start_token_id)
+        first = valid.int().argmax(1, keepdim=True)
+        mode = input_ids.gather(1, first)
+        continues = (mode == config.prefix_mode_token_id) | (mode == config.mask_mode_token_id)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        from_end = valid.flip(1).cumsum(1).flip(1)
+        wanted = continues & valid & (places > first) & (from_end <= config.decoder_overlap)
         if config.decoder_start == "begin":
-            return begin
-        continues = (first == config.prefix_mode_token_id) | (first == config.mask_mode_token_id)
-        return torch.where(continues & (valid.sum(1) > 1), last, begin)
+            wanted = torch.zeros_like(valid)
+        last = wanted.int().argsort(dim=1, stable=True)[:, -max(1, int(wanted.sum(1).max())) :]
+        mask, ids = (
+            wanted.gather(1, last),
+            input_ids.gather(1, last).masked_fill(~wanted.gather(1, last), config.pad_token_id),
+        )
+        is_empty = ~mask.any(1)
+        ids[is_empty, -1], mask[is_empty, -1] = config.decoder_start_token_id, True
+        return ids, mask.to(torch.long)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as `GenerationMixin` does; the decoder begins as in training (`first_decoder_ids`)."""
-        if kwargs.get("decoder_start_token_id") is None:
-            ids = kwargs.get("input_ids") if inputs is None else inputs
-            first = self.first_decoder_ids(ids, kwargs.get("attention_mask"))
-            if first is not None:
-                kwargs["decoder_start_token_id"] = first.tolist()
-        return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        """Generate as `GenerationMixin` does; the decoder first reads what it read in training (`opening`).
+
+        What is returned begins with `decoder_start_token_id` in its place.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        opening = self.opening(ids, kwargs.get("attention_mask"))
+        if opening is None or kwargs.get("decoder_start_token_id") is not None:
+            return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        given, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+        if given is not None:
+            mask = torch.ones_like(given) if mask is None else mask
+            opening = torch.cat((opening[0], given), dim=1), torch.cat((opening[1], mask), dim=1)
+        more = opening[0].shape[1] - 1 - (0 if given is None else given.shape[1])
+        if kwargs.get("max_length") is not None:
+            kwargs["max_length"] += more
+        kwargs |= {"decoder_input_ids": opening[0], "decoder_attention_mask": opening[1]}
+        kwargs["decoder_start_token_id"] = opening[0][:, 0].tolist()  # else one more is put before them
+        found = super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        sequences = (found if isinstance(found, Tensor) else found.sequences)[:, more:].clone()
+        config: Any = self.config
+        sequences[:, 0] = config.decoder_start_token_id
+        if isinstance(found, Tensor):
+            return sequences
+        found.sequences = sequences
+        return found
 
     def forward(
         self,
@@ -98,14 +120,16 @@ class GPTOmegaForConditionalGeneration(GPTOmegaWithHead):
         num_items_in_batch: Any = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
-        """`labels` [b, s_d] alone are enough: shifted, behind the token that the decoder begins with."""
+        """`labels` [b, s_d] alone are enough: the decoder reads its opening and then them, and logits are theirs."""
+        repeated = 0
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self._shifted(labels, self.first_decoder_ids(input_ids, attention_mask))
+            decoder_input_ids, decoder_attention_mask = self._read(labels, self.opening(input_ids, attention_mask))
+            repeated = decoder_input_ids.shape[1] - labels.shape[1]
         found: Any = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache, output_hidden_states,
         )  # fmt: skip
-        logits = self._logits(found.last_hidden_state, logits_to_keep)
+        logits = self._logits(found.last_hidden_state[:, repeated:], logits_to_keep)
         return Seq2SeqLMOutput(
             loss=None if labels is None else self.cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
@@ -115,12 +139,14 @@ class GPTOmegaForConditionalGeneration(GPTOmegaWithHead):
             encoder_hidden_states=found.encoder_hidden_states,
         )
 
-    def _shifted(self, labels: Tensor, first: Tensor | None) -> Tensor:
+    def _read(self, labels: Tensor, opening: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the decoder's ids and mask: an opening, then all labels but the last."""
         config: Any = self.config
-        shifted = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
-        if first is not None:
-            shifted[:, 0] = first
-        return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+        before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
+        if opening is None:
+            begin = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+            opening = begin, torch.ones_like(begin)
+        return torch.cat((opening[0], before), dim=1), torch.cat((opening[1], torch.ones_like(before)), dim=1)
 
 
 class GPTOmegaForCausalLM(GPTOmegaWithHead):
