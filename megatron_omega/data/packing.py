@@ -91,13 +91,15 @@ class Slot:
 
     @property
     def decoder_length(self) -> int:
-        said = self.noise + self.spans + 1 if self.spans else self.tokens - self.prefix + self.is_end
-        return self.repeated + said
+        if self.spans:
+            return self.noise + self.spans + 1
+        again = min(self.prefix + self.shots * MOST_SEPARATOR_TOKENS, self.overlap) - 1
+        return (again if again > 0 else 0) + self.stop - self.start - self.prefix + self.is_end
 
     @property
     def repeated(self) -> int:
         """Tokens that the decoder reads before the one that predicts its first label."""
-        return 0 if self.spans else max(0, min(self.encoder_length - 1, self.overlap) - 1)
+        return 0 if self.spans else self.decoder_length - (self.tokens - self.prefix + self.is_end)
 
     def move(self, shift: float) -> None:
         """Put a free prefix at its drawn log-odds plus `shift`; at least one label remains."""
