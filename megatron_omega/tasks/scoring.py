@@ -10,13 +10,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_omega.export.loading import TextModel
+from megatron_omega.generation.decoding import limits_for
 from megatron_omega.generation.prompts import prompt_ids
-from megatron_omega.generation.requests import Finished, Limits, Request
+from megatron_omega.generation.requests import Finished, Request
 from megatron_omega.generation.sampling import Sampling
 from megatron_omega.generation.scheduler import Scheduler
 from megatron_omega.log import get_logger
@@ -29,6 +30,8 @@ logger = get_logger(__name__)
 GREEDY = Sampling(temperature=0.0)
 _TOGETHER = 64
 """Texts that are written at the same time."""
+_CHUNK = 4096
+"""Tokens of prompts that are read between two steps: many, since nobody waits for a first token."""
 MOST_FREQUENT, FIRST_WORDS = "most frequent answer", "first words"
 WRITTEN = {*METRICS, "rouge", *CORPUS}
 """Metrics of what a model writes."""
@@ -171,14 +174,10 @@ def _write(model: TextModel, questions: Sequence[Question], exam: Exam) -> list[
 
 def answered(model: TextModel, requests: Sequence[Request]) -> list[str]:
     """Return the texts that answer requests, all of them together."""
-    longest = max((max(len(one.encoder_ids), len(one.decoder_ids)) + one.max_new_tokens for one in requests), default=0)
-    limits = Limits(
-        sequences=_TOGETHER,
-        memory_tokens=max(1 << 16, longest),
-        cache_tokens=max(1 << 16, longest + 1),
-        chunk_tokens=1 << 16,  # nobody waits for a first token
-    )
-    scheduler = Scheduler(model, limits)
+    if not requests:
+        return []
+    limits = limits_for(requests, min(_TOGETHER, len(requests)))
+    scheduler = Scheduler(model, replace(limits, chunk_tokens=_CHUNK))
     places = {scheduler.submit(request): place for place, request in enumerate(requests)}
     answers = [""] * len(requests)
     while not scheduler.idle:

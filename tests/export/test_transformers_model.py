@@ -165,6 +165,9 @@ def test_the_configuration_has_every_setting_of_the_model_and_its_defaults() -> 
 
     settings = json.loads(GPTOmegaConfig().to_json_string(use_diff=False))
     assert {name: settings[name] for name in ModelConfig.model_fields} == ModelConfig().model_dump(mode="json")
+    assert GPTOmegaConfig.from_dict(settings).decoder_overlap == ModelConfig().decoder_overlap
+    del settings["decoder_overlap"]
+    assert GPTOmegaConfig.from_dict(settings).decoder_overlap == 1, "an export of before the setting existed"
 
 
 def test_what_is_initialised_there_starts_at_the_same_loss(case: Case) -> None:

@@ -68,6 +68,11 @@ class GPTOmegaConfig(PreTrainedConfig):
         self.is_encoder_decoder = self.encoder_layers > 0
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the stored configuration; one that lacks `decoder_overlap` was written when it was one token."""
+        return super().from_dict({"decoder_overlap": 1, **config_dict}, **kwargs)
+
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads

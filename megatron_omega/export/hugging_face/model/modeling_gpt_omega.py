@@ -68,10 +68,8 @@ class GPTOmegaForConditionalGeneration(GPTOmegaWithHead):
         if config.decoder_start == "begin":
             wanted = torch.zeros_like(valid)
         last = wanted.int().argsort(dim=1, stable=True)[:, -max(1, int(wanted.sum(1).max())) :]
-        mask, ids = (
-            wanted.gather(1, last),
-            input_ids.gather(1, last).masked_fill(~wanted.gather(1, last), config.pad_token_id),
-        )
+        mask = wanted.gather(1, last)
+        ids = input_ids.gather(1, last).masked_fill(~mask, config.pad_token_id)
         is_empty = ~mask.any(1)
         ids[is_empty, -1], mask[is_empty, -1] = config.decoder_start_token_id, True
         return ids, mask.to(torch.long)
@@ -85,11 +83,11 @@ class GPTOmegaForConditionalGeneration(GPTOmegaWithHead):
         opening = self.opening(ids, kwargs.get("attention_mask"))
         if opening is None or kwargs.get("decoder_start_token_id") is not None:
             return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        more = opening[0].shape[1] - 1
         given, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
         if given is not None:
             mask = torch.ones_like(given) if mask is None else mask
             opening = torch.cat((opening[0], given), dim=1), torch.cat((opening[1], mask), dim=1)
-        more = opening[0].shape[1] - 1 - (0 if given is None else given.shape[1])
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] += more
         kwargs |= {"decoder_input_ids": opening[0], "decoder_attention_mask": opening[1]}
