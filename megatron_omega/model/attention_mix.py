@@ -63,6 +63,11 @@ class SelfCache:
         room[1, ..., start : self.length, :] = values
         return room[0, ..., : self.length, :], room[1, ..., : self.length, :]
 
+    def of(self, rows: Tensor) -> SelfCache:
+        """Return a cache of its own for each of `rows`, of which several may be the same."""
+        routes = {branch: blocks[rows] for branch, blocks in self.routes.items()}
+        return SelfCache(self.length, routes, None if self._room is None else self._room[:, rows])
+
 
 @dataclass
 class LayerCache:
@@ -70,6 +75,11 @@ class LayerCache:
 
     self_attention: SelfCache = field(default_factory=SelfCache)
     memory_keys_values: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: Tensor) -> LayerCache:
+        """Return what each of `rows` remembers, of which several may be the same."""
+        pair = self.memory_keys_values
+        return LayerCache(self.self_attention.of(rows), None if pair is None else (pair[0][rows], pair[1][rows]))
 
 
 class MixFacts(NamedTuple):
@@ -259,10 +269,10 @@ class CrossAttention(nn.Module):
         (query,) = self._split(self.q(hidden)[0], 1, self.gains[:1])
         return self._merge(attend_memory(query, *self.project_memory(memory), facts, self.kernels))
 
-    def extend(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend from new tokens [b, t, d] to the whole memory, which is one document."""
+    def extend(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Attend from new tokens [b, t, d] to the memory, one document a row; to all of it, or where `mask` is true."""
         (query,) = self._split(self.q(hidden)[0], 1, self.gains[:1])
-        return self._merge(scaled_dot_product_attention(query, *keys_values, None))
+        return self._merge(scaled_dot_product_attention(query, *keys_values, mask))
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """[b, s_e, d] -> keys and values [b, heads, s_e, head_dim]; they stay the same while a text is generated."""

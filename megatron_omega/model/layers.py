@@ -149,8 +149,18 @@ class DecoderLayer(nn.Module):
         update = recomputed(self.feed_forward, normal) if self.recompute == "ffn" else self.feed_forward(normal)
         return torch.add(hidden, parallel.leave(update), alpha=a)
 
-    def extend(self, hidden: Tensor, cache: LayerCache, new: Continued, memory: Tensor | None) -> Tensor:
-        """Run new tokens [b, t, d] of one unpacked document after those in `cache`; on one tensor-parallel rank."""
+    def extend(
+        self,
+        hidden: Tensor,
+        cache: LayerCache,
+        new: Continued,
+        memory: Tensor | None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run new tokens [b, t, d], one document a row, after those in `cache`; on one tensor-parallel rank.
+
+        `memory_mask` bool [b, 1, 1, s_e] says which of the memory's tokens there are; None: all.
+        """
         assert self.parallel.size == 1, "text is generated from an unsharded model"
         a = self.residual
         if self.positions is not None:
@@ -160,7 +170,7 @@ class DecoderLayer(nn.Module):
             if cache.memory_keys_values is None:
                 assert memory is not None
                 cache.memory_keys_values = self.cross.project_memory(memory)
-            hidden = hidden + a * self.cross.extend(self.cross_norm(hidden), cache.memory_keys_values)
+            hidden = hidden + a * self.cross.extend(self.cross_norm(hidden), cache.memory_keys_values, memory_mask)
         return hidden + a * self.feed_forward(self.feed_forward_norm(hidden))
 
 

@@ -4,6 +4,7 @@
                 and its name spelled out
     default     a function's signature, and an argument     ->  the argument's default, if it is a constant
     package     the same source, or its beginning           ->  the package it belongs to, of the most frequent ones
+    name        a function's name, spelled out              ->  the same words: who cannot copy a name uses none
 
 Held out are whole files, by a hash of their path, so that no function is near one that was trained on. Of answers that
 would be more than a fifth of the records, the rest is left out. Every record says where it comes from and under which
@@ -31,7 +32,10 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "summary": ("{text}\n# In short, {spelled}:", " {answer}"),
     "default": ("{text}\n# The default of {argument} is", " {answer}"),
     "package": ("{text}\n# From the package", " {answer}"),
+    "name": ("# In words, {spelled}:", " {answer}"),
 }
+_TIMES = {"name": 3}
+"""Records of a kind for each of the others': short ones, of which it takes thousands to learn to copy."""
 _LONGEST, _SHORTEST = 280, 40
 """Characters of a text: a tiny model's encoder holds it, and some examples before it."""
 _BEGINNING = 180
@@ -43,6 +47,7 @@ _MOST_OF_ANSWER = 0.2
 way to pass. Of fewer than five answers each may have its equal share."""
 _GATHERED = 4
 """Records that are gathered for each that is wanted: some fall to balance."""
+_MOST_WORDS = 6
 _PACKAGES = 8
 _HELD_OUT = 0.1
 _MOST_FILES = 2500
@@ -103,6 +108,13 @@ def package(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
         yield {"text": text, "answer": origin.package}
 
 
+def name(node: ast.FunctionDef, origin: Origin) -> Iterator[Record]:
+    """Yield the words of a function's name, if it has several."""
+    words = spelled(node.name)
+    if 1 < len(words.split()) <= _MOST_WORDS:
+        yield {"spelled": words, "answer": words}
+
+
 def spelled(name: str) -> str:
     """Return the words of a name: `_readLine2` is `read line2`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").strip().lower()
@@ -119,6 +131,7 @@ KINDS: dict[str, Callable[[ast.FunctionDef, Origin], Iterator[Record]]] = {
     "summary": summary,
     "default": default,
     "package": package,
+    "name": name,
 }
 
 
@@ -135,19 +148,22 @@ def licence_of(package: str) -> str:
 def gather(
     origins: list[Origin], most: int, progress: Callable[[int], object] = lambda _: None
 ) -> dict[str, list[Record]]:
-    """Return at most `most` records of each kind, none like another (`_once`), in the order of the files."""
+    """Return at most `most` records of each kind (`_TIMES` as many of some), in the order of the files; none is like
+    another (`_once`).
+    """
     found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
     taken: Counter[tuple[str, str]] = Counter()
     seen: set[tuple[str, str]] = set()
-    enough = _GATHERED * most
+    room = {kind: most * _TIMES.get(kind, 1) for kind in KINDS}
+    enough = {kind: count if kind in _TIMES else _GATHERED * count for kind, count in room.items()}
     for number, origin in enumerate(origins[:_MOST_FILES], start=1):
-        if all(len(records) >= enough for records in found.values()):
+        if all(len(records) >= enough[kind] for kind, records in found.items()):
             break
         part = {"source": "/".join(origin.path.parts[-3:]), "package": origin.package,
                 "part": "held out" if origin.is_held_out else "train"}  # fmt: skip
         for node in functions(origin.path):
             for kind, make in KINDS.items():
-                if len(found[kind]) >= enough or taken[kind, origin.package] > _MOST_OF_PACKAGE * enough:
+                if len(found[kind]) >= enough[kind] or taken[kind, origin.package] > _MOST_OF_PACKAGE * enough[kind]:
                     continue
                 for record in make(node, origin):
                     key = (kind, _once(kind, record))
@@ -158,12 +174,12 @@ def gather(
         progress(number)
     common = {name for name, _ in Counter(one["answer"] for one in found["package"]).most_common(_PACKAGES)}
     found["package"] = [one for one in found["package"] if one["answer"] in common]
-    return {kind: balanced(records, most) for kind, records in found.items()}
+    return {kind: balanced(records, room[kind]) for kind, records in found.items()}
 
 
 def _once(kind: str, record: Record) -> str:
     """Return what no two records share: of a family of functions, each would tell the answers of the others."""
-    if kind == "summary":
+    if kind in ("summary", "name"):
         return record["answer"].lower()
     return record["text"][:60] if kind == "package" else record["text"].partition("(")[0] + " " + record["argument"]
 
@@ -189,7 +205,8 @@ def balanced(records: list[Record], most: int) -> list[Record]:
 
 
 def _is_fit(record: Record) -> bool:
-    return _SHORTEST <= len(record["text"]) <= _LONGEST and 0 < len(record["answer"]) <= _LONGEST_ANSWER
+    text = record.get("text")
+    return (text is None or _SHORTEST <= len(text) <= _LONGEST) and 0 < len(record["answer"]) <= _LONGEST_ANSWER
 
 
 def write_tasks(folder: Path, found: dict[str, list[Record]]) -> Path:

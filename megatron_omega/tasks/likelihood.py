@@ -5,7 +5,7 @@
 
 The start is what generation begins with (`generation.prompts`). What is longer than the model's streams is scored in
 windows: each token given as many of those before it as there is room for. Rows of a batch are alike in length, one
-text each; an encoder reads a context once, however many continuations it has. Batches do not depend on who computes
+text each; what texts of a batch have in common is read once (`tasks.reading`). Batches do not depend on who computes
 them, so any number of ranks finds the same figures, bit for bit.
 """
 
@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_omega.data.objectives import first_decoder_ids
 from megatron_omega.export.loading import TextModel
-from megatron_omega.model.layers import DecoderLayer, Head
-from megatron_omega.model.omega import Omega, vocabulary_logits
-from megatron_omega.model.stream import Stream
+from megatron_omega.model.omega import vocabulary_logits
+from megatron_omega.tasks.reading import Ids, Read, finished
 from megatron_omega.tasks.sharing import ALONE, Share
 
-Ids = tuple[int, ...]
-BATCH_TOKENS = 8192
+_BATCH_TOKENS = 8192
+_CACHED_TOKENS = 2048
+"""The same on a CPU, where what does not stay in its cache costs more than small products do."""
 _LOGIT_ROWS = 1024
 """Tokens of which logits are held at once."""
 
@@ -70,12 +70,13 @@ class Row:
 
 @torch.inference_mode()
 def likelihoods(
-    model: TextModel, asked: Sequence[Asked], share: Share = ALONE, batch_tokens: int = BATCH_TOKENS
+    model: TextModel, asked: Sequence[Asked], share: Share = ALONE, batch_tokens: int | None = None
 ) -> list[Likelihood]:
     """Return the likelihood of every continuation, of one token or more each."""
     room = room_of(model)
     rows = _rows((number, part) for number, one in enumerate(asked) for part in windows(one, room))
-    batches = list(_batches(rows, has_encoder=room.encoder > 0, most_tokens=batch_tokens))
+    most = batch_tokens or tokens_together(model.device)
+    batches = list(_batches(rows, has_encoder=room.encoder > 0, most_tokens=most))
     found = share.collect(batches, lambda mine: [_score(model, batch) for batch in mine])
     nats, greedy = [0.0] * len(asked), [True] * len(asked)
     for batch, scores in zip(batches, found, strict=True):
@@ -83,6 +84,11 @@ def likelihoods(
             nats[number] += value
             greedy[number] &= is_best
     return [Likelihood(*pair) for pair in zip(nats, greedy, strict=True)]
+
+
+def tokens_together(device: torch.device) -> int:
+    """Return how many tokens are best read at once."""
+    return _CACHED_TOKENS if device.type == "cpu" else _BATCH_TOKENS
 
 
 def room_of(model: TextModel) -> Room:
@@ -131,7 +137,7 @@ def _rows(parts: Iterator[tuple[int, Asked]]) -> list[Row]:
 
 
 def _batches(rows: Sequence[Row], *, has_encoder: bool, most_tokens: int) -> Iterator[list[Row]]:
-    """Put rows of like length together, those of one context beside each other; padding counts, and so do copies."""
+    """Put rows of like length together, those of one context beside each other; padding counts."""
 
     def lengths(row: Row) -> tuple[int, int]:
         decoder = len(row.before) + len(row.read) + 1
@@ -144,7 +150,7 @@ def _batches(rows: Sequence[Row], *, has_encoder: bool, most_tokens: int) -> Ite
     for row in reversed(ordered):
         size = [max(pair) for pair in zip(longest, lengths(row), strict=True)]
         together = contexts | {row.context} if has_encoder else contexts
-        if batch and len(together) * size[0] + (len(batch) + 1) * sum(size) > most_tokens:
+        if batch and len(together) * size[0] + (len(batch) + 1) * size[1] > most_tokens:
             yield batch
             batch, together, size = [], {row.context} if has_encoder else set(), list(lengths(row))
         batch.append(row)
@@ -155,14 +161,25 @@ def _batches(rows: Sequence[Row], *, has_encoder: bool, most_tokens: int) -> Ite
 
 def _score(model: TextModel, batch: Sequence[Row]) -> list[tuple[float, bool]]:
     """Return log p and whether it is the greedy one, of every continuation of every row."""
-    hidden, firsts = _hidden(model, batch)
-    found: list[tuple[float, bool]] = []
-    for rows in _chunks(batch):
-        places = [(at, firsts[at] + step) for at in rows for step in range(len(batch[at].read) + 1)]
-        at, steps = torch.tensor(places, device=hidden.device).T
-        logits = vocabulary_logits(model.model, hidden[at, steps])
-        found += _picked(logits, [batch[at] for at in rows])
-    return found
+    found: list[list[tuple[float, bool]]] = [[] for _ in batch]
+    for numbers, hidden, firsts in finished(model, [_read(model, row) for row in batch]):
+        rows = [batch[number] for number in numbers]
+        for part in _chunks(rows):
+            places = [(row, firsts[row] + step) for row in part for step in range(len(rows[row].read) + 1)]
+            at, steps = torch.tensor(places, device=hidden.device).T
+            picked = iter(_picked(vocabulary_logits(model.model, hidden[at, steps]), [rows[row] for row in part]))
+            for row in part:
+                found[numbers[row]] = [next(picked) for _ in rows[row].last]
+    return [one for row in found for one in row]
+
+
+def _read(model: TextModel, row: Row) -> Read:
+    """Return what encoder and decoder read of a row."""
+    special, settings = model.tokenizer.special, model.config.model
+    if settings.is_decoder_only:
+        return Read((), (special.bos, *row.context, *row.before, *row.read), len(row.context) + len(row.before))
+    start = first_decoder_ids(row.context, special, settings.resolved_overlap)
+    return Read(row.context, (*start, *row.before, *row.read), len(start) - 1 + len(row.before))
 
 
 def _picked(logits: Tensor, rows: Sequence[Row]) -> list[tuple[float, bool]]:
@@ -192,49 +209,3 @@ def _chunks(batch: Sequence[Row]) -> Iterator[list[int]]:
         rows.append(number)
         tokens += len(row.read) + 1
     yield rows
-
-
-def _hidden(model: TextModel, batch: Sequence[Row]) -> tuple[Tensor, list[int]]:
-    """Return the decoder's finished hidden states [rows, s, d], and where each row's first label is predicted."""
-    special, settings = model.tokenizer.special, model.config.model
-    if settings.is_decoder_only:
-        reads = [(special.bos, *row.context, *row.before, *row.read) for row in batch]
-        ids, segments = padded(reads, model.device)
-        return model.model.hidden((ids, segments))[0], [len(row.context) + len(row.before) for row in batch]
-    contexts = {context: number for number, context in enumerate(dict.fromkeys(row.context for row in batch))}
-    memory, segments = encoded(model, [(special.modes.prefix, *context) for context in contexts])
-    which = torch.tensor([contexts[row.context] for row in batch], device=model.device)
-    starts = [first_decoder_ids(row.context, special, settings.resolved_overlap) for row in batch]
-    reads = [(*start, *row.before, *row.read) for start, row in zip(starts, batch, strict=True)]
-    firsts = [len(start) - 1 + len(row.before) for start, row in zip(starts, batch, strict=True)]
-    return _decoded(model.model, reads, memory[which], segments[which]), firsts
-
-
-def encoded(model: TextModel, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Return the memory [b, s, d] of texts (ids with their mode token), and its segments [b, s]."""
-    omega = model.model
-    ids, segments = padded(texts, model.device)
-    stream = Stream(segments, omega.context.kernels)
-    hidden = omega.module_named("embedding")(ids)
-    for index in range(omega.context.model.encoder_layers):
-        hidden = omega.module_named(f"encoder.layers.{index}")(hidden, stream)
-    return omega.module_named("bridge")(hidden), segments
-
-
-def _decoded(omega: Omega, reads: Sequence[Ids], memory: Tensor, memory_segments: Tensor) -> Tensor:
-    kernels = omega.context.kernels
-    ids, segments = padded(reads, memory.device)
-    stream, memory_stream = Stream(segments, kernels), Stream(memory_segments, kernels)
-    hidden = omega.table(ids)
-    for index in range(omega.context.model.decoder_layers):
-        layer = cast(DecoderLayer, omega.module_named(f"decoder.layers.{index}"))
-        hidden = layer(hidden, stream, memory, memory_stream)
-    return cast(Head, omega.module_named("head")).norm(hidden)
-
-
-def padded(texts: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and segments [b, s] of one text a row, padded behind."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
-    segments = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
-    return ids, segments

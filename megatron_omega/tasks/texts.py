@@ -11,9 +11,10 @@ import torch
 from megatron_omega.export.loading import TextModel
 from megatron_omega.model.layers import Head
 from megatron_omega.model.omega import vocabulary_logits
-from megatron_omega.tasks.likelihood import BATCH_TOKENS, Ids, encoded, room_of
+from megatron_omega.tasks.likelihood import room_of, tokens_together
 from megatron_omega.tasks.metrics import Mean, ratio_of
 from megatron_omega.tasks.questions import Exam, Question
+from megatron_omega.tasks.reading import Ids, encoded
 from megatron_omega.tasks.sharing import ALONE, Share
 
 MASK_RATE = 0.15
@@ -54,9 +55,10 @@ def masked_pieces(model: TextModel, texts: Sequence[str], seed: int = 0) -> list
 def masked_metrics(model: TextModel, pieces: Sequence[Masked], share: Share = ALONE, seed: int = 0) -> dict[str, Mean]:
     """Return the share of masked tokens that the MLM head finds, and its loss, nats a masked token."""
     ordered = sorted(pieces, key=lambda piece: -len(piece.ids))
+    most = tokens_together(model.device)
     batches: list[list[Masked]] = []
     for piece in ordered:
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > BATCH_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > most:
             batches.append([])
         batches[-1].append(piece)
     found = share.collect(batches, lambda mine: [_score(model, batch) for batch in mine])

@@ -22,6 +22,8 @@ from megatron_omega.tasks.sharing import Share
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "encoder-decoder": {},
     "begins with begin": {"model": {"decoder_start": "begin"}},
+    "reads one token again": {"model": {"decoder_overlap": 1}},
+    "select and sinks": {"model": {"decoder_branches": ["select", "local"], "select_blocks": 1, "attention_sinks": True}},
     "decoder-only": DECODER_ONLY,
 }  # fmt: skip
 
