@@ -77,7 +77,8 @@ def test_tasks_are_gathered_from_functions(tmp_path: Path) -> None:
     assert {one["answer"] for one in found["default"]} <= {"2", "None"}
     path = write_tasks(tmp_path / "tasks", found)
     tasks = yaml.safe_load(path.read_text())
-    assert [task["name"] for task in tasks] == ["summary", "default", "package"]
+    assert [task["name"] for task in tasks] == ["summary", "default", "package", "name"]
+    assert found["name"][0]["spelled"] == found["name"][0]["answer"] == "scale 0"
     lines = [json.loads(line) for task in tasks for line in Path(task["path"]).read_text().splitlines()]
     held = [json.loads(line) for task in tasks for line in Path(task["validation"]).read_text().splitlines()]
     assert {one["source"] for one in lines}.isdisjoint({one["source"] for one in held})
@@ -104,6 +105,19 @@ def test_no_answer_has_more_than_its_share_and_held_out_ones_are_few(tmp_path: P
         assert least <= len(answers) <= most
         assert max(answers.count(answer) for answer in set(answers)) <= 0.2 * len(answers)
     assert len({(one["text"].partition("(")[0], one["argument"]) for one in found}) == len(found)
+
+
+def test_more_names_than_anything_else_are_gathered(tmp_path: Path) -> None:
+    source = "\n".join(f"def take{k}_of_NUMBER(self):\n    'Is documented.'\n    return {k}\n" for k in range(30))
+    origins = []
+    for number in range(8):
+        path = tmp_path / f"file{number}.py"
+        path.write_text(source.replace("NUMBER", str(number)))
+        origins.append(Origin(path, f"package{number}"))
+    names = gather(origins, 30)["name"]
+    assert 75 <= len(names) <= 90
+    assert all(one["answer"] == one["spelled"] and 1 < len(one["answer"].split()) <= 6 for one in names)
+    assert len({one["answer"] for one in names}) == len(names)
 
 
 def test_a_file_knows_its_package() -> None:
