@@ -108,6 +108,8 @@ def test_the_adapter_finds_what_we_find(case: str, tmp_path: Path) -> None:
         assert len(values) >= len(TASKS[name]["metric_list"]), values
         for key, value in values.items():
             mine = ours["greedy" if name == "quiz_last" and key == "acc" else OURS.get(key, key)]
+            if key.endswith("perplexity"):  # exp of up to 90 nats here, which are what is to be equal
+                mine, value = math.log(mine), math.log(value)
             assert mine == pytest.approx(value, rel=1e-6), (name, key)
     assert found["quiz_text"]["bits_per_byte"] > 1
 
