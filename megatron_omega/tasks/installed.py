@@ -4,7 +4,7 @@
                 and its name spelled out
     default     a function's signature, and an argument     ->  the argument's default, if it is a constant
     package     the same source, or its beginning           ->  the package it belongs to, of the most frequent ones
-    name        a function's name, spelled out              ->  the same words: who cannot copy a name uses none
+    name        a function's name, spelled out              ->  the same words, which teaches to copy
 
 Held out are whole files, by a hash of their path, so that no function is near one that was trained on. Of answers that
 would be more than a fifth of the records, the rest is left out. Every record says where it comes from and under which
@@ -48,6 +48,7 @@ way to pass. Of fewer than five answers each may have its equal share."""
 _GATHERED = 4
 """Records that are gathered for each that is wanted: some fall to balance."""
 _MOST_WORDS = 6
+"""Words of a name: with the prompt around them the decoder reads all of them again."""
 _PACKAGES = 8
 _HELD_OUT = 0.1
 _MOST_FILES = 2500

@@ -25,6 +25,7 @@ from megatron_omega.tasks.reading import Ids, Read, finished
 from megatron_omega.tasks.sharing import ALONE, Share
 
 _BATCH_TOKENS = 8192
+"""Tokens that a model reads at once, with their padding."""
 _CACHED_TOKENS = 2048
 """The same on a CPU, where what does not stay in its cache costs more than small products do."""
 _LOGIT_ROWS = 1024

@@ -94,7 +94,7 @@ def _from_openings(
     openings = {key: number for number, key in enumerate(dict.fromkeys(keys.values()))}
     at = torch.tensor([place for place, _ in openings], device=device)
     read, mask = memory[at], segments[at, None, None] != 0
-    opening, begun = table(torch.tensor([ids for _, ids in openings], dtype=torch.long, device=device)), length > 0
+    opening = table(torch.tensor([ids for _, ids in openings], dtype=torch.long, device=device))
     parts, hidden = list[_Part](), list[Tensor]()
     for part in _alike(rows, reads):
         ids, _ = padded([reads[row].ids[length:] for row in part], device)
@@ -105,7 +105,7 @@ def _from_openings(
     for layer in _layers(model):
         assert layer.cross is not None, "a decoder with an encoder attends its memory"
         cache = LayerCache(memory_keys_values=layer.cross.project_memory(read))
-        if begun:
+        if length:
             opening = layer.extend(opening, cache, start, None, mask)
         hidden = [
             layer.extend(one, cache.of(part.opening), part.new, None, mask[part.opening])

@@ -111,7 +111,8 @@ def test_more_names_than_anything_else_are_gathered(tmp_path: Path) -> None:
     source = "\n".join(f"def take{k}_of_NUMBER(self):\n    'Is documented.'\n    return {k}\n" for k in range(30))
     origins = []
     for number in range(8):
-        path = tmp_path / f"file{number}.py"
+        path = tmp_path / f"a/package/file{number}.py"  # what is held out follows from these three names
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source.replace("NUMBER", str(number)))
         origins.append(Origin(path, f"package{number}"))
     names = gather(origins, 30)["name"]
