@@ -10,6 +10,7 @@ from typing import cast
 import torch.distributed as dist
 
 from megatron_omega.config.layout import Axis, Coordinate, Layout
+from megatron_omega.parallel import shared_memory
 from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 
@@ -78,10 +79,17 @@ def own_group(groups: Sequence[Sequence[int]], timeout: timedelta | None) -> dis
     """Create disjoint groups, and return the one that this rank is in, if it is in one. Collective.
 
     Where the world's group is bound to a device, as DeepSpeed binds it on CUDA, all are one split of its communicator;
-    made one after another, each would be a split of its own, in which all ranks meet.
+    made one after another, each would be a split of its own, in which all ranks meet. On CPUs ranks of one host talk
+    through its memory.
     """
     world = dist.group.WORLD
     if world is not None and world.bound_device_id is not None:
         return dist.split_group(split_ranks=[list(ranks) for ranks in groups], timeout=timeout)
-    handles = [(ranks, dist.new_group(list(ranks), timeout=timeout)) for ranks in groups]
+    backend = shared_memory.BACKEND if dist.get_backend() == dist.Backend.GLOO else None
+    if backend is not None:
+        shared_memory.register()
+    handles = [
+        (ranks, dist.new_group(list(ranks), timeout=timeout, backend=backend if len(ranks) > 1 else None))
+        for ranks in groups
+    ]
     return next((cast(dist.ProcessGroup, handle) for ranks, handle in handles if dist.get_rank() in ranks), None)

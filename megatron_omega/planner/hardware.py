@@ -177,8 +177,9 @@ class Hardware:
         rate, latency = self._route(ranks, stride)
         if kind == "transfer":
             return latency + num_bytes / rate
-        # On a CPU gloo scatters a sum by making it everywhere.
-        passes = 2 if kind == "all_reduce" or (kind == "reduce_scatter" and self.facts.is_cpu) else 1
+        # Between hosts CPUs have gloo, which scatters a sum by making it everywhere.
+        is_gloo = self.facts.is_cpu and ranks * stride > self.facts.per_node
+        passes = 2 if kind == "all_reduce" or (kind == "reduce_scatter" and is_gloo) else 1
         # Rings pay one hop per rank on large messages; trees bring small ones down to the logarithm.
         hops = min(ranks - 1, 2 * (ranks - 1).bit_length())
         return passes * (hops * latency + (ranks - 1) / ranks * num_bytes / rate)

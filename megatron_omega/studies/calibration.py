@@ -11,10 +11,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import product
 from math import gcd
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.parallel.tensor_parallel import SERIAL, TensorParallel
+from megatron_omega.parallel.topology import own_group
 from megatron_omega.planner.hardware import AcceleratorFacts, Efficiency, Hardware, HardwareFile, Link, read_hardware
 from megatron_omega.planner.machine import name_in
 from megatron_omega.planner.stages import layer_seconds
@@ -196,7 +198,7 @@ def _link_rate(ranks: int) -> float:
 
 def _time_message(rank: int, group: dist.ProcessGroup, barrier: Any, results: dict[int, list[float]]) -> None:
     tensor = torch.zeros(LARGE_MESSAGE // 4)
-    results[rank] = [float(np.median([_wall(partial(dist.all_reduce, tensor)) for _ in range(20)][1:]))]
+    results[rank] = [float(np.median([_wall(partial(dist.all_reduce, tensor, group=group)) for _ in range(20)][1:]))]
 
 
 def fit_latency(hardware: Hardware, works: Sequence[Work], measured: NDArray[np.float64], ranks: int) -> float:
@@ -249,7 +251,7 @@ def _wall(function: Callable[[], Any]) -> float:
 
 
 def _in_group(function: Callable[..., None], ranks: int) -> list[list[float]]:
-    """Call `function(rank, group, barrier, results)` in ranks of a gloo group; return what each put into `results`."""
+    """Call `function(rank, group, barrier, results)` in ranks of a group; return what each put into `results`."""
     return _on_every_core(partial(_join_group, function, ranks, _free_port()), ranks)
 
 
@@ -259,7 +261,8 @@ def _join_group(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     try:
-        function(rank, dist.group.WORLD, barrier, results)
+        group = cast(dist.ProcessGroup, own_group([range(ranks)], timedelta(minutes=5)))
+        function(rank, group, barrier, results)
     finally:
         dist.destroy_process_group()
 

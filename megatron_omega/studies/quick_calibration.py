@@ -45,6 +45,10 @@ BF16_SHARE = 0.05
 """Of the rate of fp32 products, where a CPU has no instructions for bf16."""
 
 
+LINK = "shared-memory"
+"""What ranks of one host talk through."""
+
+
 def calibrate_once() -> float | None:
     """Measure this machine unless it has been; return the seconds that took, None if there was nothing to do."""
     machine = this_machine()
@@ -74,18 +78,18 @@ def measure() -> HardwareFile:
     finally:
         torch.set_num_threads(threads)
     builtin = read_hardware()
-    link = builtin.links[builtin.accelerators[CPU].link]
+    link = builtin.links[LINK]
     efficiency = Efficiency(
         product=1.0, product_half=16, attention=attention / peak, memory=1.0, link=1.0, network=0.75, spread=0.3
     )
     facts = AcceleratorFacts(
         memory_gib=memory_of(CPU) / cores(), peak_flops={"fp32": peak, "bf16": BF16_SHARE * peak},
-        memory_bandwidth=builtin.accelerators[CPU].memory_bandwidth, link="gloo", network="gloo", per_node=64,
+        memory_bandwidth=builtin.accelerators[CPU].memory_bandwidth, link=LINK, network=LINK, per_node=64,
         watts=15.0, launch_seconds=1e-5, is_cpu=True, cores=cores(), efficiency=efficiency,
     )  # fmt: skip
-    facts = fit_rates(Hardware(CPU, facts, link, link, "gloo"), works, np.array(seconds))
+    facts = fit_rates(Hardware(CPU, facts, link, link, LINK), works, np.array(seconds))
     facts = facts.model_copy(update={"crowding": crowding})
-    return HardwareFile(efficiency=facts.efficiency, accelerators={CPU: facts}, links={"gloo": link})
+    return HardwareFile(efficiency=facts.efficiency, accelerators={CPU: facts}, links={LINK: link})
 
 
 def _crowding() -> float:

@@ -14,7 +14,8 @@ from pathlib import PurePath
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "deepspeed/comm/torch.py",
-                "megatron_omega/parallel/exchange.py")  # fmt: skip
+                "megatron_omega/parallel/exchange.py", "megatron_omega/parallel/shared_memory.py",
+                "megatron_omega/parallel/slots.py")  # fmt: skip
 _PASSED_OVER = (*_COLLECTIVES, "torch/distributed/c10d_logger.py", "deepspeed/comm/", "deepspeed/utils/timer.py",
                 "megatron_omega/health/stragglers.py",
                 "torch/utils/_contextlib.py", "torch/autograd/")  # fmt: skip

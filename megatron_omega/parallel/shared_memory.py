@@ -1,0 +1,239 @@
+"""Process groups of one host: sums and gathers pass through memory that its ranks share, all else through gloo.
+
+gloo copies each message into the kernel and out of it again, by a thread of its own, wherever the receiver is. Between
+ranks of one host that costs several times what the sum itself does. Sums add in the order of ranks, so that all get
+the same bits. `parallel/slots.py` has the memory itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omega.parallel.slots import SLOT, Mesh, Need, connect
+
+BACKEND = "shared_memory"
+SUMMED_BY_ALL = 3
+"""Ranks up to which each sums everything itself. More share the work, and gather what the others have summed."""
+
+Combine = Callable[..., Tensor]
+_COMBINE: dict[Any, Combine] = {
+    dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.MIN: torch.minimum,
+}  # fmt: skip
+
+
+class _Collective(dist.Work):
+    """One that has been started."""
+
+    def __init__(self, group: SharedMemoryGroup, steps: Iterator[Need]) -> None:
+        super().__init__()
+        self._group, self._steps = group, steps
+        self._need: Need | None = None
+        self.is_done = False
+
+    def advance(self, mesh: Mesh, *, waits: bool) -> bool:
+        """Go on as far as the others are, or to the end; return whether that was reached."""
+        while not self.is_done:
+            self._need = self._need or next(self._steps, None)
+            mesh.tell()
+            if self._need is None:
+                self.is_done = True
+            elif mesh.reached(self._need, waits=waits):
+                self._need = None
+            else:
+                break
+        return self.is_done
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Return when the tensors hold the result. Waits as long as the group does."""
+        self._group.finish(self)
+        return True
+
+    def is_completed(self) -> bool:
+        return self.is_done
+
+
+class SharedMemoryGroup(dist.ProcessGroup):
+    """A process group whose sums and gathers pass through shared memory.
+
+    Collectives go on while a rank calls the group, in the order in which they were started. Raises RuntimeError where
+    a rank is gone or does not come, and at every call after that.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, mesh: Mesh) -> None:
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._mesh, self._has_ended = mesh, False
+        self._started: deque[_Collective] = deque()
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        """Reduce each of `tensors` in place."""
+        opts = opts or dist.AllreduceOptions()
+        combine = _COMBINE.get(opts.reduceOp.op)
+        if combine is None:
+            return super().allreduce(tensors, opts)
+        return self._start((_all_reduce(self._mesh, tensor, combine) for tensor in tensors), opts)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
+        """Copy each rank's input into its place in `outputs`."""
+        pairs = zip(outputs, inputs, strict=True)
+        return self._start((_all_gather(self._mesh, parts, own) for parts, own in pairs), opts)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
+        """Copy each rank's input into its part of `output`."""
+        return self.allgather([[*output.data.view(-1).chunk(self.size())]], [input], opts)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Any:
+        """Reduce to each rank its one of the inputs."""
+        opts = opts or dist.ReduceScatterOptions()
+        combine = _COMBINE.get(opts.reduceOp.op)
+        if combine is None:
+            return super().reduce_scatter(outputs, inputs, opts)
+        pairs = zip(outputs, inputs, strict=True)
+        return self._start((_reduce_scatter(self._mesh, own, parts, combine) for own, parts in pairs), opts)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
+        """Reduce to each rank its part of `input`."""
+        return self.reduce_scatter([output], [[*input.data.reshape(-1).chunk(self.size())]], opts)
+
+    def getBackendName(self) -> str:  # noqa: N802 - torch's
+        return BACKEND
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self._break()
+        super().shutdown()
+
+    def finish(self, collective: _Collective) -> None:
+        """Go on until `collective` is done."""
+        while not collective.is_done:
+            self._go_on(waits=True)
+
+    def _start(self, parts: Iterator[Iterator[Need]], opts: Any) -> _Collective:
+        collective = _Collective(self, (need for part in parts for need in part))
+        self._started.append(collective)
+        if getattr(opts, "asyncOp", False):
+            self._go_on(waits=False)
+        else:
+            self.finish(collective)
+        return collective
+
+    def _go_on(self, *, waits: bool) -> None:
+        """Go on with the first that was started, and where it ends with the next ones."""
+        if self._has_ended:
+            raise RuntimeError("connection closed: this process group has ended")
+        try:
+            while self._started and self._started[0].advance(self._mesh, waits=waits):
+                self._started.popleft()
+                waits = False
+        except BaseException:
+            self._break()
+            raise
+
+    def _break(self) -> None:
+        self._has_ended = True
+        self._started.clear()
+        self._mesh.close()
+
+
+def register() -> None:
+    """Let torch.distributed know the backend; groups whose ranks are on several hosts become gloo's."""
+    if not hasattr(dist.Backend, BACKEND.upper()):
+        dist.Backend.register_backend(BACKEND, _create, devices=["cpu"])
+
+
+def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    mesh = connect(store, rank, size, timeout)
+    if mesh is None:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    return SharedMemoryGroup(store, rank, size, timeout, mesh)
+
+
+def _lengths(total: int, most: int) -> list[int]:
+    return [min(most, total - begin) for begin in range(0, total, most)]
+
+
+def _all_reduce(mesh: Mesh, tensor: Tensor, combine: Combine) -> Iterator[Need]:
+    flat = tensor.data.reshape(-1)
+    pieces = flat.split(SLOT // flat.itemsize) if flat.numel() else ()
+    lengths = [piece.numel() for piece in pieces]
+
+    def put(index: int, slot: Tensor) -> None:
+        slot.copy_(pieces[index])
+
+    def sum_all(index: int, slots: list[Tensor]) -> None:
+        _combine(slots, pieces[index], combine)
+
+    def share(piece: Tensor, rank: int) -> Tensor:
+        return piece.tensor_split(mesh.size)[rank]
+
+    def sum_share(index: int, slots: list[Tensor]) -> None:
+        _combine([share(slot, mesh.rank) for slot in slots], share(pieces[index], mesh.rank), combine)
+
+    def put_share(index: int, slot: Tensor) -> None:
+        share(slot, mesh.rank).copy_(share(pieces[index], mesh.rank))
+
+    def take_shares(index: int, slots: list[Tensor]) -> None:
+        for rank, slot in enumerate(slots):
+            if rank != mesh.rank:
+                share(pieces[index], rank).copy_(share(slot, rank))
+
+    if mesh.size <= SUMMED_BY_ALL:
+        yield from mesh.pieces(lengths, flat.dtype, put, sum_all)
+    else:
+        yield from mesh.pieces(lengths, flat.dtype, put, sum_share)
+        yield from mesh.pieces(lengths, flat.dtype, put_share, take_shares)
+    _give(flat, tensor)
+
+
+def _all_gather(mesh: Mesh, outputs: Sequence[Tensor], own: Tensor) -> Iterator[Need]:
+    mine, flats = own.data.reshape(-1), [output.data.reshape(-1) for output in outputs]
+    most = SLOT // mine.itemsize
+
+    def put(index: int, slot: Tensor) -> None:
+        slot.copy_(mine[index * most :][: slot.numel()])
+
+    def take(index: int, slots: list[Tensor]) -> None:
+        for flat, slot in zip(flats, slots, strict=True):
+            flat[index * most :][: slot.numel()].copy_(slot)
+
+    yield from mesh.pieces(_lengths(mine.numel(), most), mine.dtype, put, take)
+    for flat, output in zip(flats, outputs, strict=True):
+        _give(flat, output)
+
+
+def _reduce_scatter(mesh: Mesh, own: Tensor, inputs: Sequence[Tensor], combine: Combine) -> Iterator[Need]:
+    mine, flats = own.data.reshape(-1), [part.data.reshape(-1) for part in inputs]
+    most = SLOT // mine.itemsize // mesh.size
+    lengths = _lengths(mine.numel(), most)
+
+    def put(index: int, slot: Tensor) -> None:
+        for flat, place in zip(flats, slot.chunk(mesh.size), strict=True):
+            place.copy_(flat[index * most :][: place.numel()])
+
+    def take(index: int, slots: list[Tensor]) -> None:
+        parts = [slot.chunk(mesh.size)[mesh.rank] for slot in slots]
+        _combine(parts, mine[index * most :][: parts[0].numel()], combine)
+
+    yield from mesh.pieces([length * mesh.size for length in lengths], mine.dtype, put, take)
+    _give(mine, own)
+
+
+def _combine(parts: Sequence[Tensor], into: Tensor, combine: Combine) -> None:
+    combine(parts[0], parts[1], out=into)
+    for part in parts[2:]:
+        combine(into, part, out=into)
+
+
+def _give(flat: Tensor, tensor: Tensor) -> None:
+    """Bring a result to its tensor, if it had to be computed elsewhere because that is not contiguous."""
+    if not tensor.is_contiguous():
+        tensor.data.copy_(flat.view(tensor.shape))

@@ -1,0 +1,183 @@
+"""Slots of memory that the ranks of one host share, and the words by which they take turns.
+
+Every rank owns two slots that the others can read. Pieces of tensors go through them:
+
+    post     copy the own piece into the next slot, once all have read what lay in it, and tell all
+    take     once all have posted, read what is needed from their slots, and tell all
+
+Telling is a byte on a socket between each two ranks: who waits sleeps, and when a rank ends, so do its connections, at
+which all others stop. Nothing of it has a name in the file system; it is gone with its processes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import struct
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOT = 1 << 20
+"""Bytes of a slot: what a core's cache holds between writing and reading."""
+SLOTS = 2
+_POSTED, _READ = b"p", b"r"
+
+Need = tuple[list[int], int]
+"""Counts of all ranks, and what each must have reached before one goes on."""
+
+
+class Mesh:
+    """The slots of all ranks of a group, and one rank's connections to the others."""
+
+    def __init__(
+        self, rank: int, peers: dict[int, socket.socket], memories: Sequence[mmap.mmap], timeout: timedelta
+    ) -> None:
+        self.rank, self.size = rank, len(memories)
+        self._peers, self._timeout = peers, timeout
+        self._slots = [torch.frombuffer(memory, dtype=torch.uint8).view(SLOTS, SLOT) for memory in memories]
+        self._posted, self._read = ([0] * self.size for _ in range(2))
+        self._next = 0
+        self._words = b""
+        for peer in peers.values():
+            peer.settimeout(timeout.total_seconds())
+        _meshes.add(self)
+
+    def pieces(
+        self, lengths: Sequence[int], dtype: torch.dtype, put: Callable[[int, Tensor], None],
+        take: Callable[[int, list[Tensor]], None],
+    ) -> Iterator[Need]:  # fmt: skip
+        """Exchange pieces of `lengths` elements: `put(index, slot)` fills ours, `take(index, slots)` reads all."""
+        first, self._next = self._next, self._next + len(lengths)
+        for index in range(len(lengths) + 1):
+            if index < len(lengths):  # one piece ahead of what is read: nobody waits for somebody who reads
+                yield self._read, first + index - SLOTS + 1
+                put(index, self._slot(self.rank, first + index, lengths[index], dtype))
+                self._words += _POSTED
+            if index > 0:
+                yield self._posted, first + index
+                ranks = range(self.size)
+                take(index - 1, [self._slot(rank, first + index - 1, lengths[index - 1], dtype) for rank in ranks])
+                self._words += _READ
+
+    def _slot(self, rank: int, number: int, length: int, dtype: torch.dtype) -> Tensor:
+        return self._slots[rank][number % SLOTS, : length * dtype.itemsize].view(dtype)
+
+    def tell(self) -> None:
+        """Say what was posted and read since it was last said."""
+        words, self._words = self._words, b""
+        for peer in self._peers.values() if words else ():
+            # One that has gone may have got all that it needs. Whoever needs something of it finds out in `reached`.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                peer.sendall(words)
+
+    def reached(self, need: Need, *, waits: bool) -> bool:
+        """Return whether all others have reached `need`; `waits`: not before they have.
+
+        Raises RuntimeError where a rank is gone, or does not come within the timeout.
+        """
+        counts, goal = need
+        return all(counts[rank] >= goal or self._listen(rank, counts, goal, waits=waits) for rank in self._peers)
+
+    def _listen(self, rank: int, counts: list[int], goal: int, *, waits: bool) -> bool:
+        while counts[rank] < goal:
+            try:
+                words = self._peers[rank].recv(256, 0 if waits else socket.MSG_DONTWAIT)
+            except TimeoutError:
+                seconds = f"{self._timeout.total_seconds():g} s"
+                raise RuntimeError(f"timed out after {seconds} waiting for rank {rank} of the group") from None
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise RuntimeError(f"connection closed by peer (rank {rank} of the group): {error.strerror}") from None
+            if not words:
+                raise RuntimeError(f"connection closed by peer (rank {rank} of the group)")
+            self._posted[rank] += words.count(_POSTED)
+            self._read[rank] += words.count(_READ)
+        return True
+
+    def close(self) -> None:
+        """End all connections, at which the others stop too."""
+        for peer in self._peers.values():
+            peer.close()
+
+
+_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """Close a forked child's copies: connections that it held open would hide its parent's end from the others."""
+    for mesh in _meshes:
+        mesh.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def connect(store: Any, rank: int, size: int, timeout: timedelta) -> Mesh | None:
+    """Connect this rank with the others of a group; None, on all of them, if they are not on one host.
+
+    `store` is the group's own. Collective. Raises RuntimeError where a rank does not come.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = f"megatron-omega-{uuid.uuid4().hex}"
+        host = _host()
+        if host:
+            listener.bind(f"\0{address}")
+            listener.listen(size)
+        store.set(f"slots/{rank}", json.dumps([host, address]))
+        if rank == 0:
+            said = [json.loads(store.get(f"slots/{other}")) for other in range(size)]
+            hosts = {host for host, _ in said}
+            store.set("slots", json.dumps([address for _, address in said] if len(hosts) == 1 and host else []))
+        addresses: list[str] = json.loads(store.get("slots"))
+        if not addresses:
+            return None
+        own = os.memfd_create("megatron-omega")
+        os.ftruncate(own, SLOTS * SLOT)
+        files, peers = {rank: own}, dict[int, socket.socket]()
+        for other in range(rank):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.settimeout(timeout.total_seconds())
+            peer.connect(f"\0{addresses[other]}")
+            peers[other] = peer
+            socket.send_fds(peer, [struct.pack("i", rank)], [own])
+            _, [files[other]], _, _ = socket.recv_fds(peer, 4, 1)
+        listener.settimeout(timeout.total_seconds())
+        while len(peers) < size - 1:
+            peer, _ = listener.accept()
+            if not _is_ours(peer):
+                peer.close()
+                continue
+            word, [file], _, _ = socket.recv_fds(peer, 4, 1)
+            [other] = struct.unpack("i", word)
+            peers[other], files[other] = peer, file
+            socket.send_fds(peer, [word], [own])
+    memories = [mmap.mmap(files[other], SLOTS * SLOT) for other in range(size)]
+    for file in files.values():
+        os.close(file)
+    return Mesh(rank, dict(sorted(peers.items())), memories, timeout)
+
+
+def _host() -> str:
+    """Return what only processes that can share memory have in common; "" where this system has no such memory."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}" if hasattr(os, "memfd_create") else ""
+    except OSError:
+        return ""
+
+
+def _is_ours(peer: socket.socket) -> bool:
+    """Return whether the other end is a process of this user: any may connect."""
+    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return user == os.geteuid()
