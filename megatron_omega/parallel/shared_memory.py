@@ -68,8 +68,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, mesh: Mesh) -> None:
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._mesh, self._has_ended = mesh, False
         self._started: deque[_Collective] = deque()
@@ -79,7 +79,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         opts = opts or dist.AllreduceOptions()
         combine = _COMBINE.get(opts.reduceOp.op)
         if combine is None:
-            return super().allreduce(tensors, opts)
+            return self._gloo.allreduce(tensors, opts)
         return self._start((_all_reduce(self._mesh, tensor, combine) for tensor in tensors), opts)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
@@ -96,13 +96,44 @@ class SharedMemoryGroup(dist.ProcessGroup):
         opts = opts or dist.ReduceScatterOptions()
         combine = _COMBINE.get(opts.reduceOp.op)
         if combine is None:
-            return super().reduce_scatter(outputs, inputs, opts)
+            return self._gloo.reduce_scatter(outputs, inputs, opts)
         pairs = zip(outputs, inputs, strict=True)
         return self._start((_reduce_scatter(self._mesh, own, parts, combine) for own, parts in pairs), opts)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
         """Reduce to each rank its part of `input`."""
         return self.reduce_scatter([output], [[*input.data.reshape(-1).chunk(self.size())]], opts)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        """Reduce each of `tensors` in place."""
+        return self.allreduce(tensors, opts)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
+        """Copy each rank's inputs into their parts of `outputs`."""
+        parts = [[*output.data.view(-1).chunk(self.size())] for output in outputs]
+        return self.allgather(parts, inputs, opts)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
+        """Reduce to each rank its parts of `inputs`."""
+        return self.reduce_scatter(outputs, [[*whole.data.reshape(-1).chunk(self.size())] for whole in inputs], opts)
+
+    # What torch would look for in Python it must find there: it calls its own with the interpreter locked, and gloo's
+    # thread, which lets go of tensors, would wait for that lock.
+
+    def broadcast(self, *arguments: Any) -> Any:
+        return self._gloo.broadcast(*arguments)
+
+    def barrier(self, *arguments: Any) -> Any:
+        return self._gloo.barrier(*arguments)
+
+    def all_to_all_single(self, *arguments: Any) -> Any:
+        return self._gloo.alltoall_base(*arguments)
+
+    def send(self, *arguments: Any) -> Any:
+        return self._gloo.send(*arguments)
+
+    def recv(self, *arguments: Any) -> Any:
+        return self._gloo.recv(*arguments)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's
         return BACKEND
