@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup, Work
 from megatron_omega.config.layout import Layout
 from megatron_omega.parallel.counting import MESSAGES
 from megatron_omega.parallel.places import Places
+from megatron_omega.parallel.shared_memory import Collective
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import Fault, StepReport
 
@@ -146,20 +147,22 @@ class BusyClock:
         return bool(self._replaced)
 
     def start(self) -> None:
-        """Measure from now on: put a clock around `Work.wait`, through which every wait goes."""
+        """Measure from now on: put a clock around `wait`, through which every wait goes."""
         self.stop()
-        wait, clock = Work.wait, self
-
-        def timed(work: Work, *arguments: Any, **options: Any) -> Any:
-            if not clock._is_of_training():
-                return wait(work, *arguments, **options)
-            return clock._time(lambda: wait(work, *arguments, **options))
-
-        self._replace(Work, "wait", timed)
+        for owner in (Work, Collective):
+            self._replace(owner, "wait", self._timed(owner.wait))
         if self._synchronise is not None:
             for name in MESSAGES:
                 self._let_finish_before(name, self._synchronise)
         self._began, self._idle = self._now(), 0.0
+
+    def _timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(work: Work, *arguments: Any, **options: Any) -> Any:
+            if not self._is_of_training():
+                return wait(work, *arguments, **options)
+            return self._time(lambda: wait(work, *arguments, **options))
+
+        return timed
 
     def _is_of_training(self) -> bool:
         """Return whether this thread trains: the one that is measured or, for a device, that of its backward pass.

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import ProcessGroup
 
+from megatron_omega.parallel.shared_memory import SharedMemoryGroup
+
 _IN_SOME_VERSION = (
     "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "allgather_coalesced", "_allgather_base",
     "all_gather_single", "all_gather_single_coalesced", "allgather_into_tensor_coalesced", "gather", "scatter",
@@ -36,16 +38,16 @@ class Ledger(Protocol):
 
 def count_messages(ledger: Ledger) -> Callable[[], None]:
     """Count every message from now on; return what ends it. All ranks call it at the same place of their program."""
-    before = {name: vars(ProcessGroup)[name] for name in MESSAGES}
-    for name in COLLECTIVES:
-        setattr(ProcessGroup, name, _counted(getattr(ProcessGroup, name), name, ledger))
-    for name in ("send", "recv"):
-        setattr(ProcessGroup, name, _counted_transfer(getattr(ProcessGroup, name), name, ledger))
+    classes = (ProcessGroup, SharedMemoryGroup)
+    before = [(owner, name, vars(owner)[name]) for owner in classes for name in MESSAGES if name in vars(owner)]
+    for owner, name, _ in before:
+        counted = _counted if name in COLLECTIVES else _counted_transfer
+        setattr(owner, name, counted(getattr(owner, name), name, ledger))
     open_rows(ledger)
 
     def restore() -> None:
-        for name, method in before.items():
-            setattr(ProcessGroup, name, method)
+        for owner, name, method in before:
+            setattr(owner, name, method)
 
     return restore
 

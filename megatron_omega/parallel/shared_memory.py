@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _COMBINE: dict[Any, Combine] = {
 }  # fmt: skip
 
 
-class _Collective(dist.Work):
+class Collective(dist.Work):
     """One that has been started."""
 
     def __init__(self, group: SharedMemoryGroup, steps: Iterator[Need]) -> None:
@@ -72,7 +73,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._mesh, self._has_ended = mesh, False
-        self._started: deque[_Collective] = deque()
+        self._started: deque[Collective] = deque()
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """Reduce each of `tensors` in place."""
@@ -80,42 +81,33 @@ class SharedMemoryGroup(dist.ProcessGroup):
         combine = _COMBINE.get(opts.reduceOp.op)
         if combine is None:
             return self._gloo.allreduce(tensors, opts)
-        return self._start((_all_reduce(self._mesh, tensor, combine) for tensor in tensors), opts)
+        return self._start([_all_reduce(self._mesh, tensor, combine) for tensor in tensors], opts)
+
+    allreduce_coalesced = allreduce
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
         """Copy each rank's input into its place in `outputs`."""
-        pairs = zip(outputs, inputs, strict=True)
-        return self._start((_all_gather(self._mesh, parts, own) for parts, own in pairs), opts)
+        return self._gather(outputs, inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
         """Copy each rank's input into its part of `output`."""
-        return self.allgather([[*output.data.view(-1).chunk(self.size())]], [input], opts)
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Any:
-        """Reduce to each rank its one of the inputs."""
-        opts = opts or dist.ReduceScatterOptions()
-        combine = _COMBINE.get(opts.reduceOp.op)
-        if combine is None:
-            return self._gloo.reduce_scatter(outputs, inputs, opts)
-        pairs = zip(outputs, inputs, strict=True)
-        return self._start((_reduce_scatter(self._mesh, own, parts, combine) for own, parts in pairs), opts)
-
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
-        """Reduce to each rank its part of `input`."""
-        return self.reduce_scatter([output], [[*input.data.reshape(-1).chunk(self.size())]], opts)
-
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
-        """Reduce each of `tensors` in place."""
-        return self.allreduce(tensors, opts)
+        return self._gather([self._parts(output)], [input], opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         """Copy each rank's inputs into their parts of `outputs`."""
-        parts = [[*output.data.view(-1).chunk(self.size())] for output in outputs]
-        return self.allgather(parts, inputs, opts)
+        return self._gather([self._parts(output) for output in outputs], inputs, opts)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Any:
+        """Reduce to each rank its one of the inputs."""
+        return self._scatter(outputs, inputs, opts)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:  # noqa: A002 - torch's name
+        """Reduce to each rank its part of `input`."""
+        return self._scatter([output], [self._parts(input)], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         """Reduce to each rank its parts of `inputs`."""
-        return self.reduce_scatter(outputs, [[*whole.data.reshape(-1).chunk(self.size())] for whole in inputs], opts)
+        return self._scatter(outputs, [self._parts(whole) for whole in inputs], opts)
 
     # What torch would look for in Python it must find there: it calls its own with the interpreter locked, and gloo's
     # thread, which lets go of tensors, would wait for that lock.
@@ -143,18 +135,34 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._break()
         super().shutdown()
 
-    def finish(self, collective: _Collective) -> None:
+    def finish(self, collective: Collective) -> None:
         """Go on until `collective` is done."""
         while not collective.is_done:
             self._go_on(waits=True)
 
-    def _start(self, parts: Iterator[Iterator[Need]], opts: Any) -> _Collective:
-        collective = _Collective(self, (need for part in parts for need in part))
+    def _parts(self, whole: Tensor) -> list[Tensor]:
+        if not whole.is_contiguous():
+            raise ValueError("tensors that have a part for each rank must be contiguous")
+        return [*whole.data.view(-1).chunk(self.size())]
+
+    def _gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> Any:
+        pairs = zip(outputs, inputs, strict=True)
+        return self._start([_all_gather(self._mesh, parts, own) for parts, own in pairs], opts)
+
+    def _scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Any:
+        opts = opts or dist.ReduceScatterOptions()
+        combine = _COMBINE.get(opts.reduceOp.op)
+        if combine is None:
+            return self._gloo.reduce_scatter(outputs, inputs, opts)
+        pairs = zip(outputs, inputs, strict=True)
+        return self._start([_reduce_scatter(self._mesh, own, parts, combine) for own, parts in pairs], opts)
+
+    def _start(self, parts: Sequence[Iterator[Need]], opts: Any) -> Collective:
+        """Start what is waited for later; the rest begins where it is waited for, which is at once."""
+        collective = Collective(self, chain(*parts))
         self._started.append(collective)
         if getattr(opts, "asyncOp", False):
             self._go_on(waits=False)
-        else:
-            self.finish(collective)
         return collective
 
     def _go_on(self, *, waits: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
@@ -15,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_omega.engine.start import start_distributed
+from megatron_omega.health.stragglers import BusyClock
 from megatron_omega.launching.local_ranks import run_ranks
 from megatron_omega.parallel import slots
+from megatron_omega.parallel.counting import count_messages
 from megatron_omega.parallel.shared_memory import SharedMemoryGroup
 from megatron_omega.parallel.topology import own_group
 
@@ -112,13 +115,45 @@ def _orders() -> None:
     for work in reversed(works):
         cast(Any, work).wait()
     size = group.size()
-    assert (long == size).all() and (short == 2 * size).all() and (gathered == 2).all()  # noqa: PT018 - one thing
+    assert (long == size).all() and (short == 2 * size).all() and (gathered == 2).all()
     assert torch.equal(strided, size * torch.arange(12.0).view(3, 4).t())
 
 
 @pytest.mark.distributed
 def test_many_may_be_under_way_and_are_waited_for_in_any_order() -> None:
     run_ranks(_orders, 2, timeout_seconds=120)
+
+
+class _Counts(Counter[str]):
+    def open_row(self, name: str) -> None: ...
+
+    def count(self, name: str, operation: str) -> None:
+        self[operation] += 1
+
+
+def _watched() -> tuple[dict[str, int], float]:
+    group, counts, clock = _group(), _Counts(), BusyClock()
+    value, whole, peer = torch.ones(4), torch.ones(8), 1 - group.rank()
+    restore = count_messages(counts)
+    dist.all_reduce(value, group=group)
+    dist.all_gather_into_tensor(whole, value, group=group)
+    dist.reduce_scatter_tensor(value, whole, group=group)
+    dist.broadcast(value, 0, group=group)
+    dist.send(value, peer, group=group) if group.rank() else dist.recv(value, peer, group=group)
+    restore()
+    dist.all_reduce(value, group=group)
+    clock.start()
+    time.sleep(group.rank())
+    dist.all_reduce(value, group=group)
+    return dict(counts), clock.stop()
+
+
+@pytest.mark.distributed
+def test_each_message_is_counted_once_and_waiting_is_no_work() -> None:
+    """The watch compares the numbers of ranks, and the search for stragglers their busy time."""
+    (counts, first), (_, second) = run_ranks(_watched, 2, timeout_seconds=60)
+    assert sorted(counts.values()) == [1, 1, 1, 1, 1], counts
+    assert first < 0.5 < 1 <= second
 
 
 def _failing(leave: Callable[[dist.ProcessGroup], None]) -> tuple[str, str, float]:
