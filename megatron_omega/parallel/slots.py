@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import select
 import socket
 import struct
 import uuid
@@ -49,7 +50,7 @@ class Mesh:
         self._next = 0
         self._words = b""
         for peer in peers.values():
-            peer.settimeout(timeout.total_seconds())
+            peer.setblocking(False)
         _meshes.add(self)
 
     def pieces(
@@ -91,12 +92,12 @@ class Mesh:
     def _listen(self, rank: int, counts: list[int], goal: int, *, waits: bool) -> bool:
         while counts[rank] < goal:
             try:
-                words = self._peers[rank].recv(256, 0 if waits else socket.MSG_DONTWAIT)
-            except TimeoutError:
-                seconds = f"{self._timeout.total_seconds():g} s"
-                raise RuntimeError(f"timed out after {seconds} waiting for rank {rank} of the group") from None
+                words = self._peers[rank].recv(256)
             except BlockingIOError:
-                return False
+                if not waits:
+                    return False
+                self._sleep(rank)
+                continue
             except OSError as error:
                 raise RuntimeError(f"connection closed by peer (rank {rank} of the group): {error.strerror}") from None
             if not words:
@@ -104,6 +105,14 @@ class Mesh:
             self._posted[rank] += words.count(_POSTED)
             self._read[rank] += words.count(_READ)
         return True
+
+    def _sleep(self, rank: int) -> None:
+        """Return when `rank` has said something, or its connection has ended."""
+        seconds = self._timeout.total_seconds()
+        waiting = select.poll()
+        waiting.register(self._peers[rank], select.POLLIN)
+        if not waiting.poll(1000 * seconds):
+            raise RuntimeError(f"timed out after {seconds:g} s waiting for rank {rank} of the group")
 
     def close(self) -> None:
         """End all connections, at which the others stop too."""
@@ -129,43 +138,64 @@ def connect(store: Any, rank: int, size: int, timeout: timedelta) -> Mesh | None
     `store` is the group's own. Collective. Raises RuntimeError where a rank does not come.
     """
     with socket.socket(socket.AF_UNIX) as listener:
-        address = f"megatron-omega-{uuid.uuid4().hex}"
-        host = _host()
+        host, address = _host(), f"megatron-omega-{uuid.uuid4().hex}"
         if host:
             listener.bind(f"\0{address}")
             listener.listen(size)
-        store.set(f"slots/{rank}", json.dumps([host, address]))
-        if rank == 0:
-            said = [json.loads(store.get(f"slots/{other}")) for other in range(size)]
-            hosts = {host for host, _ in said}
-            store.set("slots", json.dumps([address for _, address in said] if len(hosts) == 1 and host else []))
-        addresses: list[str] = json.loads(store.get("slots"))
+            listener.settimeout(timeout.total_seconds())
+        addresses = _addresses(store, rank, size, host, address)
         if not addresses:
             return None
-        own = os.memfd_create("megatron-omega")
-        os.ftruncate(own, SLOTS * SLOT)
-        files, peers = {rank: own}, dict[int, socket.socket]()
-        for other in range(rank):
-            peer = socket.socket(socket.AF_UNIX)
-            peer.settimeout(timeout.total_seconds())
-            peer.connect(f"\0{addresses[other]}")
-            peers[other] = peer
-            socket.send_fds(peer, [struct.pack("i", rank)], [own])
-            _, [files[other]], _, _ = socket.recv_fds(peer, 4, 1)
-        listener.settimeout(timeout.total_seconds())
-        while len(peers) < size - 1:
-            peer, _ = listener.accept()
-            if not _is_ours(peer):
-                peer.close()
-                continue
-            word, [file], _, _ = socket.recv_fds(peer, 4, 1)
-            [other] = struct.unpack("i", word)
-            peers[other], files[other] = peer, file
-            socket.send_fds(peer, [word], [own])
-    memories = [mmap.mmap(files[other], SLOTS * SLOT) for other in range(size)]
+        try:
+            return Mesh(rank, *_meet(listener, addresses, rank, timeout), timeout)
+        except OSError as error:
+            raise RuntimeError(f"ranks of one host could not connect with each other: {error}") from None
+
+
+def _addresses(store: Any, rank: int, size: int, host: str, address: str) -> list[str]:
+    """Return where all ranks listen; nothing if their hosts differ, which the first rank decides."""
+    store.set(f"slots/{rank}", json.dumps([host, address]))
+    if rank == 0:
+        said = [json.loads(store.get(f"slots/{other}")) for other in range(size)]
+        is_one_host = host and {other for other, _ in said} == {host}
+        store.set("slots", json.dumps([address for _, address in said] if is_one_host else []))
+    return json.loads(store.get("slots"))
+
+
+def _meet(
+    listener: socket.socket, addresses: Sequence[str], rank: int, timeout: timedelta
+) -> tuple[dict[int, socket.socket], list[mmap.mmap]]:
+    """Connect with the ranks before this one, let those behind it connect, and swap memories with each."""
+    own = os.memfd_create("megatron-omega")
+    os.ftruncate(own, SLOTS * SLOT)
+    files, peers = {rank: own}, dict[int, socket.socket]()
+    for other in range(rank):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(timeout.total_seconds())
+        peer.connect(f"\0{addresses[other]}")
+        socket.send_fds(peer, [struct.pack("i", rank)], [own])
+        peers[other], (_, files[other]) = peer, _receive(peer)
+    while len(peers) < len(addresses) - 1:
+        peer, _ = listener.accept()
+        if not _is_ours(peer):
+            peer.close()
+            continue
+        peer.settimeout(timeout.total_seconds())
+        other, file = _receive(peer)
+        peers[other], files[other] = peer, file
+        socket.send_fds(peer, [struct.pack("i", rank)], [own])
+    memories = [mmap.mmap(files[other], SLOTS * SLOT) for other in range(len(addresses))]
     for file in files.values():
         os.close(file)
-    return Mesh(rank, dict(sorted(peers.items())), memories, timeout)
+    return dict(sorted(peers.items())), memories
+
+
+def _receive(peer: socket.socket) -> tuple[int, int]:
+    """Return another's rank and the file of its memory."""
+    word, files, _, _ = socket.recv_fds(peer, struct.calcsize("i"), 1)
+    if len(files) != 1:
+        raise ConnectionResetError("one of them is gone")
+    return struct.unpack("i", word)[0], files[0]
 
 
 def _host() -> str:

@@ -156,6 +156,28 @@ def test_each_message_is_counted_once_and_waiting_is_no_work() -> None:
     assert first < 0.5 < 1 <= second
 
 
+def _ahead() -> tuple[float, bool, bool]:
+    group = _group()
+    short, long = torch.ones(4), torch.ones(slots.SLOT)
+    if group.rank():
+        time.sleep(1)
+    began = time.monotonic()
+    works = [dist.all_reduce(value, group=group, async_op=True) for value in (short, long)]
+    seconds = time.monotonic() - began
+    dist.barrier()
+    first = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+    for work in (*works, first):
+        cast(Any, work).wait()
+    return seconds, bool((short == 2).all()), bool((long == 2).all())
+
+
+@pytest.mark.distributed
+def test_what_is_started_waits_for_nobody() -> None:
+    (seconds, *rights), (_, *others) = run_ranks(_ahead, 2, timeout_seconds=60)
+    assert seconds < 0.5, "the other rank came a second later"
+    assert all(rights) and all(others)
+
+
 def _failing(leave: Callable[[dist.ProcessGroup], None]) -> tuple[str, str, float]:
     group = _group(timeout=3)
     dist.all_reduce(torch.ones(3), group=group)
