@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_omega.parallel.topology import new_group
 
 Tensors = tuple[Tensor, ...]
 Form = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
@@ -95,9 +96,9 @@ class Channels:
         for pair in neighbours(len(self.ranks), is_ring=is_ring):
             # All pipelines share it, or there would be thousands, each a meeting of all ranks.
             members = sorted(ranks[end] for ranks in pipelines for end in (pair.sender, pair.receiver))
-            group = dist.new_group(members, timeout=timeout)
+            group = new_group(members, timeout)
             if self.rank in (pair.sender, pair.receiver):
-                self._groups[pair] = cast(dist.ProcessGroup, group)
+                self._groups[pair] = group
         mine = list(self._groups)
         for pair in mine:
             self._greet(pair)

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup, Work
 from megatron_omega.config.layout import Layout
 from megatron_omega.parallel.counting import MESSAGES
 from megatron_omega.parallel.places import Places
-from megatron_omega.parallel.shared_memory import Collective
+from megatron_omega.parallel.shared_memory import Message
 from megatron_omega.training.hooks import Hook
 from megatron_omega.training.state import Fault, StepReport
 
@@ -149,7 +149,7 @@ class BusyClock:
     def start(self) -> None:
         """Measure from now on: put a clock around `wait`, through which every wait goes."""
         self.stop()
-        for owner in (Work, Collective):
+        for owner in (Work, Message):
             self._replace(owner, "wait", self._timed(owner.wait))
         if self._synchronise is not None:
             for name in MESSAGES:

@@ -1,14 +1,16 @@
-"""Process groups of one host: sums and gathers pass through memory that its ranks share, all else through gloo.
+"""Process groups of one host: sums, gathers and transfers pass through memory that its ranks share, not through gloo.
 
 gloo copies each message into the kernel and out of it again, by a thread of its own, wherever the receiver is. Between
 ranks of one host that costs several times what the sum itself does. Sums add in the order of ranks, so that all get
-the same bits. `parallel/slots.py` has the memory itself.
+the same bits. What is left is gloo's. `parallel/slots.py` has the memory
+itself.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -29,14 +31,51 @@ _COMBINE: dict[Any, Combine] = {
 }  # fmt: skip
 
 
-class Collective(dist.Work):
-    """One that has been started."""
+class Message(dist.Work):
+    """Something that has been started."""
+
+    is_done = False
+
+    def finish(self) -> None:
+        """Return when the tensors hold what they are to hold. Waits as long as the group does."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Finish. Every wait goes through this."""
+        self.finish()
+        return True
+
+    def is_completed(self) -> bool:
+        return self.is_done
+
+
+class Departure(Message):
+    """What was sent: it lies where the receiver finds it."""
+
+    is_done = True
+
+
+class Arrival(Message):
+    """What is to come from one rank."""
+
+    def __init__(self, group: SharedMemoryGroup, tensor: Tensor, rank: int, tag: int) -> None:
+        super().__init__()
+        self.tensor, self.rank, self.tag = tensor, rank, tag
+        self._group = group
+
+    def finish(self) -> None:
+        self._group.take(self)
+
+
+class Collective(Message):
+    """What all take part in."""
 
     def __init__(self, group: SharedMemoryGroup, steps: Iterator[Need]) -> None:
         super().__init__()
         self._group, self._steps = group, steps
         self._need: Need | None = None
-        self.is_done = False
+
+    def finish(self) -> None:
+        self._group.finish(self)
 
     def advance(self, mesh: Mesh, *, waits: bool) -> bool:
         """Go on as far as the others are, or to the end; return whether that was reached."""
@@ -51,17 +90,9 @@ class Collective(dist.Work):
                 break
         return self.is_done
 
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Return when the tensors hold the result. Waits as long as the group does."""
-        self._group.finish(self)
-        return True
-
-    def is_completed(self) -> bool:
-        return self.is_done
-
 
 class SharedMemoryGroup(dist.ProcessGroup):
-    """A process group whose sums and gathers pass through shared memory.
+    """A process group whose sums, gathers and transfers pass through shared memory.
 
     Collectives go on while a rank calls the group, in the order in which they were started. Raises RuntimeError where
     a rank is gone or does not come, and at every call after that.
@@ -74,6 +105,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._mesh, self._has_ended = mesh, False
         self._started: deque[Collective] = deque()
+        self._expected: dict[tuple[int, int], deque[Arrival]] = defaultdict(deque)
+        """Arrivals by sender and tag, in the order in which they were asked for, which is that of the messages."""
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """Reduce each of `tensors` in place."""
@@ -109,6 +142,23 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Reduce to each rank its parts of `inputs`."""
         return self._scatter(outputs, [self._parts(whole) for whole in inputs], opts)
 
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> Any:
+        """Send one tensor to `rank` of the group."""
+        [tensor] = tensors
+        with self._ending_with_failures():
+            has_room = self._mesh.send(tensor.data.reshape(-1), rank, tag)
+        return Departure() if has_room else self._gloo.send(tensors, rank, tag)
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> Any:
+        """Receive one tensor from `rank` of the group."""
+        [tensor] = tensors
+        arrival = Arrival(self, tensor, rank, tag)
+        self._expected[rank, tag].append(arrival)
+        return arrival
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> Any:
+        raise NotImplementedError("this process group receives from a rank that is named")
+
     # What torch would look for in Python it must find there: it calls its own with the interpreter locked, and gloo's
     # thread, which lets go of tensors, would wait for that lock.
 
@@ -120,12 +170,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def all_to_all_single(self, *arguments: Any) -> Any:
         return self._gloo.alltoall_base(*arguments)
-
-    def send(self, *arguments: Any) -> Any:
-        return self._gloo.send(*arguments)
-
-    def recv(self, *arguments: Any) -> Any:
-        return self._gloo.recv(*arguments)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's
         return BACKEND
@@ -139,6 +183,20 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Go on until `collective` is done."""
         while not collective.is_done:
             self._go_on(waits=True)
+
+    def take(self, arrival: Arrival) -> None:
+        """Take what was sent until `arrival` is there."""
+        expected = self._expected[arrival.rank, arrival.tag]
+        while not arrival.is_done:
+            first = expected[0]
+            flat = first.tensor.data.reshape(-1)
+            with self._ending_with_failures():
+                is_here = self._mesh.receive(flat, first.rank, first.tag)
+            if is_here:
+                _give(flat, first.tensor)
+            else:
+                self._gloo.recv([first.tensor], first.rank, first.tag).wait()
+            expected.popleft().is_done = True
 
     def _parts(self, whole: Tensor) -> list[Tensor]:
         if not whole.is_contiguous():
@@ -167,12 +225,18 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def _go_on(self, *, waits: bool) -> None:
         """Go on with the first that was started, and where it ends with the next ones."""
-        if self._has_ended:
-            raise RuntimeError("connection closed: this process group has ended")
-        try:
+        with self._ending_with_failures():
             while self._started and self._started[0].advance(self._mesh, waits=waits):
                 self._started.popleft()
                 waits = False
+
+    @contextmanager
+    def _ending_with_failures(self) -> Iterator[None]:
+        """What fails once is over: the others would take one message for another."""
+        if self._has_ended:
+            raise RuntimeError("connection closed: this process group has ended")
+        try:
+            yield
         except BaseException:
             self._break()
             raise

@@ -1,12 +1,14 @@
-"""Slots of memory that the ranks of one host share, and the words by which they take turns.
+"""Memory that the ranks of one host share, and the words by which they take turns.
 
-Every rank owns two slots that the others can read. Pieces of tensors go through them:
+Every rank owns memory that the others can read: two slots and a store. In a collective pieces of tensors go through
+the slots:
 
     post     copy the own piece into the next slot, once all have read what lay in it, and tell all
     take     once all have posted, read what is needed from their slots, and tell all
 
-Telling is a byte on a socket between each two ranks: who waits sleeps, and when a rank ends, so do its connections, at
-which all others stop. Nothing of it has a name in the file system; it is gone with its processes.
+A message to one rank is copied into the store, and lies there until that rank has taken it and said so: who sends
+waits for nobody. Words go over a socket between each two ranks: who waits sleeps, and when a rank ends, so do its
+connections, at which all others stop. Nothing of it has a name in the file system; it is gone with its processes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import socket
 import struct
 import uuid
 import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -31,7 +34,14 @@ from torch import Tensor
 SLOT = 1 << 20
 """Bytes of a slot: what a core's cache holds between writing and reading."""
 SLOTS = 2
-_POSTED, _READ = b"p", b"r"
+STORE = 1 << 28
+"""Bytes of a store: as long as nothing is written there it takes no memory."""
+_ALIGNED = 64
+_POSTED, _READ, _SENT, _TAKEN = b"prst"
+_PLACE = struct.Struct("=qqq")
+"""Behind the words for sent and taken: where a message begins in the store, its bytes, and its tag."""
+NOWHERE = -1
+"""The place of a message that goes another way, since the store has no room for it."""
 
 Need = tuple[list[int], int]
 """Counts of all ranks, and what each must have reached before one goes on."""
@@ -45,10 +55,17 @@ class Mesh:
     ) -> None:
         self.rank, self.size = rank, len(memories)
         self._peers, self._timeout = peers, timeout
-        self._slots = [torch.frombuffer(memory, dtype=torch.uint8).view(SLOTS, SLOT) for memory in memories]
+        wholes = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
+        self._slots = [whole[: SLOTS * SLOT].view(SLOTS, SLOT) for whole in wholes]
+        self._stores = [whole[SLOTS * SLOT :] for whole in wholes]
         self._posted, self._read = ([0] * self.size for _ in range(2))
         self._next = 0
-        self._words = b""
+        self._words = bytearray()
+        self._heard = {rank: bytearray() for rank in peers}
+        self._used: dict[int, int] = {}
+        """Bytes of the messages that lie in the own store, by their places, in the order of these."""
+        self._sent: dict[tuple[int, int], deque[tuple[int, int]]] = defaultdict(deque)
+        """Places and bytes of messages that others have sent to this rank, by sender and tag."""
         for peer in peers.values():
             peer.setblocking(False)
         _meshes.add(self)
@@ -63,23 +80,60 @@ class Mesh:
             if index < len(lengths):  # one piece ahead of what is read: nobody waits for somebody who reads
                 yield self._read, first + index - SLOTS + 1
                 put(index, self._slot(self.rank, first + index, lengths[index], dtype))
-                self._words += _POSTED
+                self._words.append(_POSTED)
             if index > 0:
                 yield self._posted, first + index
                 ranks = range(self.size)
                 take(index - 1, [self._slot(rank, first + index - 1, lengths[index - 1], dtype) for rank in ranks])
-                self._words += _READ
+                self._words.append(_READ)
 
     def _slot(self, rank: int, number: int, length: int, dtype: torch.dtype) -> Tensor:
         return self._slots[rank][number % SLOTS, : length * dtype.itemsize].view(dtype)
 
+    def send(self, tensor: Tensor, rank: int, tag: int) -> bool:
+        """Let a one-dimensional `tensor` lie in the store for `rank`, and tell it; False where there is no room."""
+        self._listen(rank, waits=False)
+        place = self._room(tensor.nbytes)
+        if place != NOWHERE:
+            self._used[place] = tensor.nbytes
+            self._used = dict(sorted(self._used.items()))
+            self._stores[self.rank][place : place + tensor.nbytes].view(tensor.dtype).copy_(tensor)
+        self._say(rank, bytes([_SENT]) + _PLACE.pack(place, tensor.nbytes, tag))
+        return place != NOWHERE
+
+    def receive(self, tensor: Tensor, rank: int, tag: int) -> bool:
+        """Wait for a message and copy it into a one-dimensional `tensor`; False where it comes another way."""
+        places = self._sent[rank, tag]
+        while not places:
+            self._listen(rank, waits=True)
+        place, num_bytes = places.popleft()
+        if num_bytes != tensor.nbytes:
+            raise RuntimeError(f"rank {rank} of the group sent {num_bytes} bytes where {tensor.nbytes} were expected")
+        if place != NOWHERE:
+            tensor.copy_(self._stores[rank][place : place + tensor.nbytes].view(tensor.dtype))
+            self._say(rank, bytes([_TAKEN]) + _PLACE.pack(place, num_bytes, tag))
+        return place != NOWHERE
+
+    def _room(self, num_bytes: int) -> int:
+        """Return the first place where so many bytes are free: the same few are written again and again."""
+        begin = 0
+        for place, used in self._used.items():
+            if place - begin >= num_bytes:
+                break
+            begin = -(-(place + used) // _ALIGNED) * _ALIGNED
+        return begin if num_bytes and begin + num_bytes <= STORE else NOWHERE
+
     def tell(self) -> None:
         """Say what was posted and read since it was last said."""
-        words, self._words = self._words, b""
-        for peer in self._peers.values() if words else ():
-            # One that has gone may have got all that it needs. Whoever needs something of it finds out in `reached`.
-            with suppress(BrokenPipeError, ConnectionResetError):
-                peer.sendall(words)
+        words = bytes(self._words)
+        self._words.clear()
+        for rank in self._peers if words else ():
+            self._say(rank, words)
+
+    def _say(self, rank: int, words: bytes) -> None:
+        # One that has gone may have got all that it needs. Whoever needs something of it finds out when it listens.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._peers[rank].sendall(words)
 
     def reached(self, need: Need, *, waits: bool) -> bool:
         """Return whether all others have reached `need`; `waits`: not before they have.
@@ -87,24 +141,48 @@ class Mesh:
         Raises RuntimeError where a rank is gone, or does not come within the timeout.
         """
         counts, goal = need
-        return all(counts[rank] >= goal or self._listen(rank, counts, goal, waits=waits) for rank in self._peers)
+        for rank in self._peers:
+            while counts[rank] < goal:
+                if not self._listen(rank, waits=waits):
+                    return False
+        return True
 
-    def _listen(self, rank: int, counts: list[int], goal: int, *, waits: bool) -> bool:
-        while counts[rank] < goal:
+    def _listen(self, rank: int, *, waits: bool) -> bool:
+        """Take in what `rank` has said; return whether it was anything."""
+        while True:
             try:
-                words = self._peers[rank].recv(256)
+                words = self._peers[rank].recv(1 << 12)
+                break
             except BlockingIOError:
                 if not waits:
                     return False
                 self._sleep(rank)
-                continue
             except OSError as error:
                 raise RuntimeError(f"connection closed by peer (rank {rank} of the group): {error.strerror}") from None
-            if not words:
-                raise RuntimeError(f"connection closed by peer (rank {rank} of the group)")
-            self._posted[rank] += words.count(_POSTED)
-            self._read[rank] += words.count(_READ)
+        if not words:
+            raise RuntimeError(f"connection closed by peer (rank {rank} of the group)")
+        self._understand(rank, words)
         return True
+
+    def _understand(self, rank: int, words: bytes) -> None:
+        heard = self._heard[rank]
+        heard += words
+        begin = 0
+        while begin < len(heard):
+            word = heard[begin]
+            if word in (_POSTED, _READ):
+                (self._posted if word == _POSTED else self._read)[rank] += 1
+                begin += 1
+                continue
+            if begin + 1 + _PLACE.size > len(heard):  # the rest of the word is still on its way
+                break
+            place, num_bytes, tag = _PLACE.unpack_from(heard, begin + 1)
+            if word == _SENT:
+                self._sent[rank, tag].append((place, num_bytes))
+            else:
+                del self._used[place]
+            begin += 1 + _PLACE.size
+        del heard[:begin]
 
     def _sleep(self, rank: int) -> None:
         """Return when `rank` has said something, or its connection has ended."""
@@ -167,7 +245,7 @@ def _meet(
 ) -> tuple[dict[int, socket.socket], list[mmap.mmap]]:
     """Connect with the ranks before this one, let those behind it connect, and swap memories with each."""
     own = os.memfd_create("megatron-omega")
-    os.ftruncate(own, SLOTS * SLOT)
+    os.ftruncate(own, SLOTS * SLOT + STORE)
     files, peers = {rank: own}, dict[int, socket.socket]()
     for other in range(rank):
         peer = socket.socket(socket.AF_UNIX)
@@ -184,7 +262,7 @@ def _meet(
         other, file = _receive(peer)
         peers[other], files[other] = peer, file
         socket.send_fds(peer, [struct.pack("i", rank)], [own])
-    memories = [mmap.mmap(files[other], SLOTS * SLOT) for other in range(len(addresses))]
+    memories = [mmap.mmap(files[other], SLOTS * SLOT + STORE) for other in range(len(addresses))]
     for file in files.values():
         os.close(file)
     return dict(sorted(peers.items())), memories

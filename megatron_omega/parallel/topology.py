@@ -79,17 +79,19 @@ def own_group(groups: Sequence[Sequence[int]], timeout: timedelta | None) -> dis
     """Create disjoint groups, and return the one that this rank is in, if it is in one. Collective.
 
     Where the world's group is bound to a device, as DeepSpeed binds it on CUDA, all are one split of its communicator;
-    made one after another, each would be a split of its own, in which all ranks meet. On CPUs ranks of one host talk
-    through its memory.
+    made one after another, each would be a split of its own, in which all ranks meet.
     """
     world = dist.group.WORLD
     if world is not None and world.bound_device_id is not None:
         return dist.split_group(split_ranks=[list(ranks) for ranks in groups], timeout=timeout)
-    backend = shared_memory.BACKEND if dist.get_backend() == dist.Backend.GLOO else None
-    if backend is not None:
+    handles = [(ranks, new_group(ranks, timeout)) for ranks in groups]
+    return next((handle for ranks, handle in handles if dist.get_rank() in ranks), None)
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
+    """Create one group, through shared memory where `ranks` are CPUs of one host. Collective among all ranks."""
+    is_on_cpus = dist.get_backend() == dist.Backend.GLOO and len(ranks) > 1
+    if is_on_cpus:
         shared_memory.register()
-    handles = [
-        (ranks, dist.new_group(list(ranks), timeout=timeout, backend=backend if len(ranks) > 1 else None))
-        for ranks in groups
-    ]
-    return next((cast(dist.ProcessGroup, handle) for ranks, handle in handles if dist.get_rank() in ranks), None)
+    backend = shared_memory.BACKEND if is_on_cpus else None
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=timeout, backend=backend))

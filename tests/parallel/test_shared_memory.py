@@ -124,6 +124,73 @@ def test_many_may_be_under_way_and_are_waited_for_in_any_order() -> None:
     run_ranks(_orders, 2, timeout_seconds=120)
 
 
+def _transfers() -> None:
+    """Each sends to the other more than it takes in meanwhile, under two tags; then whatever was asked for comes."""
+    group = _group()
+    rank, peer = group.rank(), 1 - group.rank()
+    for turn in range(3):
+        sent = [torch.full((size,), 10.0 * rank + turn) for size in (3, 300_000, 0, 70_000, 5)]
+        works = [dist.isend(value, peer, group=group, tag=tag) for tag in (7, 8) for value in sent]
+        found = {tag: [torch.zeros(len(value)) for value in sent] for tag in (8, 7)}
+        works += [dist.irecv(value, peer, group=group, tag=tag) for tag in found for value in found[tag]]
+        for value in sent:
+            value.zero_()  # may be written to as soon as a message is done
+        for work in reversed(works):
+            cast(Any, work).wait()
+        assert all((value == 10.0 * peer + turn).all() for values in found.values() for value in values)
+    strided = torch.arange(12.0).view(3, 4).t()
+    if rank:
+        dist.send(strided, peer, group=group)
+    else:
+        into = torch.zeros(3, 4).t()
+        dist.recv(into, peer, group=group)
+        assert torch.equal(into, strided)
+
+
+@pytest.mark.distributed
+def test_messages_to_one_rank_come_in_order_and_their_sender_waits_for_nobody() -> None:
+    run_ranks(_transfers, 2, timeout_seconds=60)
+
+
+def _sizes() -> str:
+    group = _group()
+    if group.rank():
+        dist.send(torch.ones(3), 0, group=group)
+        dist.barrier()
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        dist.recv(torch.ones(4), 1, group=group)
+    dist.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_message_of_another_size_is_not_taken_for_the_expected_one() -> None:
+    assert run_ranks(_sizes, 2, timeout_seconds=60)[0] == "rank 1 of the group sent 12 bytes where 16 were expected"
+
+
+def _full() -> None:
+    slots.STORE = 1 << 19
+    group = _group()
+    sizes = (60_000, 60_000, 60_000, 400_000, 5)
+    if group.rank():
+        works = [dist.isend(torch.full((size,), float(size)), 0, group=group) for size in sizes]
+        dist.barrier()
+        for work in works:
+            cast(Any, work).wait()
+    else:
+        dist.barrier()
+        for size in sizes:
+            into = torch.zeros(size)
+            dist.recv(into, 1, group=group)
+            assert (into == size).all()
+
+
+@pytest.mark.distributed
+def test_what_the_store_has_no_room_for_goes_through_gloo_in_its_turn() -> None:
+    run_ranks(_full, 2, timeout_seconds=60)
+
+
 class _Counts(Counter[str]):
     def open_row(self, name: str) -> None: ...
 
