@@ -279,9 +279,10 @@ def _receive(peer: socket.socket) -> tuple[int, int]:
 def _host() -> str:
     """Return what only processes that can share memory have in common; "" where this system has no such memory."""
     try:
+        os.close(os.memfd_create("megatron-omega"))
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}" if hasattr(os, "memfd_create") else ""
-    except OSError:
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    except (OSError, AttributeError):  # forbidden in this container, or another system than Linux
         return ""
 
 
