@@ -23,7 +23,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
-from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
