@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omega.engine.results import MicroBatch
 from megatron_omega.launching.local_ranks import run_ranks
+from megatron_omega.parallel.shared_memory import SharedMemoryGroup
 from megatron_omega.planner.candidates import of_config
 from megatron_omega.planner.estimate import Planner
 from megatron_omega.planner.hardware import find_hardware
@@ -29,6 +30,14 @@ NAMES = {
     "all_gather": "_allgather_base_",
     "reduce_scatter": "_reduce_scatter_base_",
 }
+METHODS = {
+    "broadcast": "broadcast_",
+    "allreduce": "allreduce_",
+    "all_gather_single": "_allgather_base_",
+    "reduce_scatter_single": "_reduce_scatter_base_",
+    "send": "send",
+}
+"""What groups of one host do by themselves, and torch's dispatcher does not see."""
 KINDS = {name: kind for kind, name in NAMES.items()} | {"send": "send"}
 RANKS = 2
 BOOKKEEPING_BYTES = 64
@@ -36,20 +45,40 @@ BOOKKEEPING_BYTES = 64
 
 
 class _Sent(TorchDispatchMode):
-    """Counts what goes to the process group, as (operation, bytes of the full tensor)."""
+    """Counts what goes to the process groups, as (operation, bytes of the full tensor)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: Counter[tuple[str, int]] = Counter()
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Any:
+        for method, name in METHODS.items():
+            self._patch.setattr(SharedMemoryGroup, method, self._counted(name, getattr(SharedMemoryGroup, method)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def counted(group: SharedMemoryGroup, *arguments: Any) -> Any:
+            self._count(name, arguments)
+            return method(group, *arguments)
+
+        return counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = str(func._overloadpacket).partition(".")
         if namespace == "c10d" and name in {*NAMES.values(), "send"}:
-            tensor = args[1] if name == NAMES["reduce_scatter"] else args[0]
-            while isinstance(tensor, list | tuple):
-                tensor = tensor[0]
-            self.messages[name, tensor.numel() * tensor.element_size()] += 1
+            self._count(name, args)
         return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, arguments: Any) -> None:
+        tensor = arguments[1] if name == NAMES["reduce_scatter"] else arguments[0]
+        while isinstance(tensor, list | tuple):
+            tensor = tensor[0]
+        self.messages[name, tensor.numel() * tensor.element_size()] += 1
 
 
 def _batches(encoder: int, decoder: int) -> Iterator[MicroBatch]:
