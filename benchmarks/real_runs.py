@@ -59,6 +59,14 @@ SENDS = {
     "_reduce_scatter_base_": "reduce_scatter",
     "send": "send",
 }
+ON_ONE_HOST = {
+    "allreduce": "allreduce_",
+    "allgather": "allgather_",
+    "all_gather_single": "_allgather_base_",
+    "reduce_scatter_single": "_reduce_scatter_base_",
+    "send": "send",
+}
+"""What groups of one host do by themselves, and torch's dispatcher does not see."""
 GRIDS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 1, 2), (2, 1, 2))
 """Tensor x pipeline x data."""
 LAYOUTS_OF_TWO = (
@@ -187,24 +195,46 @@ def _masked_share(config: RunConfig) -> float:
 
 def _watch_messages() -> Any:
     """Return a context that adds up what goes to process groups: bytes of full tensors by kind of call."""
+    from unittest.mock import patch
+
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_omega.parallel.shared_memory import SharedMemoryGroup
 
     class Sent(TorchDispatchMode):
         def __enter__(self) -> Counter[str]:
             self.sent: Counter[str] = Counter()
+            methods = {method: getattr(SharedMemoryGroup, method) for method in ON_ONE_HOST}
+            counted = {method: self.counted(ON_ONE_HOST[method], methods[method]) for method in methods}
+            self.patch = patch.multiple(SharedMemoryGroup, **counted)
+            self.patch.start()
             super().__enter__()
             return self.sent
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            self.patch.stop()
+
+        def counted(self, name: str, method: Any) -> Any:
+            def call(group: Any, *arguments: Any) -> Any:
+                self.count(name, arguments)
+                return method(group, *arguments)
+
+            return call
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             namespace, _, name = str(func._overloadpacket).partition(".")
             if namespace == "c10d" and name in SENDS:
-                tensor = args[1] if name == "_reduce_scatter_base_" else args[0]
-                while isinstance(tensor, list | tuple):
-                    tensor = tensor[0]
-                size = tensor.numel() * tensor.element_size()
-                if size > SMALL_MESSAGE or name != "allreduce_":
-                    self.sent[SENDS[name]] += size
+                self.count(name, args)
             return func(*args, **(kwargs or {}))
+
+        def count(self, name: str, arguments: Any) -> None:
+            tensor = arguments[1] if name == "_reduce_scatter_base_" else arguments[0]
+            while isinstance(tensor, list | tuple):
+                tensor = tensor[0]
+            size = tensor.numel() * tensor.element_size()
+            if size > SMALL_MESSAGE or name != "allreduce_":
+                self.sent[SENDS[name]] += size
 
     return Sent()
 
