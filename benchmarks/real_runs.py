@@ -255,7 +255,7 @@ def compare_memory(arguments: argparse.Namespace) -> bool:
                 mine = ranks[stage * replica : (stage + 1) * replica]
                 grown, planned = max(rank["grown"] for rank in mine), estimate.ranks[stage]
                 error = planned.total / grown - 1
-                parts = {part: round(value / MIB, 1) for part, value in vars(planned).items()}
+                parts = {part: round(value / MIB, 1) for part, value in planned._asdict().items()}
                 row = {"model": name, "layout": candidate.label, "stage": stage, "measured": round(grown / MIB, 1)}
                 row |= {"planned": round(planned.total / MIB, 1), "error": round(error, 3), "parts": parts}
                 row |= _compare_sent(estimate, stage, mine[0]["sent"])
