@@ -2,8 +2,7 @@
 
 gloo copies each message into the kernel and out of it again, by a thread of its own, wherever the receiver is. Between
 ranks of one host that costs several times what the sum itself does. Sums add in the order of ranks, so that all get
-the same bits. What is left is gloo's. `parallel/slots.py` has the memory
-itself.
+the same bits. Broadcasts, barriers and other rare calls stay with gloo. `parallel/slots.py` has the memory itself.
 """
 
 from __future__ import annotations

@@ -43,8 +43,6 @@ while os.getppid() == int(sys.argv[1]):
 """
 BF16_SHARE = 0.05
 """Of the rate of fp32 products, where a CPU has no instructions for bf16."""
-
-
 LINK = "shared-memory"
 """What ranks of one host talk through."""
 
