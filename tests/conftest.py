@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 from tiny import TinyCorpus, make_tiny_corpus
 
@@ -26,6 +27,12 @@ def _own_place() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    """Begin every test with the same random numbers, whichever tests ran before it in this process."""
+    torch.manual_seed(1)
 
 
 @pytest.fixture(autouse=True)

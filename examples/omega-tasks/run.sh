@@ -19,7 +19,7 @@ finetune() { # NAME SETTING...
 echo; echo "== fine-tuning the whole model"
 finetune full --training.epochs 3 --optimizer.learning_rate 3e-3 "$@"
 echo; echo "== fine-tuning adapters beside it"
-finetune lora --training.epochs 5 --lora.rank 32 --lora.alpha 64 --optimizer.learning_rate 5e-3 "$@"
+finetune lora --training.epochs 3 --lora.rank 32 --lora.alpha 64 --lora.also "[table, vectors]" --optimizer.learning_rate 5e-3 "$@"
 echo; echo "== comparison"
 torchrun --standalone --nproc-per-node "$ranks" -m megatron_omega compare --tasks "$run/data/tasks.yaml" --limit "$limit" --output "$run/comparison" \
     --models "untuned, 0-shot=$base" "untuned, 4-shot=$base@4" "fine-tuned whole=$run/full" "fine-tuned by LoRA=$run/lora"

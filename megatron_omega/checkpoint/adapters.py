@@ -1,6 +1,7 @@
-"""Adapters and the weights they stand beside: a checkpoint of adapters holds nothing else, and names its base.
+"""Adapters and the weights they stand beside: a checkpoint of adapters holds what is trained alone, and names its base.
 
 What is frozen is held as working weights alone, without masters or moments; it is filled from the base at every start.
+What is trained and the base has too begins there (`lora.also`).
 The base is known by the checksums of its weights, so that adapters never meet others.
 """
 
@@ -16,6 +17,7 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega.checkpoint.catalogue import newest_whole, require_identity
+from megatron_omega.checkpoint.live_state import Binding
 from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.reader import open_checkpoint
 from megatron_omega.checkpoint.tensor_file import checksum
@@ -81,22 +83,29 @@ def find_base(path: Path | str) -> Base:
 def adapter_identity(lora: LoraConfig, base: Base) -> dict[str, JsonValue]:
     """Return what a checkpoint of adapters must share with a run, beside model and tokenizer."""
     targets: list[JsonValue] = [*sorted(lora.targets)]
-    return {"rank": lora.rank, "alpha": lora.alpha, "targets": targets, "base": base.fingerprint}
+    also: dict[str, JsonValue] = {"also": [*sorted(lora.also)]} if lora.also else {}
+    return {"rank": lora.rank, "alpha": lora.alpha, "targets": targets, "base": base.fingerprint, **also}
 
 
-def fill_frozen(engine: object, path: Path, identity: Mapping[str, JsonValue]) -> None:
-    """Fill the frozen weights of a DeepSpeed engine from the checkpoint `path` of a model of this identity.
+def fill_from_base(binding: Binding, path: Path, identity: Mapping[str, JsonValue]) -> None:
+    """Fill all weights of an engine but the adapters from the checkpoint `path` of a model of this identity.
 
     Raises CheckpointError if it is another model's, or damaged.
     """
     with open_checkpoint(path) as reader:
         whole = {name: value for name, value in identity.items() if name != IDENTITY}
         require_identity(path, reader.manifest, whole)
-        with placing_frozen(engine):
-            for mine in frozen_holdings(engine):
+        with placing_frozen(binding.engine):
+            for mine in frozen_holdings(binding.engine):
                 values = torch.empty(mine.count)
                 reader.read_into(values, mine.info.name, "weight", mine.region)
                 mine.working().copy_(values)
+        own = {*reader.names()}
+        for mine in binding.holdings:
+            if mine.info.name in own:
+                values = torch.empty(mine.count)
+                reader.read_into(values, mine.info.name, "weight", mine.holding.region)
+                mine.part(mine.flat).copy_(values)
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -17,7 +17,7 @@ import torch
 from pydantic import JsonValue
 
 from megatron_omega import __version__
-from megatron_omega.checkpoint.adapters import Base, fill_frozen
+from megatron_omega.checkpoint.adapters import Base, fill_from_base
 from megatron_omega.checkpoint.catalogue import check_structure, checkpoints_at, require_identity, require_same_model
 from megatron_omega.checkpoint.counters import read_counters, restore_counters
 from megatron_omega.checkpoint.initial import InitialWeights, fill_weights
@@ -306,16 +306,17 @@ class CheckpointStore:
         return state
 
     def start_from(self, engine: Engine, base: Base) -> None:
-        """Fill what is frozen beside adapters from `base`, and the adapters if it has some. Collective.
+        """Fill all weights but the adapters from `base`, and the adapters if it has some. Collective.
 
         Raises CheckpointError, with what went wrong on any rank.
         """
         problems: list[str] = []
         try:
-            fill_frozen(engine.deepspeed, base.weights, self._identity)
+            fill_from_base(self._bind(engine), base.weights, self._identity)
         except CheckpointError as error:
             problems = list(error.findings)
         self._give_up_if(found := self._anywhere(problems), base.weights, found)
+        refresh_working_weights(engine.deepspeed.optimizer)
         if base.adapters is not None:
             self.load(engine, base.adapters, weights_only=True)
 

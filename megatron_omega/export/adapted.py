@@ -15,7 +15,7 @@ from megatron_omega.checkpoint.adapters import find_base, fingerprint, has_adapt
 from megatron_omega.checkpoint.manifest import Manifest
 from megatron_omega.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_omega.config.schema import LoraConfig
-from megatron_omega.model.adapters import adapter_names, merged
+from megatron_omega.model.adapters import adapter_names, is_adapter, merged
 
 
 class AdaptedReader:
@@ -45,7 +45,7 @@ class AdaptedReader:
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every adapter's parameters, by canonical name, as they were trained."""
-        for name in sorted(self._own):
+        for name in filter(is_adapter, sorted(self._own)):
             yield name, self._adapters.tensor(name)
 
     @property
@@ -66,7 +66,9 @@ class AdaptedReader:
         return self._base.element_count()
 
     def tensor(self, name: str) -> Tensor:
-        """Return a weight with its adapter merged in."""
+        """Return a weight with its adapter merged in, or as it was trained beside them."""
+        if name in self._own:
+            return self._adapters.tensor(name)
         weight = self._base.tensor(name)
         a, b = adapter_names(name)
         if a not in self._own:

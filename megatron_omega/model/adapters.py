@@ -6,16 +6,18 @@ An adapter is made from the declaration of the weight that it stands beside, and
     row-parallel      A split by columns as W is, B [out, r] on every rank    a partial sum, as W's own product
 
 So both have the gradients of one process: what is held by every rank sums its gradient over the ranks that compute
-parts of it. B starts at zero: a new adapter changes nothing. Everything else is frozen.
+parts of it. B starts at zero: a new adapter changes nothing. Everything else is frozen, but for what `lora.also` names.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_omega.config.schema import AdapterTarget, LoraConfig
+from megatron_omega.config.schema import AdapterTarget, LoraConfig, TrainedWhole
 from megatron_omega.errors import ConfigError
 from megatron_omega.model.context import ModelContext
 from megatron_omega.parallel.layers import ColumnParallelLinear, EnteringLinear, RowParallelLinear, TokenTable
@@ -24,6 +26,7 @@ from megatron_omega.parallel.tensor_parallel import TensorParallel
 
 SUFFIX = ".weight"
 LORA_A, LORA_B = "lora_a", "lora_b"
+TABLE = "token_table.weight"
 
 
 def target_of(name: str) -> AdapterTarget | None:
@@ -138,8 +141,16 @@ def is_adapter(name: str) -> bool:
     return name.endswith((f".{LORA_A}{SUFFIX}", f".{LORA_B}{SUFFIX}"))
 
 
-def freeze_all_but_adapters(model: nn.Module, *, is_pipeline: bool) -> None:
-    """Let nothing but adapters be trained.
+def kind_of(info: ParameterInfo) -> TrainedWhole | None:
+    """Return what `lora.also` calls a parameter that can be trained whole beside adapters; None if it has no name."""
+    if info.name == TABLE:
+        return "table"
+    is_of_a_stack = info.name.startswith(("encoder.layers.", "decoder.layers.", "encoder.norm.", "decoder.norm."))
+    return "vectors" if is_of_a_stack and not info.columns and not is_adapter(info.name) else None
+
+
+def freeze_all_but_adapters(model: nn.Module, *, is_pipeline: bool, also: Collection[TrainedWhole] = ()) -> None:
+    """Let nothing but adapters and what `also` names be trained.
 
     A pipeline sends gradients back to its first stage, whatever is trained there: its embeddings take them.
 
@@ -147,8 +158,8 @@ def freeze_all_but_adapters(model: nn.Module, *, is_pipeline: bool) -> None:
         ConfigError: nothing here would be trained.
     """
     for info, parameter in declared_parameters(model):
-        parameter.requires_grad_(is_adapter(info.name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        parameter.requires_grad_(is_adapter(info.name) or kind_of(info) in also)
+    if not any(is_adapter(info.name) for info, _ in declared_parameters(model)):
         raise ConfigError(
             "a pipeline stage has no adapter (lora.targets); name a target that the layers of every stage have, or use "
             "fewer stages"

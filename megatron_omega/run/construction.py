@@ -47,7 +47,7 @@ def build_engine(
     with construction(values, topology):
         model = build_model(config, topology, kernels)
     if config.lora.is_on:
-        freeze_all_but_adapters(model, is_pipeline=topology.layout.pipeline > 1)
+        freeze_all_but_adapters(model, is_pipeline=topology.layout.pipeline > 1, also=config.lora.also)
     if config.training.compile == "layers":
         compile_layers(model)
         if values["zero_optimization"]["stage"] == 3:

@@ -1,7 +1,7 @@
 """Probes: tasks that a model solves within minutes if its machinery works, and does not solve if a part is broken.
 
     copy, reverse    the decoder writes what the encoder reads                     cross-attention, positions
-    recall           the encoder reads pairs, the decoder asks keys                associative memory
+    recall           the encoder reads pairs among noise, the decoder asks keys    associative memory
     count            how often does the encoder read the asked token?              attention as a mean
     induction        the decoder repeats its own first half                        two layers of self-attention
     behind           which token stood 3 places before this one?                   `local`
@@ -69,15 +69,23 @@ def copy(length: int, *, backwards: bool = False) -> Task:
 
 
 def recall(tokens: int) -> Task:
-    """Ask every key of tokens / 2 pairs, in another order."""
-    pairs = tokens // 2
+    """Ask the keys of eight pairs that stand among `tokens` tokens of noise, in another order.
+
+    Only the length grows with `tokens`: what there is to know stays the same.
+    """
+    pairs = min(8, tokens // 2)
+    first_value, first_noise, end = FIRST + 32, FIRST + 48, FIRST + 64
 
     def make(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        text, keys, values = _pairs(rows, pairs, generator)
+        keys = _distinct(rows, pairs, FIRST, first_value - FIRST, generator)
+        values = torch.randint(first_value, first_noise, (rows, pairs), generator=generator)
+        places = 2 * _distinct(rows, pairs, 0, tokens // 2, generator)
+        text = torch.randint(first_noise, end, (rows, tokens), generator=generator)
+        text = text.scatter(1, places, keys).scatter(1, places + 1, values)
         order = torch.rand(rows, pairs, generator=generator).argsort(1)
         return _read(text), keys.gather(1, order), values.gather(1, order)
 
-    return Task(f"recall {tokens}", FIRST + 3 * pairs, tokens + 1, make)
+    return Task(f"recall {tokens}", end, tokens + 1, make)
 
 
 def count(length: int, kinds: int = 4) -> Task:
@@ -134,13 +142,6 @@ def far(length: int, *, anywhere: bool = False) -> Task:
 
 def _distinct(rows: int, count: int, first: int, of: int, generator: torch.Generator) -> Tensor:
     return torch.rand(rows, of, generator=generator).argsort(1)[:, :count] + first
-
-
-def _pairs(rows: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return text [b, 2 * pairs] of a key and its value in turn, the distinct keys, and the values."""
-    keys = _distinct(rows, pairs, FIRST, 2 * pairs, generator)
-    values = torch.randint(FIRST + 2 * pairs, FIRST + 3 * pairs, (rows, pairs), generator=generator)
-    return torch.stack((keys, values), dim=2).flatten(1), keys, values
 
 
 def _read(text: Tensor) -> Tensor:

@@ -77,8 +77,9 @@ class Answers:
         trained = {*live.names()}
 
         def values(info: ParameterInfo) -> Tensor:
-            if frozen is None:
+            if info.name in trained:
                 return info.local_slice(live.tensor(info.name))
+            assert frozen is not None, f"{info.name} is neither trained nor frozen"
             a, b = adapter_names(info.name)
             if a not in trained:
                 return frozen.slice(info)

@@ -59,6 +59,20 @@ def test_merged_equals_unmerged(encoder_layers: int, recompute: str) -> None:
     assert abs(loss.item() - loss_of(build(config, LoraConfig()), config).item()) > 1e-3
 
 
+def test_what_is_trained_whole_is_the_table_and_the_norms_gains_and_gates_of_both_stacks() -> None:
+    config = small_config()
+    model = build(config, LoraConfig(rank=RANK))
+    freeze_all_but_adapters(model, is_pipeline=False, also=("table", "vectors"))
+    held = {info.name: p for info, p in declared_parameters(model) if p.requires_grad and not is_adapter(info.name)}
+    d, heads, size = config.model.hidden_size, config.model.num_attention_heads, config.model.resolved_head_dim
+    encoder, decoder = config.model.layer_branches("encoder", 0), config.model.layer_branches("decoder", 0)
+    gates = 2 * heads * (d + 1) if "dynamic" in encoder else 0
+    expected = config.model.encoder_layers * (2 * d + 2 * len(encoder) * heads * size + gates) + d
+    expected += config.model.decoder_layers * (3 * d + 2 * (len(decoder) + 1) * heads * size) + d
+    assert held.pop("token_table.weight").numel() == config.model.padded_vocab_size * d
+    assert sum(parameter.numel() for parameter in held.values()) == expected
+
+
 def test_what_is_trained_is_what_the_formula_says() -> None:
     config = small_config()
     choices: list[tuple[AdapterTarget, ...]] = [ADAPTER_TARGETS[:1], ADAPTER_TARGETS[3:], ADAPTER_TARGETS]

@@ -87,7 +87,7 @@ def test_in_single_precision_it_is_within_rounding() -> None:
         torch.autograd.grad((expected * is_text).square().sum(), parts),
         strict=True,
     ):
-        assert (left - right).abs().max() < 1e-5
+        assert (left - right).abs().max() < 1e-5 * right.abs().max()  # the largest is about 10
 
 
 def test_no_token_moves_one_before_it_or_of_another_document() -> None:

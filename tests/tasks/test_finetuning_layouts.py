@@ -18,7 +18,8 @@ from megatron_omega.studies.layouts import compare, measure, parse_layout
 pytestmark = pytest.mark.distributed
 STEPS, TOLERANCE = 4, 1e-5
 SMALL = ("model.ffn_hidden_size=192", "model.hidden_size=48", "model.num_attention_heads=6", "model.head_dim=8")
-MODES = {"whole": (), "lora": ("lora.rank=4", "optimizer.learning_rate=0.01")}
+LORA = ("lora.rank=4", "optimizer.learning_rate=0.01")
+MODES = {"whole": (), "lora": LORA, "more": (*LORA, "lora.also=[table, vectors]")}
 
 
 def overrides(*words: str) -> list[Override]:
@@ -63,6 +64,9 @@ def references(base: tuple[str, ...], tiny_corpus: TinyCorpus, tmp_path_factory:
         ("lora", "tp3"),
         ("lora", "tp2sp-pp2"),
         ("lora", "dp2-zero3"),
+        ("more", "tp3"),
+        ("more", "tp2sp-pp2"),
+        ("more", "dp2-zero3"),
     ],
 )
 def test_layout_equals_one_process(
@@ -74,18 +78,24 @@ def test_layout_equals_one_process(
     comparison = compare(label, references[mode], rows, TOLERANCE)
     assert comparison.passed, comparison.differences
     assert references[mode][-1]["lm_loss"] < references[mode][0]["lm_loss"]
-    if mode == "lora":
-        assert references["lora"][0]["lm_loss"] == pytest.approx(references["whole"][0]["lm_loss"], rel=1e-6)
+    if mode != "whole":  # what is new changes nothing
+        assert references[mode][0]["lm_loss"] == pytest.approx(references["whole"][0]["lm_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["lora", "more"])
 def test_adapters_resume_bit_for_bit_and_are_all_that_is_saved(
-    base: tuple[str, ...], tiny_corpus: TinyCorpus, tmp_path: Path
+    mode: str, base: tuple[str, ...], tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
-    more = overrides(*base, *MODES["lora"], "checkpoint.interval_steps=2")
+    more = overrides(*base, *MODES[mode], "checkpoint.interval_steps=2")
     unbroken, broken = unbroken_and_broken(tiny_corpus.run_yaml, "tp2", more, STEPS, tmp_path)
     readers = [open_checkpoint(run / f"checkpoints/step-{STEPS:08d}") for run in (unbroken, broken)]
     names = readers[0].names()
-    assert all(".lora_" in name for name in names) and names == readers[1].names()
+    beside = [name for name in names if ".lora_" not in name]
+    assert names == readers[1].names() and bool(beside) == (mode == "more")
+    assert all(
+        name.endswith(("norm.weight", "qk_gains", "dynamic.weight", "dynamic.bias", "token_table.weight"))
+        for name in beside
+    )
     assert all(torch.equal(readers[0].tensor(name), readers[1].tensor(name)) for name in names)
     files = sum(file.stat().st_size for file in readers[0].path.glob("*.safetensors"))
     assert files == pytest.approx(12 * readers[0].element_count(), rel=0.5)  # weight and two moments, and headers

@@ -31,7 +31,7 @@ SHORT = ("--training.train_steps", "4", "--evaluation.interval_steps", "2", "--c
          "--checkpoint.keep_last", "9", "--evaluation.answers", "7", "--logging.tensorboard", "false",
          "--batch.global_batch_size", "4", "--data.split", "[2, 1, 0]", "--resilience.monitor", "false",
          "--evaluation.patience", "0", "--optimizer.learning_rate", "0.02")  # fmt: skip
-MODES = {"whole": (), "lora": ("--lora.rank", "2")}
+MODES = {"whole": (), "lora": ("--lora.rank", "2"), "more": ("--lora.rank", "2", "--lora.also", "[table, vectors]")}
 
 
 def finetune(words: list[str], zero: int = 1) -> None:
@@ -158,6 +158,27 @@ def finetune_and_count_readings(words: list[str], kept_bytes: int) -> None:
     finetune(words)
     run = words[words.index("--logging.run_directory") + 1]
     (Path(run) / "readings.json").write_text(json.dumps(len(opened)))
+
+
+@pytest.mark.distributed
+def test_what_is_trained_whole_beside_adapters_answers_too_and_trains_on_but_does_not_go_to_peft(folder: Path) -> None:
+    run = folder / "run"
+    run_ranks(finetune, 2, [*words_of(folder, run, "more"), "--training.train_steps", "2"], 3)
+    require_answers_of_its_checkpoint(run)
+    words = words_of(folder, folder / "on", "whole")
+    words[1] = str(run)
+    run_ranks(finetune, 2, [*words, "--training.train_steps", "1", "--parallel.tensor_parallel_size", "2"])
+    first, last = answers_of(folder / "on")[0], answers_of(run)[-1]
+    assert dict(zip(map(tuple, first[0]), first[1], strict=True)) == dict(
+        zip(map(tuple, last[0]), last[1], strict=True)
+    )
+    with (
+        open_whole(newest_whole(run)) as source,
+        pytest.raises(CheckpointError, match=r"lora\.also=\[table, vectors\]"),
+    ):
+        assert isinstance(source, AdaptedReader)
+        write_adapters(folder / "peft", source)
+    assert not (folder / "peft").exists()
 
 
 @pytest.mark.distributed

@@ -106,11 +106,14 @@ def checkpoints(config: RunConfig) -> Iterator[str]:
 def adapters(config: RunConfig) -> Iterator[str]:
     lora = config.lora
     if not lora.is_on:
+        if lora.also:
+            yield f"lora.also=[{', '.join(lora.also)}] without adapters; say their rank (--lora.rank 8)"
         return
     if not lora.targets:
         yield "lora.targets is empty; name at least one of qkv, out, gate_up, down or cross"
-    if len({*lora.targets}) < len(lora.targets):
-        yield f"lora.targets=[{', '.join(lora.targets)}] names a target more than once; name each once"
+    for name, named in (("targets", lora.targets), ("also", lora.also)):
+        if len({*named}) < len(named):
+            yield f"lora.{name}=[{', '.join(named)}] names something more than once; name each once"
     if config.model.is_decoder_only and {*lora.targets} == {"cross"}:
         yield "lora.targets=[cross] with model.encoder_layers=0; a decoder-only model has no cross-attention: use qkv"
     if config.checkpoint.load is None:

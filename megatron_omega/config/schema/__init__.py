@@ -31,7 +31,15 @@ from megatron_omega.config.schema.optimization import (
 )
 from megatron_omega.config.schema.parallel import ParallelConfig
 from megatron_omega.config.schema.running import CheckpointConfig, EvaluationConfig, LoggingConfig, ResilienceConfig
-from megatron_omega.config.schema.tasks import ADAPTER_TARGETS, METRIC_PACKAGES, AdapterTarget, LoraConfig, Metric, Task
+from megatron_omega.config.schema.tasks import (
+    ADAPTER_TARGETS,
+    METRIC_PACKAGES,
+    AdapterTarget,
+    LoraConfig,
+    Metric,
+    Task,
+    TrainedWhole,
+)
 
 __all__ = [
     "ADAPTER_TARGETS",
@@ -66,6 +74,7 @@ __all__ = [
     "Section",
     "Stack",
     "Task",
+    "TrainedWhole",
     "TrainingConfig",
 ]
 

@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_omega.config.schema.base import NonNegative, NonNegativeFloat, PositiveFloat, Section
 
 AdapterTarget = Literal["qkv", "out", "gate_up", "down", "cross"]
+TrainedWhole = Literal["table", "vectors"]
 Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf", "accuracy"]
 METRIC_PACKAGES: dict[Metric, tuple[str, str]] = {
     "rouge": ("rouge_score", "rouge-score"), "bleu": ("sacrebleu", "sacrebleu"), "chrf": ("sacrebleu", "sacrebleu"),
@@ -63,6 +64,10 @@ class LoraConfig(Section):
     """An adapter's output is scaled by alpha / rank."""
     targets: tuple[AdapterTarget, ...] = ADAPTER_TARGETS
     """Products that get one: qkv, out (self-attention), gate_up, down (feed-forward), cross (q, kv and out)."""
+    also: tuple[TrainedWhole, ...] = ()
+    """What is trained whole beside the adapters: table (token embeddings), vectors (norms, gains of queries and keys,
+    gates, sinks). A base that has seen few tokens needs its table trained. The export in PEFT's format holds adapters
+    alone."""
 
     @property
     def is_on(self) -> bool:

@@ -128,8 +128,14 @@ def write_adapters(target: Path, source: AdaptedReader, *, base_name: str | None
 
     base_name: where PEFT finds the exported base by itself, a folder or a name of the hub.
 
-    Raises CheckpointError if the folder exists or cannot be written, or the checkpoint is damaged.
+    Raises CheckpointError if the folder exists or cannot be written, if the checkpoint is damaged, or if it holds more
+    than adapters.
     """
+    if source.lora.also:
+        raise CheckpointError(
+            f"{source.path} was trained with lora.also=[{', '.join(source.lora.also)}]: more differs from the base than "
+            "adapters; export the whole model (without --adapters)"
+        )
     if target.exists():
         raise CheckpointError(f"{target} exists; choose a new folder")
     tensors = {adapter_key(name): stored_adapter(name, tensor) for name, tensor in source.adapters()}
