@@ -26,7 +26,12 @@ from megatron_omega.engine.internals import engine_parts, loss_scaler_state, set
 from megatron_omega.engine.muon import Muon
 from megatron_omega.engine.optimizer import Clipper, build_optimizer, set_learning_rate
 from megatron_omega.engine.pipeline import initialize
-from megatron_omega.engine.repairs import agree_on_norm_groups, clear_gradients_once_taken, stop_timers
+from megatron_omega.engine.repairs import (
+    agree_on_norm_groups,
+    clear_gradients_once_taken,
+    stop_timers,
+    sum_with_fewer_copies,
+)
 from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
 from megatron_omega.engine.start import accelerator
 from megatron_omega.parallel.mpu import ModelParallelUnit
@@ -72,6 +77,7 @@ class Engine:
         self.topology = topology
         is_pipeline = isinstance(model, PipelineModule)
         mpu = None if is_pipeline else ModelParallelUnit(topology)
+        values = sum_with_fewer_copies(values, is_cpu=accelerator().device_name() == "cpu")
         self.deepspeed: Any = initialize(model, inner, values, mpu, topology.timeout)
         if isinstance(inner, Muon):
             inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)

@@ -5,7 +5,7 @@ A new version of DeepSpeed is a reason to try each without its repair: the tests
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
+from megatron_omega.config.deepspeed import IN_PLACE_ELEMENTS
 from megatron_omega.config.layout import Axis
 from megatron_omega.parallel.topology import Topology, own_group
 
@@ -28,6 +29,19 @@ _ELSEWHERE = dist.GroupMember.NON_GROUP_MEMBER
 def skip_inference_extension() -> None:
     """Keep DeepSpeed from compiling a C++ extension, for inference only, at a process's first start on a CPU."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def sum_with_fewer_copies(values: Mapping[str, Any], *, is_cpu: bool) -> Mapping[str, Any]:
+    """Let ZeRO-1 sum gradients in the bucket that they were copied to, and on a CPU large ones where they lie.
+
+    With `reduce_scatter`, DeepSpeed sums whole buckets too at stage 1, but joins them before, and copies them back.
+    What the JSON says stays as it is, and so does the way of gradients to a host (offload_optimizer).
+    """
+    zero = values["zero_optimization"]
+    if zero["stage"] != 1 or zero.get("offload_optimizer"):
+        return values
+    own = {"reduce_scatter": False, **({"reduce_bucket_size": IN_PLACE_ELEMENTS} if is_cpu else {})}
+    return {**values, "zero_optimization": own | zero}
 
 
 def agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_omega.config.deepspeed import IN_PLACE_ELEMENTS
 from megatron_omega.planner.activations import FP32
 from megatron_omega.planner.hardware import CPU_HOOKS, CPU_RUNTIME, GIB
 
 REDUCE_BUCKET = 200_000_000
 """Elements DeepSpeed gathers before a reduction at stages 2 and 3, as in ds_configs/."""
 ALL_REDUCE_BUCKET = 500_000_000
-"""Elements DeepSpeed flattens for one all-reduce at stages 0 and 1."""
+"""Elements DeepSpeed joins for one all-reduce at stages 0 and 1."""
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that stage 3 keeps alive at most."""
 GPU_RUNTIME = int(2.0 * GIB)
@@ -123,8 +124,10 @@ class States:
         """Yield what is held after the last backward pass: reducing gradients, stepping, gathering weights."""
         reduced = self.in_backward(self.parameters, is_first=False)
         buffers = reduced.buffers
-        if self.zero_stage <= 1:  # flattened, also by a single replica, which sends nothing
+        if self.zero_stage == 0 or self._has_fp32_gradients:  # flattened, also by a single replica, which sends nothing
             buffers = min(self.parameters, ALL_REDUCE_BUCKET) * (FP32 if self._has_fp32_gradients else self.element)
+        elif self.zero_stage == 1 and self.is_cpu:  # large gradients are summed where they lie
+            buffers = min(self.parameters, IN_PLACE_ELEMENTS) * self.element
         yield Memory(reduced.weights, reduced.gradients, reduced.optimizer, buffers=buffers)
         if self.zero_stage in (1, 2) and not self._has_fp32_gradients:  # a partition's gradients, and joined
             yield Memory(self.weights, 2 * FP32 * self.share, self.optimizer)

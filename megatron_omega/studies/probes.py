@@ -46,6 +46,10 @@ class Task:
     length: int
     make: Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
     """(rows, generator) -> encoder ids [b, s], decoder ids [b, t], labels [b, t]. No encoder ids: decoder-only."""
+    rows: int = 32
+    """Examples of a batch."""
+    learning_rate: float = 3e-3
+    """At which both Omega and a T5-like are trained on it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def copy(length: int, *, backwards: bool = False) -> Task:
 def recall(tokens: int) -> Task:
     """Ask the keys of eight pairs that stand among `tokens` tokens of noise, in another order.
 
-    Only the length grows with `tokens`: what there is to know stays the same.
+    Only the length grows with `tokens`: what there is to know stays the same. At the rate of the other tasks a small
+    model learns which values there are and stays there; at a third of it, it finds out which belongs to a key.
     """
     pairs = min(8, tokens // 2)
     first_value, first_noise, end = FIRST + 32, FIRST + 48, FIRST + 64
@@ -85,7 +90,7 @@ def recall(tokens: int) -> Task:
         order = torch.rand(rows, pairs, generator=generator).argsort(1)
         return _read(text), keys.gather(1, order), values.gather(1, order)
 
-    return Task(f"recall {tokens}", end, tokens + 1, make)
+    return Task(f"recall {tokens}", end, tokens + 1, make, rows=max(8, min(32, 4096 // tokens)), learning_rate=1e-3)
 
 
 def count(length: int, kinds: int = 4) -> Task:
@@ -173,10 +178,11 @@ def t5_like(task: Task, *, width: int = 64, layers: int = 2) -> ModelConfig:
 
 
 def train(
-    task: Task, model: ModelConfig, *, steps: int, rows: int = 32, learning_rate: float = 3e-3, seed: int = 0,
-    warmup: int = 50, change: Callable[[Omega], None] = lambda model: None,
+    task: Task, model: ModelConfig, *, steps: int, learning_rate: float | None = None, seed: int = 0, warmup: int = 50,
+    change: Callable[[Omega], None] = lambda model: None,
 ) -> Outcome:  # fmt: skip
     """Train until the task is solved, or for `steps` steps. `change` may break the model first."""
+    learning_rate = learning_rate or task.learning_rate
     length = -(-task.length // WIDTH) * WIDTH
     built = Omega(ModelContext(model, seed=seed, encoder_seq_length=length, decoder_seq_length=length))
     change(built)
@@ -186,7 +192,7 @@ def train(
     right: list[float] = []
     losses: list[float] = []
     for step in range(1, steps + 1):
-        inputs, labels = _batch(model, *task.make(rows, generator))
+        inputs, labels = _batch(model, *task.make(task.rows, generator))
         set_learning_rate(optimizer, learning_rate * min(1.0, step / warmup))
         hidden = built.hidden(inputs)
         right.append(_accuracy(built, hidden[0].detach(), labels[0]))

@@ -133,8 +133,8 @@ def write_adapters(target: Path, source: AdaptedReader, *, base_name: str | None
     """
     if source.lora.also:
         raise CheckpointError(
-            f"{source.path} was trained with lora.also=[{', '.join(source.lora.also)}]: more differs from the base than "
-            "adapters; export the whole model (without --adapters)"
+            f"{source.path} was trained with lora.also=[{', '.join(source.lora.also)}]: more differs from its "
+            "base than adapters; export the whole model (without --adapters)"
         )
     if target.exists():
         raise CheckpointError(f"{target} exists; choose a new folder")
