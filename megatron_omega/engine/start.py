@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megatron_omega.engine.repairs import handing_over_groups, skip_inference_extension
 from megatron_omega.errors import ConfigError
+from megatron_omega.host.allocator import keep_freed_memory
 from megatron_omega.parallel.mpu import ModelParallelUnit
 from megatron_omega.parallel.topology import Topology
 
@@ -25,7 +26,9 @@ def start_distributed(*, local_rank: int, timeout_seconds: float) -> str:
     """Join the process group that the launcher prepared; return the device type ("cpu", "cuda")."""
     skip_inference_extension()
     device = accelerator()
-    if device.device_name() != "cpu":
+    if device.device_name() == "cpu":
+        keep_freed_memory()
+    else:
         device.set_device(local_rank)
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds))
     return device.device_name()
