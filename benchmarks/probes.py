@@ -3,8 +3,8 @@
 
     python benchmarks/probes.py [--steps 1500] [--seeds 3] [--tasks copy,reverse] [--json]
 
-Budgets are equal: batch (32, of recall 16 and 8 where texts are long), rate (3e-3, of recall 1e-3), steps, width and
-layers. "-" means not solved within the steps. Accuracy is over the last ten batches, none of which was seen before.
+Budgets are equal: batch (32), rate (3e-3, of recall 1e-3), steps, width and layers. "-" means not solved within the
+steps. Accuracy is over the last ten batches, none of which was seen before.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ FIRST = 8
 """First id that is a token of a task."""
 SOLVED = 0.9
 _AVERAGED = 10
+_ROWS = 32
 WIDTH, WINDOW = 8, 16
 """Of axial and local attention."""
 
@@ -46,8 +47,6 @@ class Task:
     length: int
     make: Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
     """(rows, generator) -> encoder ids [b, s], decoder ids [b, t], labels [b, t]. No encoder ids: decoder-only."""
-    rows: int = 32
-    """Examples of a batch."""
     learning_rate: float = 3e-3
     """At which both Omega and a T5-like are trained on it."""
 
@@ -90,7 +89,7 @@ def recall(tokens: int) -> Task:
         order = torch.rand(rows, pairs, generator=generator).argsort(1)
         return _read(text), keys.gather(1, order), values.gather(1, order)
 
-    return Task(f"recall {tokens}", end, tokens + 1, make, rows=max(8, min(32, 4096 // tokens)), learning_rate=1e-3)
+    return Task(f"recall {tokens}", end, tokens + 1, make, learning_rate=1e-3)
 
 
 def count(length: int, kinds: int = 4) -> Task:
@@ -192,7 +191,7 @@ def train(
     right: list[float] = []
     losses: list[float] = []
     for step in range(1, steps + 1):
-        inputs, labels = _batch(model, *task.make(task.rows, generator))
+        inputs, labels = _batch(model, *task.make(_ROWS, generator))
         set_learning_rate(optimizer, learning_rate * min(1.0, step / warmup))
         hidden = built.hidden(inputs)
         right.append(_accuracy(built, hidden[0].detach(), labels[0]))
