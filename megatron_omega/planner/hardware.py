@@ -30,8 +30,9 @@ LATER = int(0.09 * GIB)
 CPU_STEP_SECONDS = 0.03
 """What a rank's host does once a step on a small CPU core: engine, optimizer, hooks, batches. Counted where ranks share
 cores; the one of several on cores of their own hides most of it."""
-CPU_RUNTIME = 10 * 2**20
-"""What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors."""
+CPU_RUNTIME = 22 * 2**20
+"""What a CPU process, all its libraries loaded, takes with its first engine and step beside tensors: code that oneDNN
+writes for each shape of a product, graphs, connections. Slots of two ranks that share memory are 4 MiB more at most."""
 CPU_HOOKS = 3 * 2**20
 """What the hooks of ZeRO-3 take of it in a small model."""
 PARTITION_HOST = 900
