@@ -23,7 +23,7 @@ NEVER_STEPS = 10**12
 """steps_per_print: metrics are ours, so DeepSpeed's own line is put off for ever."""
 
 IN_PLACE_ELEMENTS = 1 << 18
-"""Elements from which on a CPU sums a gradient where it lies (ZeRO-1, fp32): a message costs less than a copy there."""
+"""Larger gradients are summed where they lie on a CPU (ZeRO-1, fp32): a message costs less than a copy there."""
 
 DEFAULT_SETTINGS: Mapping[str, Any] = {"zero_optimization": {"stage": 1}}
 

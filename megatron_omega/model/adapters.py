@@ -141,7 +141,7 @@ def is_adapter(name: str) -> bool:
     return name.endswith((f".{LORA_A}{SUFFIX}", f".{LORA_B}{SUFFIX}"))
 
 
-def kind_of(info: ParameterInfo) -> TrainedWhole | None:
+def trained_whole_as(info: ParameterInfo) -> TrainedWhole | None:
     """Return what `lora.also` calls a parameter that can be trained whole beside adapters; None if it has no name."""
     if info.name == TABLE:
         return "table"
@@ -158,7 +158,7 @@ def freeze_all_but_adapters(model: nn.Module, *, is_pipeline: bool, also: Collec
         ConfigError: nothing here would be trained.
     """
     for info, parameter in declared_parameters(model):
-        parameter.requires_grad_(is_adapter(info.name) or kind_of(info) in also)
+        parameter.requires_grad_(is_adapter(info.name) or trained_whole_as(info) in also)
     if not any(is_adapter(info.name) for info, _ in declared_parameters(model)):
         raise ConfigError(
             "a pipeline stage has no adapter (lora.targets); name a target that the layers of every stage have, or use "
