@@ -30,6 +30,7 @@ from megatron_omega.engine.repairs import (
     agree_on_norm_groups,
     clear_gradients_once_taken,
     stop_timers,
+    sum_nothing_over_one_replica,
     sum_with_fewer_copies,
 )
 from megatron_omega.engine.results import Accept, EvaluationResult, MicroBatch, StepResult
@@ -82,6 +83,7 @@ class Engine:
         if isinstance(inner, Muon):
             inner.bind(engine_parts(self.deepspeed), is_partitioned=stage > 0)
         stop_timers(self.deepspeed)
+        sum_nothing_over_one_replica(self.deepspeed)
         if is_pipeline:
             agree_on_norm_groups(self.deepspeed.optimizer, topology)
             clear_gradients_once_taken(self.deepspeed.optimizer)

@@ -44,6 +44,18 @@ def sum_with_fewer_copies(values: Mapping[str, Any], *, is_cpu: bool) -> Mapping
     return {**values, "zero_optimization": own | zero}
 
 
+def sum_nothing_over_one_replica(engine: Any) -> None:
+    """Let the gradients of an only replica lie: without ZeRO, DeepSpeed joins them, sums them, and copies them back."""
+    sum_and_copy = engine.allreduce_and_copy
+
+    def allreduce_and_copy(small_bucket: Sequence[Tensor], dp_group: Any, dp_world_size: int | None = None) -> None:
+        replicas = dist.get_world_size(dp_group) if dp_world_size is None else dp_world_size
+        if replicas > 1 or any(gradient.dtype != engine.communication_data_type for gradient in small_bucket):
+            sum_and_copy(small_bucket, dp_group, dp_world_size)
+
+    engine.allreduce_and_copy = allreduce_and_copy
+
+
 def agree_on_norm_groups(optimizer: Any, topology: Topology) -> None:
     """Let stages with fewer parameter groups take part in the norm of every group.
 

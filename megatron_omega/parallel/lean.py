@@ -152,6 +152,10 @@ class _GatedLinear(Function):
 
 
 def _gate_up_gradient(gradient: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> Tensor:
-    """Return the gradient of gate and up from that of silu(gate) * up; `activated` is silu(gate), and is used up."""
-    d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-    return torch.cat((d_gate, activated.mul_(gradient)), dim=-1)
+    """Return the gradient of gate and up from that of silu(gate) * up; `activated` is silu(gate)."""
+    found = gradient.new_empty(*gate.shape[:-1], gate.shape[-1] + up.shape[-1])
+    d_gate, d_up = found.chunk(2, dim=-1)  # written where they belong: to join them would copy both
+    torch.mul(gradient, up, out=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    torch.mul(activated, gradient, out=d_up)
+    return found

@@ -1,13 +1,17 @@
 """Matrix products, by oneDNN where that is faster.
 
-On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's processors alone. oneDNN comes with torch
-as well, and uses it wherever it is: on AMD's it computes 2.3 times as fast. For fp32 torch offers it only as an
-operator without a gradient, so our own functions, whose backward pass is written out, ask for it. A call takes 10
-microseconds, so small products stay with torch. Which are small does not depend on the number of rows above
-FEWEST_ROWS: texts that are read together give each row what it would have alone.
+On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's processors alone: there it is the faster
+one by a sixth to a third. oneDNN comes with torch as well, and uses AVX-512 wherever it is: on AMD's it computes 2.3
+times as fast. For fp32 torch offers it only as an operator without a gradient, so our own functions, whose backward
+pass is written out, ask for it. A call takes 10 microseconds, so small products stay with torch.
+
+In inference mode it is oneDNN on every processor: a row's result does not depend on how many rows there are (above
+FEWEST_ROWS; MKL's does below sixteen), so that texts that are read together give each row what it would have alone.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,18 @@ _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # builds of torc
 _ONEDNN = _linear.default if _linear is not None and torch.backends.mkldnn.is_available() else None
 
 
+def _is_made_by_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:  # not Linux: there torch has no MKL, but for Windows
+        return False
+
+
+MKL_IS_FASTER = torch.backends.mkl.is_available() and _is_made_by_intel()
+"""For products of many rows. By the processor's maker and not by a measurement, which would choose differently from one
+start to the next: runs resume to the last bit."""
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """[..., k], [n, k] -> left right^T [..., n]. No gradient is recorded where oneDNN computes it."""
     if not is_for_onednn(left, right):
@@ -37,9 +53,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def is_for_onednn(left: Tensor, right: Tensor) -> bool:
-    """Tell whether oneDNN computes left [..., k] right [n, k]^T."""
+    """Tell whether oneDNN computes left [..., k] right [n, k]^T, now."""
     return (
-        onednn_takes(left)
+        (torch.is_inference_mode_enabled() or not MKL_IS_FASTER)
+        and onednn_takes(left)
         and onednn_takes(right)
         and right.numel() >= SMALLEST
         and left.numel() >= FEWEST_ROWS * left.shape[-1]

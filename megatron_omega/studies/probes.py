@@ -49,6 +49,8 @@ class Task:
     """(rows, generator) -> encoder ids [b, s], decoder ids [b, t], labels [b, t]. No encoder ids: decoder-only."""
     learning_rate: float = 3e-3
     """At which both Omega and a T5-like are trained on it."""
+    after: tuple[Task, ...] = ()
+    """Shorter ones of the same vocabulary, each to be solved before the next begins; all their steps count."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Outcome:
     """Steps until the last `_AVERAGED` batches were right to `SOLVED`; None: not within the budget."""
     accuracy: float
     losses: list[float] = field(default_factory=list)
+    solved: dict[str, int] = field(default_factory=dict)
+    """The step at which each of the task's stages was solved (`Task.after`, then the task)."""
 
 
 def copy(length: int, *, backwards: bool = False) -> Task:
@@ -75,7 +79,8 @@ def recall(tokens: int) -> Task:
     """Ask the keys of eight pairs that stand among `tokens` tokens of noise, in another order.
 
     Only the length grows with `tokens`: what there is to know stays the same. At the rate of the other tasks a small
-    model learns which values there are and stays there; at a third of it, it finds out which belongs to a key.
+    model learns which values there are and stays there; at a third of it, it finds out which belongs to a key. More
+    than 64 tokens are read only after a quarter as many: what has to be found out is found out where a step is cheap.
     """
     pairs = min(8, tokens // 2)
     first_value, first_noise, end = FIRST + 32, FIRST + 48, FIRST + 64
@@ -89,7 +94,9 @@ def recall(tokens: int) -> Task:
         order = torch.rand(rows, pairs, generator=generator).argsort(1)
         return _read(text), keys.gather(1, order), values.gather(1, order)
 
-    return Task(f"recall {tokens}", end, tokens + 1, make, learning_rate=1e-3)
+    shorter = recall(tokens // 4) if tokens > 64 else None
+    after = (*shorter.after, shorter) if shorter else ()
+    return Task(f"recall {tokens}", end, tokens + 1, make, learning_rate=1e-3, after=after)
 
 
 def count(length: int, kinds: int = 4) -> Task:
@@ -180,7 +187,10 @@ def train(
     task: Task, model: ModelConfig, *, steps: int, learning_rate: float | None = None, seed: int = 0, warmup: int = 50,
     change: Callable[[Omega], None] = lambda model: None,
 ) -> Outcome:  # fmt: skip
-    """Train until the task is solved, or for `steps` steps. `change` may break the model first."""
+    """Train until the task is solved, or for `steps` steps. `change` may break the model first.
+
+    Length is no parameter of a model (positions are rotary), so that one model reads every stage of a task.
+    """
     learning_rate = learning_rate or task.learning_rate
     length = -(-task.length // WIDTH) * WIDTH
     built = Omega(ModelContext(model, seed=seed, encoder_seq_length=length, decoder_seq_length=length))
@@ -190,8 +200,10 @@ def train(
     generator = torch.Generator().manual_seed(100 + seed)
     right: list[float] = []
     losses: list[float] = []
+    solved: dict[str, int] = {}
+    stages = [*task.after, task]
     for step in range(1, steps + 1):
-        inputs, labels = _batch(model, *task.make(_ROWS, generator))
+        inputs, labels = _batch(model, *stages[0].make(_ROWS, generator))
         set_learning_rate(optimizer, learning_rate * min(1.0, step / warmup))
         hidden = built.hidden(inputs)
         right.append(_accuracy(built, hidden[0].detach(), labels[0]))
@@ -202,8 +214,11 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if len(right) >= _AVERAGED and sum(right[-_AVERAGED:]) >= SOLVED * _AVERAGED:
-            return Outcome(step, sum(right[-_AVERAGED:]) / _AVERAGED, losses)
-    return Outcome(None, sum(right[-_AVERAGED:]) / _AVERAGED, losses)
+            solved[stages.pop(0).name] = step
+            if not stages:
+                return Outcome(step, sum(right[-_AVERAGED:]) / _AVERAGED, losses, solved)
+            right = []
+    return Outcome(None, sum(right[-_AVERAGED:]) / max(1, len(right[-_AVERAGED:])), losses, solved)
 
 
 def _batch(model: ModelConfig, read: Tensor, written: Tensor, labels: Tensor) -> tuple[Inputs, Inputs]:

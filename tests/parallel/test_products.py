@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_omega.parallel import products
 from megatron_omega.parallel.lean import gated_linear, linear
 from megatron_omega.parallel.products import SMALLEST, by_onednn, is_for_onednn, pack, product
 
@@ -52,7 +53,15 @@ def test_a_product_is_torchs_whatever_the_strides(left: str, right: str) -> None
     assert away(product(a, b), a.double() @ b.double().t()) < BOUND
 
 
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Stand on a processor whose training products MKL computes, or not."""
+    monkeypatch.setattr(products, "MKL_IS_FASTER", request.param == "Intel")
+
+
 @needs_onednn
+@pytest.mark.parametrize("processor", ["AMD"], indirect=True)
+@pytest.mark.usefixtures("processor")
 def test_small_products_and_other_formats_stay_with_torch() -> None:
     big, small = torch.randn(1024, 1024), torch.randn(2, 2)
     assert is_for_onednn(big, big)
@@ -63,14 +72,16 @@ def test_small_products_and_other_formats_stay_with_torch() -> None:
 
 
 @needs_onednn
-def test_layers_use_it_forward_and_backward_with_right_gradients() -> None:
+@pytest.mark.parametrize(("processor", "calls"), [("AMD", 6), ("Intel", 0)], indirect=["processor"])
+@pytest.mark.usefixtures("processor")
+def test_layers_use_it_forward_and_backward_with_right_gradients(calls: int) -> None:
     torch.manual_seed(2)
     hidden = torch.randn(4, 96, 64, requires_grad=True)
     up, down = torch.randn(512, 64, requires_grad=True), torch.randn(64, 256, requires_grad=True)
     weighting = torch.randn(4, 96, 64)
     with Names() as names:
         (gated_linear(linear(hidden, up, 512), down) * weighting).sum().backward()
-    assert names.found.count("_linear_pointwise") == 6
+    assert names.found.count("_linear_pointwise") == calls
     exact = [one.detach().double().requires_grad_() for one in (hidden, up, down)]
     gate, value = (exact[0] @ exact[1].t()).chunk(2, dim=-1)
     ((torch.nn.functional.silu(gate) * value @ exact[2].t()) * weighting).sum().backward()
@@ -78,6 +89,19 @@ def test_layers_use_it_forward_and_backward_with_right_gradients() -> None:
         assert ours.grad is not None
         assert its.grad is not None
         assert away(ours.grad, its.grad) < BOUND
+
+
+@needs_onednn
+@pytest.mark.parametrize("processor", ["AMD", "Intel"], indirect=True)
+@pytest.mark.usefixtures("processor")
+def test_it_is_onednn_in_inference_mode_whatever_the_processor() -> None:
+    torch.manual_seed(4)
+    rows, weight = torch.randn(64, 1024), torch.randn(512, 1024)
+    with torch.inference_mode(), Names() as names:
+        whole = product(rows, weight)
+        parts = [product(rows[first : first + 8], weight) for first in range(0, 64, 8)]
+    assert names.found.count("_linear_pointwise") == 9
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @needs_onednn

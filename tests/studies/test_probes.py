@@ -6,6 +6,7 @@ gate or rate fails copying; each branch's own task is solved with it, and not by
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,19 @@ def test_tasks_ask_something_that_can_be_known(task: Task) -> None:
     assert written.shape == labels.shape and max(read.shape[1], written.shape[1]) <= task.length
     assert (labels != IGNORED_LABEL).any(dim=1).all()
     assert all(ids.max() < task.vocab_size for ids in (read, written, labels) if ids.numel())
+
+
+def test_a_long_recall_follows_shorter_ones_and_counts_their_steps() -> None:
+    task = recall(1024)
+    assert [stage.name for stage in task.after] == ["recall 64", "recall 256"]
+    assert {stage.vocab_size for stage in task.after} == {task.vocab_size}
+    shorter = replace(behind(16), name="shorter")
+    easy, model = replace(behind(24), after=(shorter,)), omega(shorter, width=32, decoder_branches=["local"])
+    outcome = train(easy, model, steps=300)
+    first, last = outcome.solved["shorter"], outcome.solved["behind"]
+    assert first == train(shorter, model, steps=300).steps
+    assert last == outcome.steps == len(outcome.losses) and last >= first + 10  # each stage has ten batches of its own
+    assert train(easy, model, steps=1).solved == {}
 
 
 def test_labels_are_right() -> None:
