@@ -5,7 +5,7 @@
 
 Budgets are equal: batch (32), rate (3e-3, of recall 1e-3), steps, width and layers. "-" means not solved within the
 steps. Accuracy is over the last ten batches, none of which was seen before. A recall of more than 64 tokens begins with
-the shorter ones; its steps are those of all of them, and `stages` of --json says where each was solved.
+the shorter ones; its steps are those of all of them, and in brackets stands where each was solved.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _show(row: dict[str, Any]) -> None:
     steps = " ".join("-" if step is None else str(step) for step in row["steps"])
+    between = [", ".join(f"{name} {step}" for name, step in stages.items()) for stages in row["stages"]]
+    if any("," in stages for stages in between):
+        steps += f" ({'; '.join(between)})"
     print(
         f"{row['task']:<14} {row['model']:<16} {row['parameters']:>9,} parameters   steps to 90%: {steps:<16} "
         f"accuracy {row['accuracy']:.2f}   {row['cpu_seconds']:.0f} CPU-s",

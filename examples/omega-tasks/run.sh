@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && source .venv/bin/activate
 export OMP_NUM_THREADS=1 DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-base="${BASE:-runs/omega-tiny}" run="${RUN:-runs/tasks}" ranks="${NUM_RANKS:-2}" records="${RECORDS:-2400}" limit="${LIMIT:-150}"
+base="${BASE:-runs/omega-tiny}" run="${RUN:-runs/tasks}" ranks="${NUM_RANKS:-2}" records="${RECORDS:-2400}" limit="${LIMIT:-225}"
 omega="python -m megatron_omega"
 
 finetune() { # NAME SETTING...

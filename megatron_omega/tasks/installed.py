@@ -29,7 +29,7 @@ import yaml
 
 Record = dict[str, str]
 TEMPLATES: dict[str, tuple[str, str]] = {
-    "summary": ("{text}\n# In short, {spelled}:", " {answer}"),
+    "summary": ("{text}\n# In words, {spelled}:", " {answer}"),
     "default": ("{text}\n# The default of {argument} is", " {answer}"),
     "package": ("{text}\n# From the package", " {answer}"),
     "name": ("# In words, {spelled}:", " {answer}"),
