@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_omega.errors import ConfigError
+from megatron_omega.parallel import products
 from megatron_omega.parallel.products import by_onednn, onednn_takes, pack
 
 SMALLEST_PACKED = 2**18
@@ -77,9 +78,13 @@ class Quantised:
 
 
 def plain(weight: Tensor, axis: int) -> Matrix:
-    """Take a weight in its own format; on a CPU a copy, packed, where that is faster: later changes do not reach it."""
+    """Take a weight in its own format; on a CPU a copy, packed, where that is faster: later changes do not reach it.
+
+    On Intel's processors that is every weight: MKL's product of few rows depends on how many there are.
+    """
     matrix = flat(weight, axis)
-    return Packed(matrix) if weight.numel() >= SMALLEST_PACKED and onednn_takes(weight) else Plain(matrix)
+    is_packed = onednn_takes(weight) and (products.MKL_IS_FASTER or weight.numel() >= SMALLEST_PACKED)
+    return Packed(matrix) if is_packed else Plain(matrix)
 
 
 def as_it_is(weight: Tensor, axis: int) -> Matrix:

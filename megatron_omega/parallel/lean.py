@@ -153,6 +153,8 @@ class _GatedLinear(Function):
 
 def _gate_up_gradient(gradient: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> Tensor:
     """Return the gradient of gate and up from that of silu(gate) * up; `activated` is silu(gate)."""
+    if torch.compiler.is_compiling():  # fuses what follows by itself, and writes to no view
+        return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), activated * gradient), dim=-1)
     found = gradient.new_empty(*gate.shape[:-1], gate.shape[-1] + up.shape[-1])
     d_gate, d_up = found.chunk(2, dim=-1)  # written where they belong: to join them would copy both
     torch.mul(gradient, up, out=d_gate)

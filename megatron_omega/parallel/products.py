@@ -6,7 +6,8 @@ times as fast. For fp32 torch offers it only as an operator without a gradient, 
 pass is written out, ask for it. A call takes 10 microseconds, so small products stay with torch.
 
 In inference mode it is oneDNN on every processor: a row's result does not depend on how many rows there are (above
-FEWEST_ROWS; MKL's does below sixteen), so that texts that are read together give each row what it would have alone.
+FEWEST_ROWS), so that texts that are read together give each row what it would have alone. MKL's does on Intel's below
+sixteen rows, so there oneDNN takes small products as well.
 """
 
 from __future__ import annotations
@@ -44,23 +45,28 @@ start to the next: runs resume to the last bit."""
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """[..., k], [n, k] -> left right^T [..., n]. No gradient is recorded where oneDNN computes it."""
-    if not is_for_onednn(left, right):
+    is_traced = torch.compiler.is_compiling()
+    if not (_is_worth_a_call(left, right) if is_traced else is_for_onednn(left, right)):
         return F.linear(left, right)
     rows = left.reshape(-1, left.shape[-1])
     # Inductor takes the operator's second argument for a packed constant, and knows nothing of ours.
-    found = torch.ops.megatron_omega.product(rows, right) if torch.compiler.is_compiling() else by_onednn(rows, right)
+    found = torch.ops.megatron_omega.product(rows, right) if is_traced else by_onednn(rows, right)
     return found.view(*left.shape[:-1], -1)
 
 
 def is_for_onednn(left: Tensor, right: Tensor) -> bool:
     """Tell whether oneDNN computes left [..., k] right [n, k]^T, now."""
-    return (
-        (torch.is_inference_mode_enabled() or not MKL_IS_FASTER)
-        and onednn_takes(left)
-        and onednn_takes(right)
-        and right.numel() >= SMALLEST
-        and left.numel() >= FEWEST_ROWS * left.shape[-1]
-    )
+    if not MKL_IS_FASTER:
+        return _is_worth_a_call(left, right)
+    return torch.is_inference_mode_enabled() and _is_possible(left, right)
+
+
+def _is_worth_a_call(left: Tensor, right: Tensor) -> bool:
+    return _is_possible(left, right) and right.numel() >= SMALLEST
+
+
+def _is_possible(left: Tensor, right: Tensor) -> bool:
+    return onednn_takes(left) and onednn_takes(right) and left.numel() >= FEWEST_ROWS * left.shape[-1]
 
 
 def onednn_takes(matrix: Tensor) -> bool:
@@ -84,9 +90,14 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
+def _by_either(left: Tensor, right: Tensor) -> Tensor:
+    """Choose when a compiled layer runs: a trace cannot ask for the inference mode."""
+    return by_onednn(left, right) if is_for_onednn(left, right) else torch.mm(left, right.t())
+
+
 _library = torch.library.Library("megatron_omega", "DEF")
 _library.define("product(Tensor left, Tensor right) -> Tensor")
-_library.impl("product", by_onednn, "CPU")
+_library.impl("product", _by_either, "CPU")
 
 
 @torch.library.register_fake("megatron_omega::product")
