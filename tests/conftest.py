@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 from tiny import TinyCorpus, make_tiny_corpus
 
@@ -27,6 +28,15 @@ def _own_place() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _own_process_group() -> Iterator[None]:
+    """Take down the process group that a run in this process left: a later test would find itself in it."""
+    had_one = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not had_one:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
