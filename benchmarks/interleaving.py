@@ -76,7 +76,7 @@ def predicted(stages: int, beside: float = 1.0) -> float:
     return alone + beside * (timeline.makespan - alone)
 
 
-def slowed(rounds: int) -> float:
+def slowdown(rounds: int) -> float:
     """Return how much longer a rank's passes take while the other rank's run too than alone. Collective."""
     torch.set_num_threads(1)
     with redirect_stdout(sys.stderr):
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
-    beside = run_ranks(slowed, RANKS, options.rounds, timeout_seconds=300)[0]
+    beside = run_ranks(slowdown, RANKS, options.rounds, timeout_seconds=300)[0]
     first = options.stages[0]
     print(f"a pass takes {beside:.3f} times as long while the other rank computes", flush=True)
     expected = {number: predicted(number, beside) / predicted(first, beside) for number in options.stages}

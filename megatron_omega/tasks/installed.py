@@ -34,6 +34,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "package": ("{text}\n# From the package", " {answer}"),
     "name": ("# In words, {spelled}:", " {answer}"),
 }
+"""Prompt and answer of each kind. Those of summary and name end alike: copying that is learned there is used here."""
 _TIMES = {"name": 3}
 """Records of a kind for each of the others': short ones, of which it takes thousands to learn to copy."""
 _LONGEST, _SHORTEST = 280, 40
