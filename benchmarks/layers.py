@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_omega.config.load import load_config
 from megatron_omega.config.schema import RunConfig
+from megatron_omega.host.allocator import keep_freed_memory
 from megatron_omega.model.context import ModelContext
 from megatron_omega.model.kernels import select_kernels
 from megatron_omega.model.layers import DecoderLayer, EncoderLayer
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a training does
     config = configuration(options.tokens, options.documents)
     works, passes = layer_works(config), layers(config, options.tokens, options.documents)
     square = torch.randn(SIDE, SIDE)

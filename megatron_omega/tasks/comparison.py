@@ -14,10 +14,11 @@ from megatron_omega.accounting.counts import training_flops_per_token
 from megatron_omega.config.schema import RunConfig
 from megatron_omega.host import run_folder
 from megatron_omega.host.json_lines import read_objects
-from megatron_omega.tasks.metrics import Mean
+from megatron_omega.tasks.metrics import Mean, each, mean_of
 from megatron_omega.tasks.scoring import Score
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "masked_loss")
+LEADS = "Question by question, above the best guess; certain where the brackets leave out 0:"
 _MOST_POINTS = 400
 
 
@@ -35,6 +36,21 @@ class Curve:
     @property
     def flops(self) -> tuple[float, ...]:
         return tuple(self.flops_per_token * count for count in self.tokens)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """By how much a model's answers are better than the best guess's to the same questions."""
+
+    task: str
+    column: str
+    model: str
+    guess: str
+    difference: Mean
+    """Mean over questions of the model's figure less the guess's."""
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.column} {self.difference} above {self.guess}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,31 @@ class Comparison:
         found = [one for one in self.scores if one.task == task and one.is_guess and column in one.metrics]
         return [(one.model, one.metrics[column]) for one in found]
 
+    def leads(self, task: str) -> list[Lead]:
+        """Return how far each model is above the best guess of each column, paired by question.
+
+        Intervals of two models say little of their difference: both have the same hard questions.
+        """
+        found = []
+        for column in self.columns(task):
+            if not (guesses := self.guesses(task, column)):
+                continue
+            guess = max(guesses, key=lambda pair: pair[1].value)[0]
+            for model in self.models:
+                score = self.of(task, model)
+                if score is not None and not score.is_guess and (paired := self._differences(score, guess, column)):
+                    found.append(Lead(task, column, model, guess, mean_of(paired)))
+        return found
+
+    def _differences(self, score: Score, guess: str, column: str) -> list[float]:
+        """Return what each answer is worth less the guess's; nothing where they were asked other questions."""
+        other = self.of(score.task, guess)
+        wanted = [one.wanted for one in score.answers]
+        if other is None or column not in score.metrics or wanted != [one.wanted for one in other.answers]:
+            return []
+        ours, theirs = (each(column, [one.answer for one in of.answers], wanted) for of in (score, other))
+        return [mine - its for mine, its in zip(ours, theirs, strict=True)]
+
     def best(self, task: str, column: str) -> float | None:
         """Return the best value of a column among models that are no guesses."""
         means = [self.value(task, one.model, column) for one in self.scores if one.task == task and not one.is_guess]
@@ -99,6 +140,8 @@ def markdown(found: Comparison) -> str:
             if found.of(task, model) is not None:
                 cells = [_cell(found, task, model, column) for column in columns]
                 lines.append(f"| {_plain(model)} | {' | '.join(cells)} |")
+        if leads := found.leads(task):
+            lines += ["", LEADS, "", *(f"- {_plain(str(lead))}" for lead in leads)]
         lines.append("")
     return "\n".join(lines)
 
@@ -117,7 +160,9 @@ def _plain(text: str) -> str:
 
 def as_json(found: Comparison) -> str:
     """Return everything as JSON; what is not a number is null."""
-    values = {"scores": [asdict(one) for one in found.scores], "curves": [asdict(one) for one in found.curves]}
+    leads = [lead for task in found.tasks for lead in found.leads(task)]
+    parts = {"scores": found.scores, "leads": leads, "curves": found.curves}
+    values = {name: [asdict(one) for one in part] for name, part in parts.items()}
     return json.dumps(json.loads(orjson.dumps(values)), indent=1) + "\n"
 
 

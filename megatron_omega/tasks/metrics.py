@@ -111,6 +111,15 @@ def measure(names: Sequence[str], answers: Sequence[str], wanted: Sequence[str],
     return found
 
 
+def each(column: str, answers: Sequence[str], wanted: Sequence[str]) -> list[float]:
+    """Return what each answer is worth in a column of `measure`; nothing for what only all together are worth."""
+    if column in METRICS:
+        return [METRICS[column](*pair) for pair in zip(answers, wanted, strict=True)]
+    if column in ROUGE:
+        return [rouge(*pair)[column] for pair in zip(answers, wanted, strict=True)]
+    return []
+
+
 def means_of(values: Sequence[Mapping[str, float]], columns: Sequence[str], seed: int = 0) -> dict[str, Mean]:
     """Return the mean of each column."""
     return {column: mean_of([row[column] for row in values], seed) for column in columns}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any
 
-from megatron_omega.tasks.comparison import Comparison, Curve
+from megatron_omega.tasks.comparison import LEADS, Comparison, Curve
 from megatron_omega.tasks.metrics import CORPUS
 from megatron_omega.tasks.scoring import Score
 
@@ -32,7 +32,8 @@ def html_page(found: Comparison, title: str = "Comparison") -> str:
     if found.curves:
         parts += ["<h2>How they learned</h2>", *curve_pictures(found.curves), *_answer_pictures(found)]
     for task in found.tasks:
-        parts += [f"<h2>{escape(task)}</h2>", _table(found, task), *_bars(found, task), *_examples(found, task)]
+        parts += [f"<h2>{escape(task)}</h2>", _table(found, task), *_leads(found, task), *_bars(found, task)]
+        parts += _examples(found, task)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width='
         f'device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
@@ -60,6 +61,12 @@ def _cell(found: Comparison, task: str, model: str, column: str) -> str:
     is_best = mean is not None and mean.value == found.best(task, column)
     kind = ' class="best"' if is_best else ""
     return f"<td{kind}>{'-' if mean is None else mean}</td>"
+
+
+def _leads(found: Comparison, task: str) -> Iterator[str]:
+    """Yield by how much models are above the best guess, question by question."""
+    if leads := found.leads(task):
+        yield f"<p>{escape(LEADS)}</p>\n<ul>{''.join(f'<li>{escape(str(lead))}</li>' for lead in leads)}</ul>"
 
 
 def _bars(found: Comparison, task: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,8 @@ from written_models import tiny_config
 from megatron_omega.accounting.counts import training_flops_per_token
 from megatron_omega.commands import compare, score
 from megatron_omega.errors import ConfigError
-from megatron_omega.tasks.comparison import Comparison, Curve, curve_of, markdown
-from megatron_omega.tasks.metrics import Mean
+from megatron_omega.tasks.comparison import Comparison, Curve, as_json, curve_of, markdown
+from megatron_omega.tasks.metrics import Mean, measure
 from megatron_omega.tasks.page import html_page
 from megatron_omega.tasks.scoring import Answered, Score
 
@@ -81,6 +82,35 @@ def test_the_page_stands_alone_and_trusts_no_text() -> None:
     table = markdown(found)
     assert "**0.700 (0.600 to 0.800)**" in table and "**0.900" not in table and "| guess |" in table
     assert found.curves[0].flops == (30.0, 60.0)
+
+
+def test_leads_are_paired_by_question() -> None:
+    """Half of the questions are hard for both: apart the intervals overlap, question by question the lead is certain."""
+    wanted = [f"word{n} more" for n in range(40)]
+    right = [*(f"word{n}" for n in range(20)), *[""] * 20]  # F1 of 2/3
+    close = [*(f"word{n} and else" for n in range(20)), *[""] * 20]  # F1 of 2/5
+
+    def scored(model: str, answers: list[str], **more: Any) -> Score:
+        pairs = zip(answers, wanted, strict=True)
+        return Score(
+            "quiz", model, 0, measure(["f1", "exact_match", "rouge"], answers, wanted), 1.0,
+            tuple(Answered("a.jsonl", "?", want, answer) for answer, want in pairs), **more,
+        )  # fmt: skip
+
+    model, guess = scored("a|b", right), scored("guess", close, is_guess=True)
+    assert model.metrics["f1"].low < guess.metrics["f1"].high
+    found = Comparison((model, guess, scored("worse", ["x"] * 40, is_guess=True)))
+    leads = {lead.column: lead for lead in found.leads("quiz")}
+    assert leads.keys() == {"exact_match", "f1", "rouge1", "rouge2", "rougeL"}
+    assert all(lead.model == "a|b" for lead in leads.values()) and leads["f1"].guess == "guess"
+    lead = leads["f1"].difference
+    assert lead.value == pytest.approx((2 / 3 - 2 / 5) / 2) and 0.08 < lead.low < lead.value < lead.high < 0.19
+    assert leads["exact_match"].difference == Mean(0.0, 0.0, 0.0)
+    line = f"f1 {lead} above guess"
+    assert f"- a\\|b: {line}" in markdown(found) and f"<li>a|b: {line}</li>" in html_page(found)
+    assert [one["column"] for one in json.loads(as_json(found))["leads"]] == list(leads)
+    others = replace(guess, answers=tuple(replace(one, wanted="other") for one in guess.answers))
+    assert not Comparison((model, others)).leads("quiz") and not Comparison((model,)).leads("quiz")
 
 
 def test_a_curve_is_that_of_the_run(tmp_path: Path) -> None:
