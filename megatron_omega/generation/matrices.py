@@ -80,7 +80,7 @@ class Quantised:
 def plain(weight: Tensor, axis: int) -> Matrix:
     """Take a weight in its own format; on a CPU a copy, packed, where that is faster: later changes do not reach it.
 
-    On Intel's processors that is every weight: MKL's product of few rows depends on how many there are.
+    Where MKL trains, that is every weight: its product of few rows depends on how many there are.
     """
     matrix = flat(weight, axis)
     is_packed = onednn_takes(weight) and (products.MKL_IS_FASTER or weight.numel() >= SMALLEST_PACKED)

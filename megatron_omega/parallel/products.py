@@ -1,13 +1,14 @@
 """Matrix products, by oneDNN where that is faster.
 
-On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's processors alone: there it is the faster
-one by a sixth to a third. oneDNN comes with torch as well, and uses AVX-512 wherever it is: on AMD's it computes 2.3
-times as fast. For fp32 torch offers it only as an operator without a gradient, so our own functions, whose backward
-pass is written out, ask for it. A call takes 10 microseconds, so small products stay with torch.
+On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's processors alone. oneDNN comes with torch
+as well, and uses AVX-512 wherever it is: on AMD's it computes 2.3 times as fast. Elsewhere MKL is the faster one: by a
+sixth to a third on Intel's, by a twentieth to a third on AMD's that have AVX2 alone. For fp32 torch offers oneDNN only
+as an operator without a gradient, so our own functions, whose backward pass is written out, ask for it. A call takes
+10 microseconds, so small products stay with torch.
 
 In inference mode it is oneDNN on every processor: a row's result does not depend on how many rows there are (above
 FEWEST_ROWS), so that texts that are read together give each row what it would have alone. MKL's does on Intel's below
-sixteen rows, so there oneDNN takes small products as well.
+sixteen rows, so where MKL trains, oneDNN takes small products of answers as well.
 """
 
 from __future__ import annotations
@@ -31,15 +32,21 @@ _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # builds of torc
 _ONEDNN = _linear.default if _linear is not None and torch.backends.mkldnn.is_available() else None
 
 
-def _is_made_by_intel() -> bool:
+def mkl_is_faster(description: str) -> bool:
+    """Tell from the text of /proc/cpuinfo whether MKL multiplies as fast as the processor can."""
+    first = description.partition("\n\n")[0]
+    return "GenuineIntel" in first or "avx512f" not in first.split()
+
+
+def _description() -> str:
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        return Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux: there torch has no MKL, but for Windows
-        return False
+        return ""
 
 
-MKL_IS_FASTER = torch.backends.mkl.is_available() and _is_made_by_intel()
-"""For products of many rows. By the processor's maker and not by a measurement, which would choose differently from one
+MKL_IS_FASTER = torch.backends.mkl.is_available() and mkl_is_faster(_description())
+"""For products of many rows. By what the processor is and not by a measurement, which would choose differently from one
 start to the next: runs resume to the last bit."""
 
 

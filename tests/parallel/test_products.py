@@ -91,6 +91,20 @@ def test_layers_use_it_forward_and_backward_with_right_gradients(calls: int) -> 
         assert away(ours.grad, its.grad) < BOUND
 
 
+@pytest.mark.parametrize(
+    ("maker", "flags", "is_mkl"),
+    [
+        ("GenuineIntel", "fma avx2 avx512f", True),
+        ("GenuineIntel", "fma avx2", True),
+        ("AuthenticAMD", "fma avx2", True),
+        ("AuthenticAMD", "fma avx2 avx512f avx512vl", False),
+    ],
+)
+def test_mkl_trains_unless_it_leaves_half_of_the_processor_idle(maker: str, flags: str, is_mkl: bool) -> None:
+    one = f"processor\t: 0\nvendor_id\t: {maker}\nflags\t\t: fpu {flags} vaes\nbugs\t\t: none\n"
+    assert products.mkl_is_faster(f"{one}\n{one}") is is_mkl
+
+
 @needs_onednn
 @pytest.mark.parametrize("processor", ["AMD", "Intel"], indirect=True)
 @pytest.mark.usefixtures("processor")
