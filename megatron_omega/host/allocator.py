@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's names M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (malloc.h)."""
-_LARGEST_OF_THE_HEAP = 32 << 20
-"""Bytes up to which glibc lets a block come from the heap; larger ones are always mapped."""
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""glibc's names M_TRIM_THRESHOLD and M_MMAP_MAX (malloc.h). No mapping, rather than a high threshold for mappings: that
+may be 32 MiB at most, and a wide layer's gradients and activations are larger."""
 _LEFT_AT_THE_TOP = (1 << 31) - 1
 """Bytes that may be free at the end of the heap before it shrinks: the most that mallopt's `int` can say."""
 
@@ -22,11 +21,11 @@ def keep_freed_memory() -> bool:
 
     What the environment says about the allocator (MALLOC_*, GLIBC_TUNABLES) stands.
     """
-    said = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    said = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     if any(name in os.environ for name in said) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others have none
     if mallopt is None:
         return False
-    told = [mallopt(_MMAP_THRESHOLD, _LARGEST_OF_THE_HEAP), mallopt(_TRIM_THRESHOLD, _LEFT_AT_THE_TOP)]
+    told = [mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _LEFT_AT_THE_TOP)]
     return all(told)

@@ -128,7 +128,7 @@ class _SwiGLU(Function):
     def backward(context: Any, gradient: Tensor) -> Tensor:
         (gate_up,) = context.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        return _gate_up_gradient(gradient, gate, up, F.silu(gate))
+        return _gate_up_gradient(gradient, gate, up)
 
 
 class _GatedLinear(Function):
@@ -151,13 +151,17 @@ class _GatedLinear(Function):
         return d_gate_up, d_weight
 
 
-def _gate_up_gradient(gradient: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> Tensor:
-    """Return the gradient of gate and up from that of silu(gate) * up; `activated` is silu(gate)."""
+def _gate_up_gradient(gradient: Tensor, gate: Tensor, up: Tensor, activated: Tensor | None = None) -> Tensor:
+    """Return the gradient of gate and up from that of silu(gate) * up; `activated` is silu(gate), if it is known."""
     if torch.compiler.is_compiling():  # fuses what follows by itself, and writes to no view
-        return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), activated * gradient), dim=-1)
+        known = F.silu(gate) if activated is None else activated
+        return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), known * gradient), dim=-1)
     found = gradient.new_empty(*gate.shape[:-1], gate.shape[-1] + up.shape[-1])
     d_gate, d_up = found.chunk(2, dim=-1)  # written where they belong: to join them would copy both
     torch.mul(gradient, up, out=d_gate)
     torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-    torch.mul(activated, gradient, out=d_up)
+    if activated is None:
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(gradient)
+    else:
+        torch.mul(activated, gradient, out=d_up)
     return found
